@@ -1,0 +1,621 @@
+"""Labelled volumes on disk -> tensors for UNETR++: finding, checking, preprocessing, augmenting.
+
+  find_cases        dataset.json (Decathlon or nnU-Net) -> Case objects, one per volume
+  Preprocessing     what inference must repeat exactly; stored in a checkpoint's config.json
+  inference_transforms, train_transforms    the same deterministic steps, then augmentation
+  TrainingPatches   sample i of a run as a function of (seed, i) alone: resuming needs no state
+
+Axis order: every volume is turned to "SPL" (axis 0 runs to superior, 1 to posterior, 2 to left),
+the depth-first order of SimpleITK arrays, in which the published variants were trained
+(64x128x128: 64 slices). Patch sizes, strides and spacings are given in that order everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from monai import transforms as mt
+from monai.data import MetaTensor
+from tqdm import tqdm
+
+__all__ = [
+    "Case",
+    "DatasetInfo",
+    "Preprocessing",
+    "TrainingPatches",
+    "UnreadableImage",
+    "find_cases",
+    "foreground_intensity",
+    "inference_transforms",
+    "load_case",
+    "read_dataset_info",
+    "split_cases",
+    "train_transforms",
+    "volume_geometry",
+]
+
+ORIENTATION = "SPL"
+_DATASET_JSON_HINT = (
+    'the smallest dataset.json is {"channel_names": {"0": "MRI"}, "labels": {"background": 0, '
+    '"lesion": 1}, "file_ending": ".nii.gz"}, beside imagesTr/NAME_0000.nii.gz and '
+    "labelsTr/NAME.nii.gz"
+)
+
+
+class UnreadableImage(RuntimeError):
+    """A file that exists but is no complete NIfTI volume; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume: its name, one file per channel (or a single 4-D file), and its label map."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What dataset.json says: channel names, label values by name, and the files' ending."""
+
+    channels: list[str]
+    labels: dict[str, int]
+    file_ending: str
+
+
+@dataclass
+class Preprocessing:
+    """Everything a model must see at inference exactly as in training.
+
+    Args:
+        channels: channel names of dataset.json, in file order.
+        normalization: per channel "ct" (clip to the training set's foreground percentiles, then
+            z-score with its mean and deviation) or "zscore" (with the volume's own; voxels that are
+            exactly zero stay out of the statistics where they are more than a quarter).
+        intensity: per channel {"lower", "upper", "mean", "std"} for "ct", None for "zscore".
+        spacing: voxel size in mm to resample to, in SPL order; None leaves volumes as they are.
+        patch_size: network input in voxels, in SPL order.
+        labels: value by name, background included.
+    """
+
+    channels: list[str]
+    normalization: list[str]
+    intensity: list[dict | None]
+    spacing: list[float] | None
+    patch_size: list[int]
+    labels: dict[str, int]
+
+    def to_dict(self) -> dict:
+        """Return plain lists and dicts that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Preprocessing:
+        """Rebuild from `to_dict`; raises ValueError for a missing or unknown entry."""
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise ValueError(
+                f"Preprocessing.from_dict: missing {sorted(names - set(values))}, unknown "
+                f"{sorted(set(values) - names)}; the checkpoint is of another version"
+            )
+        return cls(**values)
+
+
+def read_dataset_info(data_dir: str | Path) -> DatasetInfo:
+    """Read DATA/dataset.json in Decathlon or nnU-Net spelling.
+
+    Raises:
+        FileNotFoundError: no dataset.json. ValueError: it lacks channels or labels, or label values
+        are not 0, 1, 2, ... without gaps.
+    """
+    path = Path(data_dir) / "dataset.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {_DATASET_JSON_HINT}")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    channels = content.get("channel_names") or content.get("modality")
+    labels = content.get("labels")
+    if not channels or not labels:
+        raise ValueError(f"{path} names no channels or no labels; {_DATASET_JSON_HINT}")
+    channels = [channels[key] for key in sorted(channels, key=int)]
+    try:
+        # Decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}.
+        if all(str(key).isdigit() for key in labels):
+            labels = {name: int(value) for value, name in labels.items()}
+        labels = {name: int(value) for name, value in labels.items()}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{path}: every label must map to one integer (regions made of several labels are not "
+            f"supported), got {labels}"
+        ) from None
+    labels = dict(sorted(labels.items(), key=lambda item: item[1]))
+    if list(labels.values()) != list(range(len(labels))) or len(labels) < 2:
+        raise ValueError(
+            f"{path}: label values must be 0 (background), 1, 2, ... without gaps, got {labels}"
+        )
+    return DatasetInfo(channels, labels, content.get("file_ending", ".nii.gz"))
+
+
+def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
+    """List the cases of DATA, sorted by name.
+
+    Files named in dataset.json ("training": [{"image", "label"}], "test": [...]) are taken as they
+    are listed; else imagesTr/NAME_0000.nii.gz, _0001, ... with labelsTr/NAME.nii.gz (nnU-Net), or
+    imagesTr/NAME.nii.gz (Decathlon) are found by name. Test cases lie in imagesTs, without labels.
+
+    Raises:
+        FileNotFoundError: a file is missing, or no case was found. ValueError: unknown split, or
+        the number of channel files differs from dataset.json.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"find_cases: split must be 'train' or 'test', got {split!r}")
+    data_dir = Path(data_dir)
+    info = read_dataset_info(data_dir)
+    listed = json.loads((data_dir / "dataset.json").read_text()).get(
+        "training" if split == "train" else "test"
+    )
+    cases = []
+    if listed:
+        for item in listed:
+            item = {"image": item} if isinstance(item, str) else item
+            images = item["image"] if isinstance(item["image"], list) else [item["image"]]
+            name = Path(images[0]).name.removesuffix(info.file_ending)
+            label = data_dir / item["label"] if "label" in item else None
+            cases.append(Case(name, tuple(data_dir / image for image in images), label))
+    else:
+        folder = data_dir / ("imagesTr" if split == "train" else "imagesTs")
+        by_name: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob(f"*{info.file_ending}")):
+            if path.name.startswith("."):
+                continue
+            stem = path.name.removesuffix(info.file_ending)
+            by_name.setdefault(re.sub(r"_\d{4}$", "", stem), []).append(path)
+        for name, images in by_name.items():
+            label = data_dir / "labelsTr" / f"{name}{info.file_ending}"
+            cases.append(Case(name, tuple(images), label if split == "train" else None))
+    missing = [str(p) for case in cases for p in (*case.images, case.label) if p and not p.exists()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} file(s) missing, the first: {missing[0]}")
+    if not cases:
+        raise FileNotFoundError(f"no {split} case found in {data_dir}; {_DATASET_JSON_HINT}")
+    for case in cases:
+        if len(case.images) not in (1, len(info.channels)):
+            raise ValueError(
+                f"case {case.name} has {len(case.images)} image files, but dataset.json names "
+                f"{len(info.channels)} channels {info.channels}"
+            )
+    return sorted(cases, key=lambda case: case.name)
+
+
+def split_cases(cases: Sequence[Case], fold: int = 0, folds: int = 5, seed: int = 12345):
+    """Split into (training, validation), the same for the same names, fold and seed.
+
+    Raises:
+        ValueError: fold outside 0..folds-1, or fewer than two cases.
+    """
+    if folds < 2 or not 0 <= fold < folds:
+        raise ValueError(f"fold must lie in 0..{folds - 1} and folds be at least 2, got {fold}")
+    if len(cases) < 2:
+        raise ValueError(f"a held-out split needs at least two labelled cases, got {len(cases)}")
+    order = np.random.default_rng(seed).permutation(len(cases))
+    # Fewer cases than folds would leave some folds empty.
+    held_out = set(order[fold % min(folds, len(cases)) :: min(folds, len(cases))].tolist())
+    training = [case for i, case in enumerate(cases) if i not in held_out]
+    return training, [case for i, case in enumerate(cases) if i in held_out]
+
+
+def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
+    """Return (shape in voxels, spacing in mm) in SPL order, from the header of the first image.
+
+    Raises:
+        UnreadableImage: the header cannot be read or its affine says no orientation.
+    """
+    path = case.images[0]
+    try:
+        image = nibabel.load(path)
+        spacing = [float(size) for size in nibabel.affines.voxel_sizes(image.affine)]
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.orientations.io_orientation(image.affine),
+            nibabel.orientations.axcodes2ornt(ORIENTATION),
+        )
+    except Exception as error:
+        raise UnreadableImage(f"{path} cannot be read as a NIfTI volume: {error}") from error
+    # turn[i, 0] is the place that input axis i takes.
+    axes = [int(np.flatnonzero(turn[:, 0] == axis)[0]) for axis in range(3)]
+    return [int(image.shape[axis]) for axis in axes], [spacing[axis] for axis in axes]
+
+
+class _ReadCase:
+    """Case -> {"image" (C,S,P,L) float32, "label" (1,S,P,L), "name"}, checked, still unturned."""
+
+    def __init__(self, preprocessing: Preprocessing):
+        self.preprocessing = preprocessing
+        self.read = mt.LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
+
+    def _read(self, path: Path) -> MetaTensor:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = self.read(path)
+        except Exception as error:
+            # MONAI wraps the reader's error in pages of advice on other readers.
+            cause = error.__cause__ or error
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise UnreadableImage(
+                f"{path} cannot be read as a NIfTI volume (truncated or damaged?): {reason}"
+            ) from error
+        if image.ndim != 4:
+            raise ValueError(f"{path} has {image.ndim - 1} spatial axes, need 3")
+        if not torch.isfinite(image).all():
+            count = int((~torch.isfinite(image)).sum())
+            raise ValueError(f"{path} holds {count} NaN or infinite voxels; repair it first")
+        affine = np.asarray(image.affine, dtype=float)[:3, :3]
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-9:
+            raise ValueError(f"{path} has a singular affine, so its axes have no direction")
+        return image
+
+    def __call__(self, case: Case) -> dict:
+        channels = [self._read(path) for path in case.images]
+        for path, channel in zip(case.images, channels, strict=True):
+            if channel.shape[1:] != channels[0].shape[1:]:
+                raise ValueError(
+                    f"{path} has shape {tuple(channel.shape[1:])}, but the first channel "
+                    f"{case.images[0]} has {tuple(channels[0].shape[1:])}"
+                )
+        image = channels[0]
+        if len(channels) > 1:
+            stacked = torch.cat([channel.as_tensor() for channel in channels])
+            image = MetaTensor(stacked, affine=image.affine, meta=image.meta)
+        expected = self.preprocessing.channels
+        if image.shape[0] != len(expected):
+            raise ValueError(
+                f"{case.images[0]} has {image.shape[0]} channel(s), need {len(expected)}: "
+                f"{', '.join(expected)}"
+            )
+        item = {"image": image, "name": case.name}
+        if case.label is not None:
+            item["label"] = self._read_label(case, image)
+        return item
+
+    def _read_label(self, case: Case, image: MetaTensor) -> MetaTensor:
+        label = self._read(case.label)
+        if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
+            raise ValueError(
+                f"{case.label} has shape {tuple(label.shape[1:])} and {label.shape[0]} channel(s), "
+                f"but its image {case.images[0]} has {tuple(image.shape[1:])}; they must share one "
+                "voxel grid"
+            )
+        known = set(self.preprocessing.labels.values())
+        unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - known)
+        if unknown:
+            raise ValueError(
+                f"{case.label} holds label value(s) {unknown[:5]} that dataset.json does not name; "
+                f"known: {self.preprocessing.labels}"
+            )
+        affine = image.affine
+        if not torch.allclose(label.affine, affine, rtol=1e-3, atol=1e-2):
+            # Sloppy headers are common; the voxel grid is what annotators drew on.
+            warnings.warn(f"{case.label}: affine differs from its image's, which is used",
+                          stacklevel=2)
+        return MetaTensor(label.as_tensor(), affine=affine)
+
+
+class _Normalize:
+    """Scale the intensities of each channel as `Preprocessing.normalization` says."""
+
+    def __init__(self, preprocessing: Preprocessing):
+        self.preprocessing = preprocessing
+
+    def __call__(self, item: dict) -> dict:
+        image = item["image"]
+        for channel, kind, statistics in zip(
+            image, self.preprocessing.normalization, self.preprocessing.intensity, strict=True
+        ):
+            values = channel.as_tensor() if isinstance(channel, MetaTensor) else channel
+            if kind == "ct":
+                values.clamp_(statistics["lower"], statistics["upper"])
+                values.sub_(statistics["mean"]).div_(max(statistics["std"], 1e-8))
+                continue
+            inside = values != 0
+            if inside.sum() > 0.75 * values.numel() or not inside.any():
+                inside = torch.ones_like(inside)
+            std, mean = torch.std_mean(values[inside], correction=0)
+            values.copy_(torch.where(inside, (values - mean) / std.clamp_min(1e-8), 0.0))
+        return item
+
+
+class _ForegroundVoxels:
+    """Add "voxels": per label present, up to 1000 voxel positions to centre patches on."""
+
+    def __call__(self, item: dict) -> dict:
+        label = item["label"].as_tensor()[0].to(torch.uint8)
+        # A fixed seed: the same case always offers the same positions.
+        generator = np.random.default_rng(0)
+        item["voxels"] = []
+        for value in torch.unique(label).tolist():
+            if value == 0:
+                continue
+            positions = torch.nonzero(label == value).numpy()
+            if len(positions) > 1000:
+                positions = generator.choice(positions, 1000, replace=False)
+            item["voxels"].append(positions.astype(np.int32))
+        item["label"] = MetaTensor(label[None], affine=item["label"].affine)
+        return item
+
+
+class _RandomWindow(mt.Randomizable, mt.Transform):
+    """Cut patch plus margin at a random place, zero-padded; {"forced": True} centres on a label.
+
+    A volume shorter than the patch is padded equally on both sides, as sliding windows pad it.
+    """
+
+    def __init__(self, patch_size: Sequence[int], margin: Sequence[int]):
+        self.patch_size = tuple(patch_size)
+        self.margin = tuple(margin)
+
+    def __call__(self, item: dict) -> dict:
+        center = None
+        if item.pop("forced", False) and item["voxels"]:
+            positions = item["voxels"][self.R.randint(len(item["voxels"]))]
+            center = positions[self.R.randint(len(positions))]
+        starts = []
+        for axis, (size, patch) in enumerate(
+            zip(item["image"].shape[1:], self.patch_size, strict=True)
+        ):
+            if size <= patch:
+                starts.append(-((patch - size) // 2))
+            elif center is not None:
+                starts.append(int(np.clip(center[axis] - patch // 2, 0, size - patch)))
+            else:
+                starts.append(int(self.R.randint(size - patch + 1)))
+        window = {"name": item["name"]}
+        for key in ("image", "label"):
+            window[key] = self._cut(item[key].as_tensor(), starts)
+        return window
+
+    def _cut(self, volume: torch.Tensor, starts: list[int]) -> torch.Tensor:
+        shape = [patch + 2 * margin for patch, margin in zip(self.patch_size, self.margin,
+                                                             strict=True)]
+        window = torch.zeros((volume.shape[0], *shape), dtype=torch.float32)
+        source, target = [slice(None)], [slice(None)]
+        for size, start, margin, length in zip(
+            volume.shape[1:], starts, self.margin, shape, strict=True
+        ):
+            first = start - margin
+            source.append(slice(max(first, 0), min(first + length, size)))
+            target.append(slice(source[-1].start - first, source[-1].stop - first))
+        window[tuple(target)] = volume[tuple(source)]
+        return window
+
+
+class _InOrder:
+    """Run steps in order, without Compose's wrapping of every error in "applying transform"."""
+
+    def __init__(self, steps: Sequence):
+        self.steps = list(steps)
+
+    def __call__(self, item):
+        for step in self.steps:
+            item = step(item)
+        return item
+
+
+def inference_transforms(preprocessing: Preprocessing) -> mt.Compose:
+    """Return Case -> {"image" (C,S,P,L), "label" (1,S,P,L) if any, "name"}, nothing random.
+
+    Steps: read and check, turn to SPL, resample to `preprocessing.spacing` (linear; labels
+    nearest), normalise. Images are MetaTensors that remember the turn and the resampling, so
+    `monai.transforms.Invertd` or `Compose.inverse` lead back to the file's grid.
+    """
+    keys = ["image", "label"]
+    steps: list = [
+        _ReadCase(preprocessing),
+        # labels=None takes left and right from each file's affine alone.
+        mt.Orientationd(keys, axcodes=ORIENTATION, allow_missing_keys=True, labels=None),
+    ]
+    if preprocessing.spacing is not None:
+        steps.append(
+            mt.Spacingd(
+                keys,
+                pixdim=preprocessing.spacing,
+                mode=("bilinear", "nearest"),
+                padding_mode="border",
+                allow_missing_keys=True,
+            )
+        )
+    return mt.Compose([*steps, _Normalize(preprocessing)])
+
+
+def load_case(
+    case: Case, preprocessing: Preprocessing, transforms: mt.Compose | None = None
+) -> dict:
+    """Read and preprocess one case; see `inference_transforms` for what comes back.
+
+    Args:
+        transforms: `inference_transforms(preprocessing)`, given by a caller who wants to invert
+            with it: MONAI inverts only with the very objects that did the forward step.
+
+    Raises:
+        FileNotFoundError, UnreadableImage: missing or truncated file. ValueError: NaNs, channels or
+        label values that do not fit, image and label of different shape. Each names the file.
+    """
+    transforms = transforms or inference_transforms(preprocessing)
+    return _InOrder(transforms.transforms)(case)
+
+
+def foreground_intensity(
+    cases: Sequence[Case], preprocessing: Preprocessing, maximum_cases: int = 50
+) -> list[dict]:
+    """Measure, per channel, the 0.5 and 99.5 percentile, mean and deviation of labelled voxels.
+
+    At most `maximum_cases` cases, evenly spaced in the list, and 10000 voxels of each are read.
+
+    Raises:
+        ValueError: no labelled voxel in any of them; and whatever reading a case raises.
+    """
+    read, generator = _ReadCase(preprocessing), np.random.default_rng(0)
+    samples = []
+    for index in np.unique(np.linspace(0, len(cases) - 1, min(len(cases), maximum_cases)).round()):
+        item = read(cases[int(index)])
+        values = item["image"].as_tensor()[:, item["label"].as_tensor()[0] > 0].numpy()
+        if values.shape[1]:
+            samples.append(values[:, generator.integers(values.shape[1], size=10_000)])
+    if not samples:
+        raise ValueError("no labelled voxel in the training cases, nothing to learn from")
+    values = np.concatenate(samples, axis=1).astype(np.float64)  # (C, voxels)
+    lower, upper = np.percentile(values, [0.5, 99.5], axis=1)
+    return [
+        {"lower": float(a), "upper": float(b), "mean": float(c), "std": float(d)}
+        for a, b, c, d in zip(lower, upper, values.mean(1), values.std(1), strict=True)
+    ]
+
+
+def train_transforms(
+    preprocessing: Preprocessing, augmentation: str = "full", mirror: bool = True
+) -> mt.Compose:
+    """Return Case -> {"image" (C,*patch) float32, "label" (1,*patch) float32, "name"} at random.
+
+    The deterministic steps of `inference_transforms` come first (`TrainingPatches` keeps
+    their result), then a random window and the augmentation of the published recipe (nnU-Net's
+    "moreDA").
+
+    Args:
+        augmentation: "full"; "light", the same kinds at about half the strength, for short
+            runs; "none".
+        mirror: flip along each axis with probability 1/2 (not with "none").
+
+    Raises:
+        ValueError: another name of an augmentation.
+    """
+    if augmentation not in ("full", "light", "none"):
+        raise ValueError(f"augmentation must be full, light or none, got {augmentation!r}")
+    patch = preprocessing.patch_size
+    margin = [0 if augmentation == "none" else size // 8 for size in patch]
+    steps: list = [
+        *inference_transforms(preprocessing).transforms,
+        _ForegroundVoxels(),
+        _RandomWindow(patch, margin),
+    ]
+    if augmentation != "none":
+        full = augmentation == "full"
+        angle = np.deg2rad(30 if full else 15)
+        # Slices much thicker than their pixels (nnU-Net's "dummy 2-D"): turn within slices only.
+        thick = preprocessing.spacing or [1.0, 1.0, 1.0]
+        anisotropic = max(patch) > 3 * min(patch) or max(thick) > 3 * min(thick)
+        around = min(range(3), key=lambda axis: (-thick[axis], patch[axis]))
+        angles = [angle if not anisotropic or axis == around else 0.0 for axis in range(3)]
+        steps.append(
+            mt.RandAffined(
+                ["image", "label"],
+                spatial_size=patch,
+                prob=0.36,  # the published 0.2 for rotation or 0.2 for scale, drawn together here
+                rotate_range=angles,
+                scale_range=[(-0.3, 0.4) if full else (-0.15, 0.15)] * 3,
+                mode=("bilinear", "nearest"),
+                padding_mode="zeros",
+            )
+        )
+        steps += _intensity_augmentation(1.0 if full else 0.5)
+        if mirror:
+            steps += [mt.RandFlipd(["image", "label"], 0.5, spatial_axis=a) for a in range(3)]
+    return mt.Compose([*steps, _PlainTensors()])
+
+
+def _intensity_augmentation(strength: float) -> list:
+    """Noise, blur, brightness, contrast, low resolution, gamma, in nnU-Net's order."""
+    image, s = ["image"], strength
+    gamma = (1 - 0.3 * s, 1 + 0.5 * s)
+    return [
+        mt.RandGaussianNoised(image, prob=0.1 * s, std=0.3 * s),
+        mt.RandGaussianSmoothd(image, (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2 * s),
+        mt.RandScaleIntensityd(image, factors=0.25 * s, prob=0.15, channel_wise=True),
+        mt.RandScaleIntensityFixedMeand(
+            image, factors=0.25 * s, prob=0.15, preserve_range=True, channel_wise=True
+        ),
+        mt.RandSimulateLowResolutiond(image, prob=0.25 * s, zoom_range=(0.5, 1.0)),
+        mt.RandAdjustContrastd(image, 0.1 * s, gamma, invert_image=True, retain_stats=True),
+        mt.RandAdjustContrastd(image, 0.3 * s, gamma, retain_stats=True),
+    ]
+
+
+class _PlainTensors:
+    """Strip MONAI's MetaTensor: slower in a network, and refused by torch.compile(fullgraph)."""
+
+    def __call__(self, item: dict) -> dict:
+        for key in ("image", "label"):
+            value = item[key]
+            item[key] = (value.as_tensor() if isinstance(value, MetaTensor) else value).contiguous()
+        return item
+
+
+class TrainingPatches(torch.utils.data.Dataset):
+    """Sample i of a training run, a function of (seed, i) alone.
+
+    Sample i belongs to batch i // batch_size. Each pass over the cases is a new permutation; the
+    last samples of every batch, a share of `foreground`, are centred on a labelled voxel. Nothing
+    depends on what was drawn before, so a resumed run goes on with exactly the samples it would
+    have had, with any number of loader processes.
+
+    Args:
+        cache_num: cases whose preprocessed volumes stay in memory; None for all.
+
+    Returns:
+        {"image" (C,*patch), "label" (1,*patch), "name"}, plain float32 tensors.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        transforms: mt.Compose,
+        *,
+        batch_size: int,
+        samples: int,
+        seed: int,
+        foreground: float = 0.33,
+        cache_num: int | None = None,
+        progress: bool = False,
+    ):
+        self.cases = list(cases)
+        self.transforms = transforms
+        self.batch_size = batch_size
+        self.samples = samples
+        self.seed = seed
+        self.forced = max(1, round(batch_size * foreground)) if foreground > 0 else 0
+        first_random = next(
+            i for i, step in enumerate(transforms.transforms) if isinstance(step, mt.Randomizable)
+        )
+        self.random_part = mt.Compose(list(transforms.transforms[first_random:]))
+        self.prepare = _InOrder(transforms.transforms[:first_random])
+        kept = self.cases[:cache_num]
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            items = pool.map(self.prepare, kept)
+            self.items = list(
+                tqdm(items, "reading cases", len(kept), disable=not progress, leave=False)
+            )
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict:
+        turn, place = divmod(index, len(self.cases))
+        order = np.random.default_rng([self.seed, 0, turn]).permutation(len(self.cases))
+        number = int(order[place])
+        kept = number < len(self.items)
+        item = dict(self.items[number]) if kept else self.prepare(self.cases[number])
+        item["forced"] = index % self.batch_size >= self.batch_size - self.forced
+        state = int(np.random.default_rng([self.seed, 1, index]).integers(2**31))
+        return self.random_part.set_random_state(seed=state)(item)
