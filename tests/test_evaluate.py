@@ -1,0 +1,212 @@
+"""Dice, HD95 and the evaluate command against brute force, MONAI and constructed files."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from unetrpp.evaluate import _surface_distances, dice_per_class, hd95, run_evaluate
+
+nib = pytest.importorskip("nibabel")
+
+
+def random_shape(seed, shape=(11, 13, 9), blobs=3):
+    generator = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    mask = np.zeros(shape, bool)
+    for _ in range(blobs):
+        centre, radii = generator.uniform(0, shape), generator.uniform(1, 4, 3)
+        mask |= (((grid - centre) / radii) ** 2).sum(-1) <= 1
+    mask[tuple(generator.integers(0, shape))] = True
+    return mask
+
+
+def brute_force_hd95(a, b, spacing):
+    """The definition, voxel by voxel: no erosion, no distance transform, no box."""
+
+    def surface(mask):
+        points = []
+        for index in zip(*np.nonzero(mask), strict=True):
+            for axis in range(3):
+                for step in (-1, 1):
+                    other = list(index)
+                    other[axis] += step
+                    inside = 0 <= other[axis] < mask.shape[axis]
+                    if not inside or not mask[tuple(other)]:
+                        points.append(index)
+        return np.unique(np.array(points), axis=0) * np.array(spacing)
+
+    points_a, points_b = surface(a), surface(b)
+    apart = np.linalg.norm(points_a[:, None] - points_b[None], axis=-1)
+    return np.percentile(np.concatenate([apart.min(1), apart.min(0)]), 95)
+
+
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0), (0.7, 1.3, 5.0)])
+@pytest.mark.parametrize("seed", range(6))
+def test_hd95_matches_brute_force(seed, spacing):
+    a, b = random_shape(seed), random_shape(seed + 100)
+    expected = brute_force_hd95(a, b, spacing or (1, 1, 1))
+    assert hd95(a, b, spacing) == pytest.approx(expected, rel=1e-12)
+    assert hd95(b, a, spacing) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_surface_distances_match_monai(seed):
+    """Both directions as MONAI has them; only how they are combined differs."""
+    metrics = pytest.importorskip("monai.metrics")
+    import torch
+
+    a, b = random_shape(seed), random_shape(seed + 50)
+    spacing = (0.8, 1.0, 2.5)
+    kwargs = dict(include_background=True, percentile=95, spacing=spacing, directed=True)
+    tensor_a, tensor_b = (torch.tensor(mask)[None, None] for mask in (a, b))
+    directed = [
+        metrics.compute_hausdorff_distance(tensor_a, tensor_b, **kwargs).item(),
+        metrics.compute_hausdorff_distance(tensor_b, tensor_a, **kwargs).item(),
+    ]
+    both = _surface_distances(a, b, spacing)
+    split = int((a & ~_eroded(a)).sum())
+    assert np.percentile(both[:split], 95) == pytest.approx(directed[0], rel=1e-5)
+    assert np.percentile(both[split:], 95) == pytest.approx(directed[1], rel=1e-5)
+
+
+def _eroded(mask):
+    from scipy import ndimage
+
+    return ndimage.binary_erosion(mask)
+
+
+def test_hd95_pools_instead_of_taking_the_worse_direction():
+    """A large common slab and a far speck: the percentile over both directions does not see it."""
+    a = np.zeros((40, 40, 40), bool)
+    a[5:35, 5:35, 5:7] = True
+    b = a.copy()
+    b[0, 0, 39] = True
+    assert hd95(a, b) == 0
+    assert hd95(a, a) == 0
+
+
+def test_hd95_of_empty_masks_is_undefined_unless_told():
+    empty, full = np.zeros((4, 4, 4)), np.ones((4, 4, 4))
+    for pair in ((empty, full), (full, empty), (empty, empty)):
+        assert math.isnan(hd95(*pair))
+        assert hd95(*pair, empty=0.0) == 0
+
+
+def test_dice_of_empty_and_disjoint_classes():
+    prediction = np.array([0, 1, 1, 4, 4, 5])
+    label = np.array([0, 1, 2, 2, 4, 4])
+    assert dice_per_class(prediction, label, [1, 2, 4, 3, [4, 5]]) == [2 / 3, 0, 0.5, 1, 0.8]
+    with pytest.raises(ValueError, match="one shape"):
+        dice_per_class(prediction, label[:3], [1])
+    with pytest.raises(ValueError, match="one spacing per axis"):
+        hd95(prediction, label, (1, 1))
+
+
+def save(folder, name, labels, affine=None, dtype=np.uint8):
+    folder.mkdir(exist_ok=True, parents=True)
+    image = nib.Nifti1Image(np.asarray(labels, dtype), np.eye(4) if affine is None else affine)
+    nib.save(image, folder / name)
+    return folder / name
+
+
+@pytest.fixture
+def maps():
+    """A reference with two classes and a prediction that misses one layer of the first."""
+    reference = np.zeros((10, 10, 6), np.uint8)
+    reference[2:6, 2:8, 1:5] = 1
+    reference[7:9, 2:8, 1:5] = 2
+    prediction = reference.copy()
+    prediction[5, 2:8, 1:5] = 0
+    return prediction, reference
+
+
+def test_evaluate_writes_csv_json_and_table(tmp_path, maps, capsys):
+    prediction, reference = maps
+    affine = np.diag([2.0, 1.0, 3.0, 1.0])
+    for case in ("one", "two"):
+        save(tmp_path / "pred", f"{case}.nii.gz", prediction, affine)
+        save(tmp_path / "labelsTr", f"{case}.nii.gz", reference, affine)
+    # In the second case the second class was not predicted at all.
+    save(tmp_path / "pred", "two.nii.gz", np.where(prediction == 2, 0, prediction), affine)
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "tumour": 1, "cyst": 2, "both": [1, 2]}})
+    )
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labelsTr", tmp_path / "out")
+    assert not result.failures
+
+    with (tmp_path / "out" / "scores.csv").open() as stream:
+        rows = {(row["case"], row["class"]): row for row in csv.DictReader(stream)}
+    assert len(rows) == 6
+    tumour = rows["one", "tumour"]
+    assert float(tumour["dice"]) == pytest.approx(2 * 72 / (72 + 96))
+    assert float(tumour["hd95_voxels"]) == 1
+    assert float(tumour["hd95_mm"]) == 2
+    assert rows["one", "both"]["label"] == "1+2"
+    cyst = rows["two", "cyst"]
+    assert float(cyst["dice"]) == 0
+    assert float(cyst["hd95_voxels"]) == 0, "as the published tables count an empty prediction"
+    assert math.isnan(float(cyst["hd95_mm"]))
+
+    content = json.loads((tmp_path / "out" / "scores.json").read_text())
+    summary = content["summary"]["classes"]["cyst"]
+    assert summary["dice"] == {"mean": 0.5, "median": 0.5, "n": 2, "undefined": 0}
+    assert summary["hd95_mm"] == {"mean": 0, "median": 0, "n": 1, "undefined": 1}
+    assert summary["empty"] == 1
+    mean = content["summary"]["mean"]["dice"]["mean"]
+    assert mean == pytest.approx(
+        np.mean([entry["dice"]["mean"] for entry in content["summary"]["classes"].values()])
+    )
+    table = capsys.readouterr().out
+    assert "cyst" in table and "0.5000" in table and "2 cases scored, 0 failed" in table
+
+
+def test_evaluate_names_bad_files_and_does_the_others(tmp_path, maps):
+    prediction, reference = maps
+    for case in ("good", "missing", "shape", "moved", "truncated", "fraction", "unlisted"):
+        save(tmp_path / "labels", f"{case}.nii.gz", reference)
+        save(tmp_path / "pred", f"{case}.nii.gz", prediction)
+    (tmp_path / "pred" / "missing.nii.gz").unlink()
+    save(tmp_path / "pred", "shape.nii.gz", prediction[:-1])
+    moved = np.eye(4)
+    moved[0, 3] = 3
+    save(tmp_path / "pred", "moved.nii.gz", prediction, moved)
+    broken = tmp_path / "pred" / "truncated.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    save(tmp_path / "pred", "fraction.nii.gz", prediction + 0.5, dtype=np.float32)
+    save(tmp_path / "pred", "unlisted.nii.gz", np.where(prediction == 2, 7, prediction))
+
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    assert {row["case"] for row in result.rows} == {"good"}
+    reasons = {name.rsplit("/", 1)[-1].split(".")[0]: why for name, why in result.failures.items()}
+    assert set(reasons) == {"missing", "shape", "moved", "truncated", "fraction", "unlisted"}
+    assert "no prediction" in reasons["missing"]
+    assert "(9, 10, 6)" in reasons["shape"] and "(10, 10, 6)" in reasons["shape"]
+    assert "3 mm away" in reasons["moved"]
+    assert "cannot be read" in reasons["truncated"]
+    assert "whole numbers" in reasons["fraction"]
+    assert "[7]" in reasons["unlisted"]
+    written = json.loads((tmp_path / "pred" / "scores.json").read_text())
+    assert written["failures"] == result.failures
+
+    options = dict(quiet=True, only_predicted=True, check_affine=False)
+    again = run_evaluate(tmp_path / "pred", tmp_path / "labels", **options)
+    assert {row["case"] for row in again.rows} == {"good", "moved"}
+    assert not any("missing" in name for name in again.failures)
+
+
+def test_evaluate_pairs_two_files_and_reads_decathlon_names(tmp_path, maps):
+    prediction, reference = maps
+    first = save(tmp_path / "a", "prediction.nii", prediction.astype(np.float32), dtype=np.float32)
+    second = save(tmp_path / "b", "truth.nii.gz", reference)
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}}))
+    result = run_evaluate(first, second, tmp_path / "out", names=names, quiet=True)
+    assert [row["class"] for row in result.rows] == ["liver", "spleen"]
+    assert result.rows[1]["dice"] == 1
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        run_evaluate(tmp_path / "nowhere", second)
+    with pytest.raises(FileNotFoundError, match="holds no"):
+        run_evaluate(tmp_path / "out", second)
