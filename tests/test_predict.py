@@ -1,0 +1,369 @@
+"""Sliding window and the predict command, on constructed files and on real ones where present."""
+
+import json
+import os
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+nib = pytest.importorskip("nibabel")
+pytest.importorskip("monai")
+
+from unetrpp.data import Preprocessing  # noqa: E402
+from unetrpp.predict import predict_volume, run_predict  # noqa: E402
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+class Thresholds(torch.nn.Module):
+    """Voxel by voxel: class k where the sum of the channels lies between thresholds k-1 and k.
+
+    Logits are linear in the intensity with hinges at the thresholds, so that the boundary after
+    a resampling of the probabilities lies where the intensity crosses the threshold.
+    """
+
+    def __init__(self, *thresholds, steepness=4.0):
+        super().__init__()
+        self.thresholds, self.steepness = thresholds, steepness
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.windows = []
+
+    def forward(self, x):
+        self.windows.append(tuple(x.shape))
+        value = x.sum(1, keepdim=True)
+        logits = [torch.zeros_like(value)]
+        for threshold in self.thresholds:
+            logits.append(logits[-1] + self.steepness * (value - threshold))
+        return torch.cat(logits, 1)
+
+
+class Lopsided(torch.nn.Module):
+    """Two classes whose logits depend on where in the window a voxel lies."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(2, 1, 3, 3, 3, generator=generator))
+
+    def forward(self, x):
+        ramp = torch.arange(x[0, 0].numel(), dtype=x.dtype).reshape(x.shape[2:]) / x[0, 0].numel()
+        return torch.nn.functional.conv3d(x + ramp, self.weight, padding=1)
+
+
+def volume(shape, seed=0):
+    return torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_windows_are_averaged_with_gaussian_weights_after_softmax():
+    model, image, patch = Lopsided(), volume((12, 8, 8)), (8, 8, 8)
+    weight = torch.ones(1)
+    for axis in range(3):
+        axis_shape = [8 if a == axis else 1 for a in range(3)]
+        weight = weight * torch.exp(-((torch.arange(8) - 3.5) ** 2) / 2).reshape(axis_shape)
+    weight = weight.clamp_min(1e-3)
+    total, weights = torch.zeros(1, 2, 12, 8, 8), torch.zeros(12, 8, 8)
+    for start in (0, 4):
+        window = slice(start, start + 8)
+        total[:, :, window] += weight * model(image[:, :, window]).softmax(1).detach()
+        weights[window] += weight
+    found = predict_volume(model, image, patch, overlap=0.5, batch_size=3)
+    torch.testing.assert_close(found, total / weights, rtol=1e-4, atol=1e-5)
+    one_by_one = predict_volume(model, image, patch, overlap=0.5, batch_size=1)
+    torch.testing.assert_close(found, one_by_one)
+
+
+def test_mirroring_averages_all_eight_flips():
+    model, image = Lopsided(), volume((8, 8, 8))
+    expected = 0
+    for bits in np.ndindex(2, 2, 2):
+        flip = [axis + 2 for axis in range(3) if bits[axis]]
+        expected = expected + model(image.flip(flip)).softmax(1).flip(flip).detach() / 8
+    found = predict_volume(model, image, (8, 8, 8), mirror=True)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, predict_volume(model, image, (8, 8, 8)), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 3), (5, 20, 8), (1, 1, 1)])
+def test_volume_smaller_than_the_patch(shape):
+    model, image = Thresholds(0.3), volume(shape)
+    found = predict_volume(model, image, (8, 8, 8))
+    assert found.shape == (1, 2, *shape)
+    torch.testing.assert_close(found, model(image).softmax(1), rtol=1e-4, atol=1e-5)
+    assert {window[2:] for window in model.windows[:-1]} == {(8, 8, 8)}
+
+
+def test_deep_supervision_training_mode_precision_and_errors():
+    class Deep(Lopsided):
+        def forward(self, x):
+            assert not self.training
+            full = super().forward(x)
+            self.dtype = full.dtype
+            return [full, full[..., ::2, ::2, ::2]]
+
+    model, image = Deep(), volume((8, 8, 8))
+    model.train()
+    plain = predict_volume(model, image, (8, 8, 8))
+    assert model.training, "the caller's mode is restored"
+    torch.testing.assert_close(plain, predict_volume(Lopsided(), image, (8, 8, 8)))
+    half = predict_volume(model, image, (8, 8, 8), precision="bf16")
+    assert model.dtype == torch.bfloat16 and half.dtype == torch.float32
+    torch.testing.assert_close(half, plain, rtol=0, atol=0.1)
+    with pytest.raises(ValueError, match="one volume"):
+        predict_volume(model, image[0], (8, 8, 8))
+    with pytest.raises(ValueError, match="overlap"):
+        predict_volume(model, image, (8, 8, 8), overlap=1.0)
+
+
+@pytest.fixture
+def checkpoint(monkeypatch, tmp_path):
+    """Make `run_predict` load a given model with given preprocessing; returns the folder."""
+
+    def install(model, channels=("T1",), spacing=None, patch=(16, 16, 16), labels=2):
+        preprocessing = Preprocessing(
+            channels=list(channels),
+            normalization=["ct"] * len(channels),
+            intensity=[{"lower": -1e9, "upper": 1e9, "mean": 0.0, "std": 1.0}] * len(channels),
+            spacing=list(spacing) if spacing else None,
+            patch_size=list(patch),
+            labels={f"name {value}": value for value in range(labels)},
+        )
+        config = {"name": "unetrpp", "args": {}, "preprocessing": preprocessing.to_dict()}
+        stub = types.SimpleNamespace(load_checkpoint=lambda folder, img_size=None: (model, config))
+        monkeypatch.setitem(__import__("sys").modules, "unetrpp.checkpoint", stub)
+        return tmp_path / "checkpoint"
+
+    return install
+
+
+def oblique(spacing=(1.0, 1.0, 1.0), codes="RAS", angle=0.3):
+    """An affine with tilted axes, given handedness and an offset."""
+    turn = np.eye(3)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    order = nib.orientations.axcodes2ornt(codes)
+    start = np.zeros((3, 3))
+    for axis, (target, sign) in enumerate(order):
+        start[int(target), axis] = sign * spacing[axis]
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ start
+    affine[:3, 3] = (-12.5, 7.25, 31.0)
+    return affine
+
+
+def smooth(shape, seed=0):
+    """A smooth random field with about unit deviation."""
+    from scipy import ndimage
+
+    field = np.random.default_rng(seed).standard_normal(shape)
+    field = ndimage.gaussian_filter(field, 2.5)
+    return (field / field.std()).astype(np.float32)
+
+
+def save(file, values, affine=None, codes=(1, 1)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(values, np.eye(4) if affine is None else affine)
+    image.set_sform(image.affine, codes[0])
+    image.set_qform(image.affine, codes[1])
+    image.header["xyzt_units"] = 10
+    nib.save(image, file)
+    return file
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SLA"])
+def test_label_map_lies_on_the_grid_of_its_input(tmp_path, checkpoint, codes):
+    """A voxelwise network and no resampling: every voxel must come back where it was."""
+    values, affine = smooth((21, 18, 9)), oblique((0.8, 0.8, 3.0), codes)
+    source = save(tmp_path / "in" / "case.nii.gz", values, affine, codes=(2, 1))
+    folder = checkpoint(Thresholds(-0.5, 0.5), labels=3)
+    result = run_predict([source], tmp_path / "out", folder, quiet=True)
+    assert not result.failures and list(result.outputs) == ["case"]
+    original, written = nib.load(source), nib.load(tmp_path / "out" / "case.nii.gz")
+    np.testing.assert_array_equal(
+        np.asarray(written.dataobj), (values > -0.5).astype(int) + (values > 0.5)
+    )
+    assert written.get_data_dtype() == np.uint8
+    for entry in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "quatern_b",
+                  "qoffset_x", "xyzt_units"):  # fmt: skip
+        assert written.header[entry].tobytes() == original.header[entry].tobytes(), entry
+    np.testing.assert_array_equal(written.affine, original.affine)
+    assert written.header.get_zooms() == original.header.get_zooms()
+
+
+@pytest.mark.parametrize("codes", ["RAS", "SLA"])
+def test_resampled_probabilities_come_back_to_the_original_grid(tmp_path, checkpoint, codes):
+    """Boundaries of a smooth field survive resampling there and back to half a fine voxel."""
+    shape, spacing = (40, 36, 14), (0.7, 0.9, 2.4)
+    values = smooth(shape)
+    source = save(tmp_path / "case.nii.gz", values, oblique(spacing, codes))
+    model = Thresholds(0.0, 1.0, steepness=2.0)
+    folder = checkpoint(model, spacing=(1.0, 1.0, 1.0), labels=3)
+    run_predict([source], tmp_path / "out", folder, quiet=True)
+    found = np.asarray(nib.load(tmp_path / "out" / "case.nii.gz").dataobj)
+    expected = (values > 0).astype(int) + (values > 1)
+    assert found.shape == shape
+    # A shift by one voxel along any axis would cost more than is allowed here.
+    agreement = (found == expected).mean()
+    shifted = max((np.roll(expected, 1, axis) == expected).mean() for axis in (0, 1))
+    assert agreement > 0.95 > shifted
+
+
+def test_several_channels_as_files_and_as_one_4d_file(tmp_path, checkpoint):
+    first, second = smooth((17, 15, 6), 1), smooth((17, 15, 6), 2)
+    affine = oblique(codes="LPS")
+    save(tmp_path / "in" / "a_0000.nii.gz", first, affine)
+    save(tmp_path / "in" / "a_0001.nii.gz", second, affine)
+    save(tmp_path / "in" / "b.nii.gz", np.stack([first, second], -1), affine)
+    save(tmp_path / "in" / "year_2024.nii.gz", np.stack([second, first], -1), affine)
+    folder = checkpoint(Thresholds(0.2), channels=("Flair", "T1c"))
+    result = run_predict([tmp_path / "in"], tmp_path / "out", folder, quiet=True)
+    assert not result.failures
+    assert set(result.outputs) == {"a", "b", "year_2024"}
+    for file in result.outputs.values():
+        image = nib.load(file)
+        np.testing.assert_array_equal(np.asarray(image.dataobj), first + second > 0.2)
+        np.testing.assert_array_equal(image.affine, nib.load(tmp_path / "in/b.nii.gz").affine)
+    record = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert record["labels"] == {"name 0": 0, "name 1": 1}
+    assert set(record["seconds"]) == {"a", "b", "year_2024"}
+
+
+def test_bad_files_are_named_and_the_others_done(tmp_path, checkpoint, capsys):
+    folder, inputs = checkpoint(Thresholds(0.0)), tmp_path / "in"
+    values = smooth((12, 12, 12))
+    for name in ("good", "also_good", "truncated", "not_nifti"):
+        save(inputs / f"{name}.nii.gz", values)
+    truncated = inputs / "truncated.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
+    (inputs / "not_nifti.nii.gz").write_text("hello")
+    holes = values.copy()
+    holes[3, 3, 3] = np.nan
+    save(inputs / "holes.nii.gz", holes)
+    save(inputs / "channels.nii.gz", np.stack([values, values], -1))
+    save(inputs / "._hidden.nii.gz", values)
+    text = tmp_path / "notes.txt"
+    text.write_text("no volume")
+
+    result = run_predict([inputs, tmp_path / "nowhere.nii.gz", text], tmp_path / "out", folder)
+    assert set(result.outputs) == {"good", "also_good"}
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "also_good.nii.gz",
+        "good.nii.gz",
+        "prediction.json",
+    ]
+    reasons = {Path(name).name.split(".")[0]: why for name, why in result.failures.items()}
+    assert set(reasons) == {"truncated", "not_nifti", "holes", "channels", "nowhere", "notes"}
+    assert "NaN" in reasons["holes"] and "2 channel" in reasons["channels"]
+    assert "does not exist" in reasons["nowhere"]
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED") == 6
+    assert "2 volumes predicted" in printed and "6 failed" in printed
+
+
+def test_missing_channel_is_named(tmp_path, checkpoint):
+    folder = checkpoint(Thresholds(0.0), channels=("Flair", "T1c"))
+    save(tmp_path / "in" / "a_0001.nii.gz", smooth((8, 8, 8)))
+    save(tmp_path / "in" / "b_0000.nii.gz", smooth((8, 8, 8)))
+    result = run_predict([tmp_path / "in"], tmp_path / "out", folder, quiet=True)
+    assert not result.outputs
+    reasons = {Path(name).name: why for name, why in result.failures.items()}
+    assert "a_0000.nii.gz" in reasons["a_0001.nii.gz"]
+    assert "1 channel" in reasons["b_0000.nii.gz"] and "T1c" in reasons["b_0000.nii.gz"]
+
+
+def test_nothing_is_overwritten(tmp_path, checkpoint):
+    folder = checkpoint(Thresholds(0.0))
+    values = smooth((8, 8, 8))
+    one = save(tmp_path / "one" / "case.nii.gz", values)
+    two = save(tmp_path / "two" / "case.nii.gz", values)
+    before = one.read_bytes()
+    with pytest.raises(ValueError, match="both be written"):
+        run_predict([one, two], tmp_path / "out", folder, quiet=True)
+    with pytest.raises(ValueError, match="never overwritten"):
+        run_predict([one], tmp_path / "one", folder, overwrite=True, quiet=True)
+    os.symlink(tmp_path / "one", tmp_path / "link")
+    with pytest.raises(ValueError, match="never overwritten"):
+        run_predict([one], tmp_path / "link" / "case.nii.gz", folder, overwrite=True, quiet=True)
+    with pytest.raises(ValueError, match="is one file"):
+        other = save(tmp_path / "two" / "other.nii.gz", values)
+        run_predict([one, other], tmp_path / "out.nii.gz", folder, quiet=True)
+    with pytest.raises(ValueError, match="device"):
+        run_predict([one], tmp_path / "out", folder, device="abacus", quiet=True)
+    assert one.read_bytes() == before and not (tmp_path / "out").exists()
+
+    target = tmp_path / "out" / "map.nii"
+    assert not run_predict([one, one], target, folder, quiet=True).failures
+    assert [f.name for f in target.parent.iterdir()] == ["map.nii"]
+    again = run_predict([one], target, folder, quiet=True)
+    assert "overwrite" in again.failures[str(one)]
+    assert not run_predict([one], target, folder, overwrite=True, quiet=True).failures
+
+
+def test_failed_write_leaves_nothing_behind(tmp_path, checkpoint, monkeypatch):
+    folder = checkpoint(Thresholds(0.0))
+    source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))
+
+    def full_disk(image, file):
+        Path(file).write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(nib, "save", full_disk)
+    result = run_predict([source], tmp_path / "out", folder, quiet=True)
+    assert "no space left" in result.failures[str(source)]
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["prediction.json"]
+
+
+def test_broken_network_writes_no_label_map(tmp_path, checkpoint):
+    model = Thresholds(0.0, steepness=float("nan"))
+    source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))
+    result = run_predict([source], tmp_path / "out", checkpoint(model), quiet=True)
+    assert "NaN" in result.failures[str(source)] and not result.outputs
+
+
+def real(*names):
+    """Copies under the nnU-Net names are links: the data stays where it is."""
+    files = [REAL / name for name in names]
+    if not all(file.exists() for file in files):
+        pytest.skip(f"{files[0]} is not there (real volumes beside the repository)")
+    return files
+
+
+@pytest.mark.parametrize(
+    "name, spacing",
+    [
+        ("acdc_subset/imagesTr/patient041_frame01.nii.gz", None),
+        ("totalsegmentator_example/example_mr_sm.nii.gz", (4.0, 3.0, 3.5)),
+        ("totalsegmentator_example/example_ct_sm.nii.gz", (5.0, 5.0, 5.0)),
+    ],
+)
+def test_real_file_keeps_its_grid(tmp_path, checkpoint, name, spacing):
+    (source,) = real(name)
+    values = np.asarray(nib.load(source).dataobj, np.float32)
+    threshold = float(np.median(values) + 50)
+    model = Thresholds(threshold, steepness=0.05)
+    folder = checkpoint(model, spacing=spacing, patch=(16, 64, 64))
+    result = run_predict([source], tmp_path, folder, quiet=True)
+    assert not result.failures
+    original, written = nib.load(source), nib.load(next(iter(result.outputs.values())))
+    assert written.shape == original.shape
+    np.testing.assert_array_equal(written.affine, original.affine)
+    for entry in ("sform_code", "qform_code"):
+        assert written.header[entry] == original.header[entry]
+    agreement = (np.asarray(written.dataobj) == (values > threshold)).mean()
+    assert agreement == 1 if spacing is None else agreement > 0.85
+
+
+def test_real_two_channel_volume(tmp_path, checkpoint):
+    stem = "brats2013_sample/brats_2013_pat0005_1_{}_subtrMeanDivStd.nii.gz"
+    files = real(stem.format("Flair"), stem.format("T1c"))
+    (tmp_path / "in").mkdir()
+    for channel, file in enumerate(files):
+        os.symlink(file, tmp_path / "in" / f"pat0005_{channel:04d}.nii.gz")
+    folder = checkpoint(Thresholds(1.0), channels=("Flair", "T1c"), patch=(96, 128, 128))
+    result = run_predict([tmp_path / "in"], tmp_path / "out", folder, quiet=True)
+    assert not result.failures and list(result.outputs) == ["pat0005"]
+    written = nib.load(result.outputs["pat0005"])
+    total = sum(np.asarray(nib.load(file).dataobj, np.float32) for file in files)
+    assert (np.asarray(written.dataobj) == (total > 1)).mean() > 0.9999
+    np.testing.assert_array_equal(written.affine, nib.load(files[0]).affine)

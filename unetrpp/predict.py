@@ -1,0 +1,428 @@
+"""Trained network and volumes of any size -> label maps on the volumes' own grids.
+
+  predict_volume   (1, C, X, Y, Z) -> class probabilities (1, K, X, Y, Z), by sliding window
+  run_predict      NIfTI files -> preprocessing of the checkpoint -> predict_volume
+                   -> probabilities back on the file's grid -> arg-max -> NIfTI
+
+Relies on unetrpp.data for reading and preprocessing, so that a volume is seen exactly as in
+training, and on MONAI for the sliding window and for undoing orientation and spacing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from unetrpp.data import Case, Preprocessing
+
+__all__ = ["Prediction", "predict_volume", "run_predict"]
+
+
+@torch.no_grad()
+def predict_volume(
+    model: torch.nn.Module,
+    image: torch.Tensor,
+    patch_size: Sequence[int],
+    *,
+    overlap: float = 0.5,
+    mirror: bool = False,
+    batch_size: int = 2,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    stitch_device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Class probabilities of a volume: sum_w g_w softmax(model(window_w)) / sum_w g_w.
+
+    The windows have the size of the patch and overlap; g is a Gaussian with sigma = patch / 8,
+    so that a voxel listens to the windows in whose middle it lies; weights below 1e-3 of the peak
+    are raised to that. Softmax comes before the average, as in the published code. A volume
+    smaller than the patch is padded with zeros.
+
+    Args:
+        model: maps (B, C, *patch_size) to logits (B, K, *patch_size); of a list (deep
+            supervision) the first is used. Runs in eval mode and returns to its own after.
+        image (1, C, X, Y, Z): preprocessed volume, on any device.
+        patch_size: size of a window along each axis, in voxels.
+        overlap: share of a window that it has in common with the next one, in [0, 1).
+        mirror: average over the 8 combinations of flips along the axes; 8 times the work.
+        batch_size: windows given to the model at once.
+        precision: "bf16" runs the model under autocast; sums and softmax stay in float32.
+        stitch_device: where the volume is put together; the model's device if not given.
+
+    Returns:
+        Probabilities (1, K, X, Y, Z), float32, on stitch_device.
+
+    Raises:
+        ValueError: image is not a batch of one volume, or overlap is out of range.
+    """
+    from monai.inferers import sliding_window_inference
+
+    if image.ndim != 5 or image.shape[0] != 1:
+        raise ValueError(
+            f"predict_volume: image must be one volume (1, C, X, Y, Z), got {tuple(image.shape)}"
+        )
+    if not 0 <= overlap < 1:
+        raise ValueError(f"predict_volume: overlap must be at least 0 and below 1, got {overlap}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    axes = (2, 3, 4)
+    flips = [f for n in range(4) for f in itertools.combinations(axes, n)] if mirror else [()]
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+    def probabilities(windows: torch.Tensor) -> torch.Tensor:  # (B, C, *patch) -> (B, K, *patch)
+        total: Any = 0
+        for flip in flips:
+            with autocast:
+                logits = model(windows.flip(flip) if flip else windows)
+            if isinstance(logits, (list, tuple)):
+                logits = logits[0]
+            probability = logits.float().softmax(1)
+            total = total + (probability.flip(flip) if flip else probability)
+        return total / len(flips)
+
+    # MONAI's tensor subclass would follow the data through the network and slow it down.
+    image = image.as_tensor() if hasattr(image, "as_tensor") else image
+    was_training = model.training
+    model.eval()
+    try:
+        return sliding_window_inference(
+            image,
+            roi_size=tuple(patch_size),
+            sw_batch_size=batch_size,
+            predictor=probabilities,
+            overlap=overlap,
+            mode="gaussian",
+            sigma_scale=0.125,
+            padding_mode="constant",
+            sw_device=device,
+            device=torch.device(stitch_device) if stitch_device is not None else device,
+        )
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class Prediction:
+    """What `run_predict` did.
+
+    Attributes:
+        outputs: case name to the label map that was written.
+        failures: file or case name to the reason why it has no label map; empty if all went
+            well, otherwise a command should end with a non-zero exit code.
+        seconds: case name to the wall-clock time from reading to writing.
+    """
+
+    outputs: dict[str, Path] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_predict(
+    inputs: list[Path],
+    output: Path,
+    checkpoint: Path,
+    *,
+    overlap: float = 0.5,
+    mirror: bool = False,
+    batch_size: int = 2,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Prediction:
+    """Segment NIfTI volumes with a trained checkpoint.
+
+    A label map has the affine (both forms and their codes), spacing and shape of its input and
+    the smallest integer type that holds the labels. Several channels are one 4-D file or files
+    named NAME_0000.nii.gz, NAME_0001.nii.gz, ...; the label map is then NAME.nii.gz. A file that
+    cannot be used is named with the reason, and the others are still done.
+
+    Args:
+        inputs: NIfTI files, or folders with such files.
+        output: Folder for the label maps; or the name of one, if there is one input.
+        checkpoint: Checkpoint folder of a training run, e.g. RUN/best.
+        overlap: Share of a window that it has in common with the next one.
+        mirror: Average over all 8 mirrored versions; slower by 8, often slightly better.
+        batch_size: Windows computed at once; lower it if memory runs out.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        precision: "fp32", or "bf16" (faster where the device has it).
+        overwrite: Replace label maps that exist; without it such a case is an error.
+        quiet: Print nothing.
+
+    Returns:
+        Outputs, failures and timing. A folder also gets prediction.json with these, the class
+        names and the options.
+
+    Raises:
+        FileNotFoundError: no input at all.
+        ValueError: two inputs would be written to the same place, an output would replace an
+            input, or the device is unknown.
+    """
+    from tqdm import tqdm
+
+    from unetrpp.checkpoint import load_checkpoint
+    from unetrpp.data import Preprocessing
+
+    result = Prediction()
+    torch_device = _device(device)
+    model, config = load_checkpoint(checkpoint)
+    preprocessing = Preprocessing.from_dict(config["preprocessing"])
+    cases = _collect([Path(path) for path in inputs], len(preprocessing.channels), result.failures)
+    targets = _targets(cases, Path(output))
+    model.to(torch_device)
+
+    folder = Path(output) if not _is_nifti(Path(output)) else Path(output).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in tqdm(cases, desc="predict", unit="volume", disable=True if quiet else None):
+        start = time.perf_counter()
+        target = targets[case.name]
+        try:
+            if target.exists() and not overwrite:
+                raise FileExistsError(f"{target} exists; set overwrite to replace it")
+            labels = _predict_case(
+                model,
+                case,
+                preprocessing,
+                overlap=overlap,
+                mirror=mirror,
+                batch_size=batch_size,
+                precision=precision,
+            )
+            _write_labels(target, labels, case.images[0])
+        except Exception as error:  # whatever one file does, the others are still done
+            result.failures[str(case.images[0])] = _reason(error)
+            continue
+        result.outputs[case.name] = target
+        result.seconds[case.name] = time.perf_counter() - start
+
+    if folder == Path(output):
+        options = {
+            "overlap": overlap,
+            "mirror": mirror,
+            "device": str(torch_device),
+            "precision": precision,
+        }
+        _write_record(folder / "prediction.json", result, checkpoint, config, options)
+    if not quiet:
+        for name, reason in result.failures.items():
+            print(f"FAILED {name}: {reason}")
+        seconds = sum(result.seconds.values())
+        print(
+            f"{len(result.outputs)} volumes predicted in {seconds:.1f} s, "
+            f"{len(result.failures)} failed; label maps in {output}"
+        )
+    return result
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"run_predict: device {name!r} cannot be used here ({str(error).splitlines()[0]}); "
+            "'auto' takes what there is"
+        ) from error
+    return device
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.endswith((".nii", ".nii.gz"))
+
+
+def _collect(inputs: Sequence[Path], channels: int, failures: dict[str, str]) -> list[Case]:
+    """Group the files into cases; what is no usable input goes to failures."""
+    from unetrpp.data import Case
+
+    files: dict[Path, None] = {}  # a dict keeps the order and drops a file that is given twice
+    for path in inputs:
+        if path.is_dir():
+            found = [f for f in sorted(path.iterdir()) if _is_nifti(f) and f.name[0] != "."]
+            if not found:
+                failures[str(path)] = "the folder holds no .nii or .nii.gz file"
+            files.update(dict.fromkeys(file.absolute() for file in found))
+        elif not path.exists():
+            failures[str(path)] = "does not exist"
+        elif not _is_nifti(path):
+            failures[str(path)] = "only .nii and .nii.gz files are read"
+        else:
+            files[path.absolute()] = None
+    if not files and not failures:
+        raise FileNotFoundError("run_predict: no input was given")
+
+    groups: dict[tuple[Path, str], dict[int, Path]] = {}
+    for file in files:
+        name, channel = file.name.removesuffix(".gz").removesuffix(".nii"), 0
+        number = re.search(r"_(\d{4})$", name)
+        # Only a number that the model has a channel for: "scan_2024.nii.gz" keeps its name.
+        if number and int(number[1]) < channels:
+            name, channel = name[: number.start()], int(number[1])
+        if channel in groups.setdefault((file.parent, name), {}):
+            raise ValueError(
+                f"run_predict: {groups[file.parent, name][channel]} and {file} are the same "
+                "channel of one case; give one of them"
+            )
+        groups[file.parent, name][channel] = file
+
+    cases = []
+    for (_, name), images in groups.items():
+        missing = [channel for channel in range(channels) if channel not in images]
+        # A single file may hold all channels in its fourth axis; reading it will tell.
+        if missing and set(images) != {0}:
+            failures[str(next(iter(images.values())))] = (
+                f"of its {channels} channels, number {', '.join(map(str, missing))} is missing: "
+                f"there is no {name}_{missing[0]:04d}.nii.gz"
+            )
+            continue
+        cases.append(Case(name, tuple(images[channel] for channel in sorted(images))))
+    return cases
+
+
+def _targets(cases: Sequence[Case], output: Path) -> dict[str, Path]:
+    """Case name to output file, refusing everything that would lose data."""
+    if _is_nifti(output):
+        if len(cases) > 1:
+            raise ValueError(
+                f"run_predict: output {output} is one file, but there are {len(cases)} inputs; "
+                "name a folder"
+            )
+        targets = {case.name: output for case in cases}
+    else:
+        by_name: dict[str, Path] = {}
+        for case in cases:
+            other = by_name.setdefault(case.name, case.images[0])
+            if other != case.images[0]:
+                raise ValueError(
+                    f"run_predict: {other} and {case.images[0]} would both be written to "
+                    f"{output / case.name}.nii.gz; predict them into different folders"
+                )
+        targets = {case.name: output / f"{case.name}.nii.gz" for case in cases}
+    originals = {image.resolve() for case in cases for image in case.images}
+    for target in targets.values():
+        if target.resolve() in originals:
+            raise ValueError(
+                f"run_predict: the output {target} is one of the inputs, which are never "
+                "overwritten; name another folder"
+            )
+    return targets
+
+
+def _predict_case(
+    model: torch.nn.Module, case: Case, preprocessing: Preprocessing, **options
+) -> np.ndarray:
+    """The label map (X, Y, Z) of a case, on the grid of its files."""
+    from unetrpp.data import inference_transforms
+
+    # MONAI undoes a transform only through the very object that applied it.
+    transforms, item = inference_transforms(preprocessing), case
+    for step in transforms.transforms:
+        item = step(item)
+    image = item["image"]  # (C, S, P, L)
+    voxels = image[0].numel() * len(preprocessing.labels)
+    probabilities = predict_volume(
+        model,
+        image[None],
+        preprocessing.patch_size,
+        stitch_device=_stitch_device(model, voxels),
+        **options,
+    )[0].cpu()  # (K, S, P, L)
+    if not torch.isfinite(probabilities).all():
+        raise RuntimeError(
+            "the network's output holds NaN or infinite values; try precision fp32, and check "
+            "that the checkpoint comes from a finished training"
+        )
+
+    # One class at a time: on the file's grid all classes together may not fit into memory.
+    best = labels = None
+    for value, probability in enumerate(probabilities):
+        turned = _like(probability[None], image)
+        restored = transforms.inverse({"image": turned})["image"].as_tensor()[0]  # (X, Y, Z)
+        if best is None:
+            best, labels = restored, torch.zeros(restored.shape, dtype=torch.int32)
+        else:
+            labels[restored > best] = value
+            best = torch.maximum(best, restored)
+    return labels.numpy().astype(np.min_scalar_type(len(probabilities) - 1))
+
+
+def _like(values: torch.Tensor, image: Any) -> Any:
+    """values with the history of image, so that MONAI can undo it."""
+    from monai.data import MetaTensor
+
+    return MetaTensor(
+        values,
+        meta=dict(image.meta),
+        applied_operations=list(image.applied_operations),
+    )
+
+
+def _stitch_device(model: torch.nn.Module, values: int) -> torch.device:
+    """The model's device, or the CPU where the probabilities would fill more than half of it."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # The sum of weighted probabilities, its normalised copy and the weights, in float32.
+        if 3 * 4 * values > free / 2:
+            return torch.device("cpu")
+    return device
+
+
+def _write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
+    """Write labels (X, Y, Z) with the geometry of source, whole or not at all."""
+    import nibabel as nib
+
+    original = nib.load(source)
+    if labels.shape != original.shape[:3]:
+        raise RuntimeError(f"label map {labels.shape} does not fit the input {original.shape[:3]}")
+    kind = nib.Nifti2Image if isinstance(original, nib.Nifti2Image) else nib.Nifti1Image
+    header = kind.header_class.from_header(original.header)
+    header.set_data_dtype(labels.dtype)
+    header.set_data_shape(labels.shape)
+    header.set_slope_inter(1, 0)
+    # What the original says about its intensities and its fourth axis does not hold here.
+    header["pixdim"][4:] = 1
+    header["cal_min"], header["cal_max"] = 0, 0
+    header["descrip"] = b"label map"
+    header.set_intent("none")
+    # With a header whose affine is this one, nibabel leaves qform, sform and codes untouched.
+    image = kind(labels, original.affine, header)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        nib.save(image, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    expected = (ValueError, OSError, RuntimeError)
+    text = str(error) or type(error).__name__
+    return text if isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+def _write_record(
+    file: Path, result: Prediction, checkpoint: Path, config: dict, options: dict
+) -> None:
+    record = {
+        "checkpoint": str(checkpoint),
+        "labels": config["preprocessing"]["labels"],
+        "options": options,
+        "outputs": {name: str(path) for name, path in result.outputs.items()},
+        "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
+        "failures": result.failures,
+    }
+    file.write_text(json.dumps(record, indent=1) + "\n")
