@@ -1,0 +1,175 @@
+"""The ops of a backend, registered with torch.library: schema, fake, autograd.
+
+Every backend registers the same schemas in a namespace of its own, so that a profile or a
+compiled graph names the backend that ran: torch.ops.epa_kernels_<backend>.<op>.
+
+    <op>       inputs, seed, options                       -> result, what is kept for backward
+    <op>_bwd   gradient of the result, inputs, kept, seed  -> gradient of each input
+
+An absent optional input has a gradient of size 0 in the op, and None in autograd. A `_bwd` op has
+no derivative of its own: it raises and names the reference backend.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import accumulate_dtype
+
+
+def plan(num_tokens: int, channels: int) -> str:
+    """Plan of paired_attention: "two_pass", or "direct" where C x C algebra costs more than tokens.
+
+    A direct plan keeps nothing but x for backward; its small kept tensors have size 0.
+    """
+    return "direct" if num_tokens < 2 * channels else "two_pass"
+
+
+class Op(NamedTuple):
+    inputs: str  # differentiable, in the order of reference.<op>
+    options: str
+    kept: tuple[str, ...]  # outputs beside the result, saved for backward
+    fake: Callable[..., tuple[Tensor, ...]]
+
+
+def _fake_paired_attention(x, _, __, proj_k_weight, ___, proj_v_weight, *____, **_____):
+    B, N, C = x.shape
+    kept = accumulate_dtype(x.dtype)
+    y = x.new_empty(B, N, C)
+    if plan(N, C) == "direct":
+        return y, *(x.new_empty(0, dtype=kept) for _ in range(3))
+    projections = 1 if proj_v_weight is None else 2
+    return (
+        y,
+        x.new_empty(B, C, dtype=kept),
+        x.new_empty(B, C, C, dtype=kept),
+        x.new_empty(B, projections, proj_k_weight.shape[0], C, dtype=kept),
+    )
+
+
+def _fake_spatial_attention(q, *_, **__):
+    B, N, H, D = q.shape
+    return q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=accumulate_dtype(q.dtype))
+
+
+def _fake_channel_attention(q, *_, **__):
+    B, N, H, D = q.shape
+    kept = accumulate_dtype(q.dtype)
+    norms = (q.new_empty(B, H, D, dtype=kept) for _ in range(2))
+    return q.new_empty(B, N, H, D), q.new_empty(B, H, D, D, dtype=kept), *norms
+
+
+OPS = {
+    "paired_attention": Op(
+        "Tensor x, Tensor qkvv_weight, Tensor? qkvv_bias, Tensor proj_k_weight, "
+        "Tensor? proj_k_bias, Tensor? proj_v_weight, Tensor? proj_v_bias, Tensor temperature, "
+        "Tensor temperature2, Tensor? out_proj_weight, Tensor? out_proj_bias, "
+        "Tensor? out_proj2_weight, Tensor? out_proj2_bias",
+        "int num_heads, str kind, str layout, float channel_dropout_p, float spatial_dropout_p",
+        ("mean", "gram", "projected"),
+        _fake_paired_attention,
+    ),
+    "spatial_attention": Op(
+        "Tensor q, Tensor k_proj, Tensor v_proj, Tensor temperature",
+        "bool normalize, float dropout_p",
+        ("q_norm",),
+        _fake_spatial_attention,
+    ),
+    "channel_attention": Op(
+        "Tensor q, Tensor k, Tensor v, Tensor temperature",
+        "float dropout_p",
+        ("gram", "q_norm", "k_norm"),
+        _fake_channel_attention,
+    ),
+}
+
+
+def empty_gradient(t: Tensor | None, like: Tensor) -> Tensor:
+    """Uninitialised gradient of an input: with its strides where dense, of size 0 where absent."""
+    return like.new_empty(0) if t is None else torch.empty_like(t)
+
+
+def _define(library: torch.library.Library, backend: str, name: str) -> tuple[str, str]:
+    """Define the schemas of an op and of its backward; returns their qualified names."""
+    op = OPS[name]
+    kept = ", ".join(f"Tensor {k}" for k in op.kept)
+    results = ", ".join(["Tensor"] * (1 + len(op.kept)))
+    gradients = ", ".join(["Tensor"] * op.inputs.count("Tensor"))
+    library.define(f"{name}({op.inputs}, Tensor? seed, *, {op.options}) -> ({results})")
+    library.define(
+        f"{name}_bwd(Tensor dout, {op.inputs}, {kept}, Tensor? seed, *, {op.options})"
+        f" -> ({gradients})"
+    )
+    return f"epa_kernels_{backend}::{name}", f"epa_kernels_{backend}::{name}_bwd"
+
+
+def _register_op(
+    library: torch.library.Library, backend: str, name: str
+) -> Callable[..., Tensor]:
+    forward_name, backward_name = _define(library, backend, name)
+    count = OPS[name].inputs.count("Tensor")
+    forward_op = getattr(getattr(torch.ops, library.ns), name).default
+    backward_op = getattr(getattr(torch.ops, library.ns), f"{name}_bwd").default
+
+    def setup_context(ctx, inputs, keyword_only_inputs, output):
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        *tensors, seed = inputs
+        ctx.save_for_backward(*tensors, *kept, seed)
+        ctx.options = keyword_only_inputs
+
+    def backward(ctx, dout, *_):
+        gradients = backward_op(dout, *ctx.saved_tensors, **ctx.options)
+        return *(
+            g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+        ), None  # fmt: skip
+
+    def second_backward(ctx, *_):
+        raise RuntimeError(
+            f"{name}: backend {backend!r} has no second derivative; differentiate twice under "
+            f"epa_kernels.use_backend('reference')."
+        )
+
+    def fake_backward(dout, *inputs, **_):
+        return tuple(empty_gradient(t, inputs[0]) for t in inputs[:count])
+
+    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
+    register_fake(forward_name, OPS[name].fake, lib=library)
+    register_fake(backward_name, fake_backward, lib=library)
+    register_autograd(forward_name, backward, setup_context=setup_context, lib=library)
+    register_autograd(backward_name, second_backward, lib=library)
+
+    def run(*tensors, seed, **options):
+        return forward_op(*tensors, seed, **options)[0]
+
+    return run
+
+
+_libraries: list[torch.library.Library] = []  # a registration lives as long as its Library
+
+
+def register(
+    backend: str, dispatch_key: str = "CompositeExplicitAutograd"
+) -> dict[str, Callable[..., Tensor]]:
+    """Register every op of a backend.
+
+    Args:
+        backend: name of the backend and of the module in this package that implements it with a
+            function for each schema, named like it.
+        dispatch_key: where the implementation runs; the default is every device.
+
+    Returns:
+        op name -> function with the signature of `reference.<op>`.
+    """
+    implementation = importlib.import_module(f".{backend}", __package__)
+    library = torch.library.Library(f"epa_kernels_{backend}", "DEF")
+    _libraries.append(library)
+    functions = {}
+    for name in OPS:
+        functions[name] = _register_op(library, backend, name)
+        for schema in (name, f"{name}_bwd"):
+            library.impl(schema, getattr(implementation, schema), dispatch_key)
+    return functions

@@ -1,0 +1,190 @@
+"""THE SPEC: paired, spatial and channel attention in plain PyTorch.
+
+Every other backend is tested against these functions. They take any floating dtype, are twice
+differentiable, and export (torch.export, ONNX). Matrix products run in the dtype of the input;
+norms and softmaxes run in float32 (float64 for float64 input), as under automatic mixed precision.
+
+Axes: B batch, N tokens, C channels, H heads, D = C/H head dim, P projected tokens.
+Source: Shaker et al., "UNETR++: Delving into efficient and accurate 3D medical image
+segmentation", TMI 2024, and the three variants of its published code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
+
+NORM_EPS = 1e-12
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every smaller floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalize_tokens(t: Tensor) -> Tensor:
+    """t / max(|t|, 1e-12), the norm of each channel taken over the tokens; t (B, N, H, D)."""
+    wide = t.to(accumulate_dtype(t.dtype))
+    return F.normalize(wide, dim=1, eps=NORM_EPS).to(t.dtype)
+
+
+def _softmax_dropout(
+    logits: Tensor, temperature: Tensor, p: float, seed: Tensor | None, map_index: int
+) -> Tensor:
+    """dropout(softmax(temperature * logits)) over the last axis; logits (B, H, rows, columns)."""
+    wide = logits.to(accumulate_dtype(logits.dtype))
+    weights = torch.softmax(temperature.to(wide.dtype).view(-1, 1, 1) * wide, dim=-1)
+    if p > 0:
+        rows = torch.arange(weights[..., 0].numel(), device=weights.device)
+        weights = weights * dropout_multiplier(
+            seed, rows.view(weights.shape[:-1]), weights.shape[-1], p, map_index, weights.dtype
+        )
+    return weights.to(logits.dtype)
+
+
+def channel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Channels attend to channels.
+
+        out[n,i] = sum_j A[i,j] v[n,j],   A = dropout(softmax_j(temperature <q^_i, k^_j>))
+        q^ = q / max(|q|, 1e-12), k^ likewise; norms and <.,.> over the N tokens, per head
+
+    Args:
+        q, k, v (B, N, H, D): same dtype and device.
+        temperature (H) or (1): any shape with so many elements.
+        dropout_p: probability of dropping an element of A, 0 <= dropout_p < 1, default 0.
+        seed (): int64; the mask is the one of `rng`, map CHANNEL_MAP. Needed if dropout_p > 0.
+
+    Returns:
+        out (B, N, H, D), dtype of q.
+    """
+    gram = torch.einsum("bnhi,bnhj->bhij", normalize_tokens(q), normalize_tokens(k))
+    attention = _softmax_dropout(gram, temperature, dropout_p, seed, CHANNEL_MAP)  # (B, H, D, D)
+    return torch.einsum("bhij,bnhj->bnhi", attention, v)
+
+
+def spatial_attention(
+    q: Tensor,
+    k_proj: Tensor,
+    v_proj: Tensor,
+    temperature: Tensor,
+    *,
+    normalize: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """N tokens attend to P projected ones.
+
+        out[n] = sum_p S[n,p] v_proj[p],   S = dropout(softmax_p(temperature q^_n . k_proj_p))
+        q^ = q / max(|q|, 1e-12), the norm of each channel over the tokens, if normalize; else q
+
+    Args:
+        q (B, N, H, D); k_proj, v_proj (B, P, H, D): same dtype and device.
+        temperature (H) or (1): any shape with so many elements.
+        normalize: L2-normalise q over its tokens first, default False.
+        dropout_p: probability of dropping an element of S, 0 <= dropout_p < 1, default 0.
+        seed (): int64; the mask is the one of `rng`, map SPATIAL_MAP. Needed if dropout_p > 0.
+
+    Returns:
+        out (B, N, H, D), dtype of q.
+    """
+    if normalize:
+        q = normalize_tokens(q)
+    logits = torch.einsum("bnhd,bphd->bhnp", q, k_proj)
+    attention = _softmax_dropout(logits, temperature, dropout_p, seed, SPATIAL_MAP)  # (B, H, N, P)
+    return torch.einsum("bhnp,bphd->bnhd", attention, v_proj)
+
+
+def heads_view(tokens: Tensor, num_heads: int, layout: str) -> Tensor:
+    """The spatial branch's result, stored as (B, N, C), seen as (B, N, H, D) without a copy.
+
+    "tokens" stores head after head: channel h*D + d of token n. "official" is what the published
+    code stores and checkpoints expect: the flat order (d, h, n), so that element f = (d*H + h)*N + n
+    lies at row f // C, column f % C; C need not divide N.
+    """
+    B, N, C = tokens.shape
+    if layout == "official":
+        return tokens.view(B, C // num_heads, num_heads, N).permute(0, 3, 2, 1)
+    return tokens.view(B, N, num_heads, C // num_heads)
+
+
+def from_heads(out: Tensor, layout: str) -> Tensor:
+    """Inverse of `heads_view`: (B, N, H, D) -> (B, N, C) in the order of `layout`."""
+    B, N, H, D = out.shape
+    if layout == "official":
+        out = out.permute(0, 3, 2, 1)
+    return out.reshape(B, N, H * D)
+
+
+def paired_attention(
+    x: Tensor,
+    qkvv_weight: Tensor,
+    qkvv_bias: Tensor | None,
+    proj_k_weight: Tensor,
+    proj_k_bias: Tensor | None,
+    proj_v_weight: Tensor | None,
+    proj_v_bias: Tensor | None,
+    temperature: Tensor,
+    temperature2: Tensor,
+    out_proj_weight: Tensor | None,
+    out_proj_bias: Tensor | None,
+    out_proj2_weight: Tensor | None,
+    out_proj2_bias: Tensor | None,
+    *,
+    num_heads: int,
+    kind: str = "shared",
+    layout: str = "official",
+    channel_dropout_p: float = 0.0,
+    spatial_dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Efficient paired attention, the whole layer; arguments as in `epa_kernels.paired_attention`.
+
+        q, k, vc, vs = heads of x qkvv_weight^T + qkvv_bias                       each (B, N, H, D)
+        k_proj = E k + e,  v_proj = F vs + f      E, F (P, N) = proj_k_weight, proj_v_weight (F = E
+                                                  if proj_v_weight is None); e, f one value per p
+        out_c = channel_attention(q, k, vc, temperature)
+        out_s = spatial_attention(q, k_proj, v_proj, temperature2, normalize=True)
+        y = concat(out_s' out_proj_weight^T + out_proj_bias, out_c out_proj2_weight^T + out_proj2_bias)
+        kind "sum":  y = out_c + out_s'
+
+    out_s' is out_s in `layout` ("official" or "tokens", see `heads_view`).
+
+    Returns:
+        y (B, N, C), dtype of x.
+    """
+    B, N, C = x.shape
+
+    def cast(weight):
+        return None if weight is None else weight.to(x.dtype)
+
+    def project(weight, bias, t):
+        t_proj = torch.einsum("pn,bnhd->bphd", cast(weight), t)
+        return t_proj if bias is None else t_proj + cast(bias).view(-1, 1, 1)
+
+    qkvv = F.linear(x, cast(qkvv_weight), cast(qkvv_bias))
+    q, k, vc, vs = qkvv.view(B, N, 4, num_heads, C // num_heads).unbind(2)
+    k_proj = project(proj_k_weight, proj_k_bias, k)
+    if proj_v_weight is None:
+        v_proj = project(proj_k_weight, proj_k_bias, vs)
+    else:
+        v_proj = project(proj_v_weight, proj_v_bias, vs)
+
+    out_c = channel_attention(q, k, vc, temperature, dropout_p=channel_dropout_p, seed=seed)
+    out_s = spatial_attention(
+        q, k_proj, v_proj, temperature2, normalize=True, dropout_p=spatial_dropout_p, seed=seed
+    )
+    out_c, out_s = out_c.reshape(B, N, C), from_heads(out_s, layout)
+    if kind == "sum":
+        return out_c + out_s
+    y_s = F.linear(out_s, cast(out_proj_weight), cast(out_proj_bias))
+    y_c = F.linear(out_c, cast(out_proj2_weight), cast(out_proj2_bias))
+    return torch.cat((y_s, y_c), dim=-1)

@@ -1,0 +1,593 @@
+"""Paired, spatial and channel attention, forward and hand-written backward, in plain PyTorch.
+
+The definition is `reference`; this is the form that every kernel computes, on any device. q, k, vc
+and vs are linear in x, so a sum over tokens is taken over x itself, once:
+
+    summary  mu = mean_n x (B,C),  M = sum_n (x-mu)(x-mu)^T (B,C,C),  Z = E x (B,J,P,C), J = 2 with F
+    mix      |q|, |k|, A, k_proj * temperature2 / |q|, v_proj, and the whole channel branch as one
+             matrix a sample; nothing here depends on N
+    output   S = softmax(q keys^T), out_s = S v_proj, and y, from x directly
+
+Exact. Backward runs the same two passes from x, mu, M, Z and the seed. M is centred, tile by tile
+(Chan's formula), since x^T x squares the condition number and the norms of nearly constant tokens
+would cancel. Tokens go through in tiles: nothing of size N x P or N x 4C exists. For few tokens
+(`ops.plan`) the direct form, with q, k, vc and vs in memory, costs less.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import empty_gradient, plan
+from .reference import NORM_EPS, accumulate_dtype, heads_view
+from .rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
+
+# Elements of a tile's (B, H, tile, P) map. On a CPU the few that live at once fit a second-level
+# cache; on an accelerator the tile only bounds memory.
+TILE_ELEMENTS = {"cpu": 2**18, "other": 2**24}
+
+
+def _tiles(num_tokens: int, elements_per_token: int, device: torch.device) -> Iterator[slice]:
+    budget = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["other"])
+    size = max(64, budget // elements_per_token)
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def _gradient(gradient: Tensor | None, target: Tensor | None, like: Tensor | None = None) -> Tensor:
+    """The gradient in dtype, shape and strides of its tensor; size 0 where that is absent."""
+    out = empty_gradient(target, target if like is None else like)
+    return out if target is None else out.copy_(gradient.view_as(target))
+
+
+def _softmax_backward(softmax: Tensor, d: Tensor) -> Tensor:
+    return softmax * (d - (d * softmax).sum(-1, keepdim=True))
+
+
+class _ChannelMap:
+    """A = dropout(softmax_j(temperature <q^_i, k^_j>)) from products and norms of q and k.
+
+    dots (B,H,D,D) = <q_i, k_j>;  q_norm, k_norm (B,H,D);  temperature (H,1,1) or one element
+    """
+
+    def __init__(self, dots, q_norm, k_norm, temperature, p, seed):
+        self.q_norm, self.k_norm = q_norm.clamp_min(NORM_EPS), k_norm.clamp_min(NORM_EPS)
+        self.temperature = temperature.view(-1, 1, 1)
+        self.norms = self.q_norm.unsqueeze(-1) * self.k_norm.unsqueeze(-2)
+        self.cosine = dots / self.norms
+        self.softmax = torch.softmax(self.temperature * self.cosine, dim=-1)
+        self.multiplier = 1.0
+        if p > 0:
+            rows = torch.arange(self.softmax[..., 0].numel(), device=dots.device)
+            self.multiplier = dropout_multiplier(
+                seed, rows.view(dots.shape[:-1]), dots.shape[-1], p, CHANNEL_MAP, dots.dtype
+            )
+        self.attention = self.softmax * self.multiplier
+
+    def backward(self, dattention):
+        """-> ddots (B,H,D,D), d|q|/|q| and d|k|/|k| (B,H,D), dtemperature (H)."""
+        dlogits = _softmax_backward(self.softmax, dattention * self.multiplier)
+        dcosine = self.temperature * dlogits
+        along = dcosine * self.cosine
+        return (
+            dcosine / self.norms,
+            _per_norm(along.sum(-1), self.q_norm),
+            _per_norm(along.sum(-2), self.k_norm),
+            (dlogits * self.cosine).sum((0, 2, 3)),
+        )
+
+
+def _per_norm(along, norm):
+    """d|q| / |q| where |q| d|q| = -along; a clamped norm passes no gradient."""
+    return torch.where(norm > NORM_EPS, -along / norm.square(), 0)
+
+
+class _SpatialMap:
+    """S = dropout(softmax_p(q keys^T)), tile by tile; temperature and |q| are folded into keys.
+
+    keys, values (B,H,P,D);  num_tokens: N of the whole map, which numbers the rows of the mask
+    """
+
+    def __init__(self, keys, values, num_tokens, p, seed):
+        self.keys, self.values = keys, values
+        self.num_tokens, self.p, self.seed = num_tokens, p, seed
+        self.dkeys, self.dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+
+    def _weights(self, q, tile):
+        softmax = torch.softmax(q @ self.keys.mT, dim=-1)  # (B, H, tile, P)
+        if self.p == 0:
+            return softmax, 1.0
+        B, H, P, _ = self.keys.shape
+        heads = torch.arange(B * H, device=q.device).view(B, H, 1)
+        rows = heads * self.num_tokens + torch.arange(tile.start, tile.stop, device=q.device)
+        return softmax, dropout_multiplier(self.seed, rows, P, self.p, SPATIAL_MAP, q.dtype)
+
+    def forward(self, q, tile):
+        """q (B,H,tile,D) -> out (B,H,tile,D)."""
+        softmax, multiplier = self._weights(q, tile)
+        return (softmax * multiplier) @ self.values
+
+    def backward(self, q, tile, dout):
+        """-> out and dq (B,H,tile,D); dkeys and dvalues accumulate."""
+        softmax, multiplier = self._weights(q, tile)
+        attention = softmax * multiplier
+        self.dvalues += attention.mT @ dout
+        dlogits = _softmax_backward(softmax, (dout @ self.values.mT) * multiplier)
+        self.dkeys += dlogits.mT @ q
+        return attention @ self.values, dlogits @ self.keys
+
+
+def _fold_temperature(k_proj, q_norm, temperature):
+    """keys = k_proj * temperature / |q|; k_proj (B,H,P,D), q_norm (B,H,D) clamped."""
+    return k_proj * (temperature.view(-1, 1, 1) / q_norm.unsqueeze(-2))
+
+
+def _fold_temperature_backward(k_proj, q_norm, temperature, keys, dkeys):
+    """-> dk_proj (B,H,P,D), d|q|/|q| (B,H,D), dtemperature (H)."""
+    dtemperature = (dkeys * k_proj / q_norm.unsqueeze(-2)).sum((0, 2, 3))
+    dq_norm = _per_norm((dkeys * keys).sum(-2), q_norm)
+    return _fold_temperature(dkeys, q_norm, temperature), dq_norm, dtemperature
+
+
+class _Layer:
+    """The tensors and options of one call of paired_attention, in the accumulation dtype."""
+
+    def __init__(
+        self, x, qkvv_weight, qkvv_bias, proj_k_weight, proj_k_bias, proj_v_weight, proj_v_bias,
+        temperature, temperature2, out_proj_weight, out_proj_bias, out_proj2_weight,
+        out_proj2_bias, seed, num_heads, kind, layout, channel_dropout_p, spatial_dropout_p,
+    ):  # fmt: skip
+        self.B, self.N, self.C = x.shape
+        self.H, self.D, self.P = num_heads, self.C // num_heads, proj_k_weight.shape[0]
+        self.dtype = accumulate_dtype(x.dtype)
+        self.x, self.seed, self.layout, self.kind = x, seed, layout, kind
+        self.channel_dropout_p, self.spatial_dropout_p = channel_dropout_p, spatial_dropout_p
+        self.weight = qkvv_weight.to(self.dtype).view(4, self.H, self.D, self.C)
+        if qkvv_bias is None:
+            self.bias = self.weight.new_zeros(4, self.H, self.D)
+        else:
+            self.bias = qkvv_bias.to(self.dtype).view(4, self.H, self.D)
+        # Projections stay in their own dtype, tile by tile: they can be as large as x.
+        self.projections = (proj_k_weight,) if kind != "split" else (proj_k_weight, proj_v_weight)
+        self.projection_biases = [
+            None if e is None else e.to(self.dtype).view(-1, 1)
+            for e in (proj_k_bias, proj_v_bias if kind == "split" else proj_k_bias)
+        ]
+        self.temperature, self.temperature2 = temperature.to(self.dtype), temperature2.to(self.dtype)
+        if kind != "sum":
+            self.out_proj_weight = out_proj_weight.to(self.dtype)
+            self.out_proj2_weight = out_proj2_weight.to(self.dtype)
+            self.out_proj_bias = None if out_proj_bias is None else out_proj_bias.to(self.dtype)
+            self.out_proj2_bias = None if out_proj2_bias is None else out_proj2_bias.to(self.dtype)
+
+    def tiles(self):
+        return _tiles(self.N, self.B * max(self.H * self.P, self.C), self.x.device)
+
+    def tokens(self, tile):
+        return self.x[:, tile].to(self.dtype)  # (B, tile, C)
+
+    def heads(self, t):
+        return t.unflatten(-1, (-1, self.D)).transpose(1, 2)  # (B, n, H*D) -> (B, H, n, D)
+
+    def linear(self, t, parts):
+        """Heads of t W^T + bias; parts is a slice of (q, k, vc, vs); t (B,n,C) -> (B,H',n,D)."""
+        weight, bias = self.weight[parts].flatten(0, -2), self.bias[parts].flatten()
+        return self.heads(F.linear(t, weight, bias))
+
+    def key_and_value_maps(self):
+        """-> weight (H,D,C), qkvv bias (H,1,D), projection bias (P,1) or None: keys, then values."""
+        for part, e in zip((1, 3), self.projection_biases, strict=True):
+            yield self.weight[part], self.bias[part].unsqueeze(1), e
+
+    def spatial_map(self, keys, values):
+        return _SpatialMap(keys, values, self.N, self.spatial_dropout_p, self.seed)
+
+    def channel_map(self, dots, q_norm, k_norm):
+        return _ChannelMap(
+            dots, q_norm, k_norm, self.temperature, self.channel_dropout_p, self.seed
+        )
+
+    def spatial_buffer(self):
+        """Room for out_s as (B,N,C) in the layer's layout, and the same memory as (B,H,N,D)."""
+        buffer = torch.empty(self.B, self.N, self.C, dtype=self.dtype, device=self.x.device)
+        return buffer, heads_view(buffer, self.H, self.layout).transpose(1, 2)
+
+    def join(self, out_s, y_c):
+        """y from out_s' (B,N,C) and the channel branch's part of y."""
+        if self.kind == "sum":
+            return (out_s + y_c).to(self.x.dtype)
+        y_s = F.linear(out_s, self.out_proj_weight, self.out_proj_bias)
+        return torch.cat((y_s, y_c), dim=-1).to(self.x.dtype)
+
+    def split(self, dy):
+        """dy -> dy_s, dy_c and dout_s as (B,H,N,D)."""
+        dy_s = dy_c = dout = dy.to(self.dtype).contiguous()
+        if self.kind != "sum":
+            dy_s, dy_c = dy_s.chunk(2, dim=-1)
+            dout = dy_s @ self.out_proj_weight
+        return dy_s, dy_c, heads_view(dout, self.H, self.layout).transpose(1, 2)
+
+
+def _summary(layer):
+    """First pass: mean (B,C), centred gram (B,C,C), projected (B,J,P,C)."""
+    B, C = layer.B, layer.C
+    mean = layer.weight.new_zeros(B, 1, C)
+    gram = layer.weight.new_zeros(B, C, C)
+    projected = layer.weight.new_zeros(B, len(layer.projections), layer.P, C)
+    for tile in layer.tiles():
+        x = layer.tokens(tile)
+        tile_mean = x.mean(1, keepdim=True)
+        centred = x - tile_mean
+        # Chan's formula: the gram about the joint mean of the tokens before and those of the tile.
+        share = (tile.stop - tile.start) / tile.stop
+        delta = tile_mean - mean
+        mean += delta * share
+        gram += centred.mT @ centred + (delta.mT @ delta) * (share * tile.start)
+        for j, projection in enumerate(layer.projections):
+            projected[:, j] += projection[:, tile].to(layer.dtype) @ x
+    return mean.squeeze(1), gram, projected
+
+
+class _Mix:
+    """Between the passes, forward: tiny, independent of N.
+
+    q_gram, k_gram (B,H,D,C) are Wq M and Wk M; q_mean, k_mean (B,H,D) the means of q and k.
+    """
+
+    def __init__(self, layer, mean, gram, projected):
+        N = layer.N
+        self.mean, self.projected = mean, projected
+        (q_weight, k_weight, vc_weight, _), vc_bias = layer.weight, layer.bias[2]
+        means = torch.einsum("khdc,bc->kbhd", layer.weight[:2], mean) + layer.bias[:2].unsqueeze(1)
+        self.q_mean, self.k_mean = means
+        self.q_gram, self.k_gram = (layer.weight[:2].unsqueeze(1) @ gram[:, None]).unbind()
+        dots = self.q_gram @ k_weight.mT + N * self.q_mean.unsqueeze(-1) * self.k_mean.unsqueeze(-2)
+        # Rounding may leave a vanishing square just below zero.
+        q_square = (self.q_gram * q_weight).sum(-1).clamp_min(0) + N * self.q_mean.square()
+        k_square = (self.k_gram * k_weight).sum(-1).clamp_min(0) + N * self.k_mean.square()
+        self.channel = layer.channel_map(dots, q_square.sqrt(), k_square.sqrt())
+
+        # sum_n E[p,n] (W x_n + b) = W Z_p + b sum_n E[p,n]
+        self.row_sums = [e.sum(1, dtype=layer.dtype).unsqueeze(-1) for e in layer.projections]
+        self.k_proj, self.v_proj = (
+            projected[:, None, j] @ weight.mT + self.row_sums[j] * bias + (0 if e is None else e)
+            for j, (weight, bias, e) in zip(
+                (0, -1), layer.key_and_value_maps(), strict=True
+            )
+        )  # fmt: skip
+        self.keys = _fold_temperature(self.k_proj, self.channel.q_norm, layer.temperature2)
+
+        # out_c = A (Wvc x + bvc), then the output projection: one matrix and one constant a sample.
+        self.value_matrix = self.channel.attention @ vc_weight  # (B, H, D, C)
+        self.value_constant = (self.channel.attention @ vc_bias.unsqueeze(-1)).squeeze(-1)
+        self.matrix, self.constant = self.value_matrix.flatten(1, 2), self.value_constant.flatten(1)
+        if layer.kind != "sum":
+            self.matrix = layer.out_proj2_weight @ self.matrix  # (B, C/2, C)
+            self.constant = F.linear(self.constant, layer.out_proj2_weight, layer.out_proj2_bias)
+
+    def backward(self, layer, dmatrix, dconstant, dkeys, dv_proj):
+        """Gradients of everything small; dmatrix (B,O,C), dconstant (B,O), dkeys, dv_proj (B,H,P,D).
+
+        Returns (gradients by parameter, dprojected (B,J,P,C), dprojection (J,P), dgram (B,C,C),
+        dtoken (B,C)): a token x gets x dgram + dtoken, and row p of a projection gets dprojection.
+        """
+        N, grads = layer.N, {}
+        (q_weight, k_weight, vc_weight, vs_weight), vc_bias = layer.weight, layer.bias[2]
+        k_bias, vs_bias, q_bias = layer.bias[1], layer.bias[3], layer.bias[0]
+
+        if layer.kind != "sum":
+            grads["out_proj2_weight"] = (
+                dmatrix @ self.value_matrix.flatten(1, 2).mT
+                + dconstant.unsqueeze(-1) * self.value_constant.flatten(1).unsqueeze(1)
+            ).sum(0)
+            grads["out_proj2_bias"] = dconstant.sum(0)
+            dmatrix = layer.out_proj2_weight.T @ dmatrix
+            dconstant = dconstant @ layer.out_proj2_weight
+        dmatrix = dmatrix.unflatten(1, (layer.H, layer.D))  # (B, H, D, C)
+        dconstant = dconstant.unflatten(1, (layer.H, layer.D))  # (B, H, D)
+        attention = self.channel.attention
+        dvc_weight = (attention.mT @ dmatrix).sum(0)
+        dvc_bias = (attention.mT @ dconstant.unsqueeze(-1)).sum(0).squeeze(-1)
+        dattention = dmatrix @ vc_weight.mT + dconstant.unsqueeze(-1) * vc_bias.unsqueeze(-2)
+        ddots, dq_norm, dk_norm, grads["temperature"] = self.channel.backward(dattention)
+
+        dk_proj, dq_norm_spatial, grads["temperature2"] = _fold_temperature_backward(
+            self.k_proj, self.channel.q_norm, layer.temperature2, self.keys, dkeys
+        )
+        dq_norm = (dq_norm + dq_norm_spatial).unsqueeze(-1)  # (B, H, D, 1)
+        dk_norm = dk_norm.unsqueeze(-1)
+
+        # sum_n q_n x_n^T and sum_n k_n x_n^T, uncentred but from centred parts.
+        mean = self.mean[:, None, None]
+        q_gram = self.q_gram + N * self.q_mean.unsqueeze(-1) * mean  # (B, H, D, C)
+        k_gram = self.k_gram + N * self.k_mean.unsqueeze(-1) * mean
+        q_sum, k_sum = N * self.q_mean.unsqueeze(-1), N * self.k_mean.unsqueeze(-1)
+        z_k, z_v = self.projected[:, None, 0], self.projected[:, None, -1]  # (B, 1, P, C)
+        dq_weight = ddots @ k_gram + dq_norm * q_gram
+        dk_weight = ddots.mT @ q_gram + dk_norm * k_gram + dk_proj.mT @ z_k
+        dvs_weight = dv_proj.mT @ z_v
+        row_sums_k, row_sums_v = self.row_sums[0], self.row_sums[-1]  # (P, 1)
+        dq_bias = ddots @ k_sum + dq_norm * q_sum
+        dk_bias = ddots.mT @ q_sum + dk_norm * k_sum + dk_proj.mT @ row_sums_k
+        dvs_bias = dv_proj.mT @ row_sums_v
+        grads["qkvv_weight"] = torch.stack(
+            (dq_weight.sum(0), dk_weight.sum(0), dvc_weight, dvs_weight.sum(0))
+        )
+        grads["qkvv_bias"] = torch.stack(
+            [dq_bias.sum(0), dk_bias.sum(0), dvc_bias.unsqueeze(-1), dvs_bias.sum(0)]
+        ).squeeze(-1)
+
+        dz_k = (dk_proj @ k_weight).sum(1)  # (B, P, C)
+        dz_v = (dv_proj @ vs_weight).sum(1)
+        de_k, de_v = dk_proj.sum((0, 1, 3)), dv_proj.sum((0, 1, 3))  # (P)
+        drow_k = (dk_proj * k_bias.unsqueeze(1)).sum((0, 1, 3))
+        drow_v = (dv_proj * vs_bias.unsqueeze(1)).sum((0, 1, 3))
+        if layer.kind == "split":
+            dprojected, drows = torch.stack((dz_k, dz_v), 1), torch.stack((drow_k, drow_v))
+            grads["proj_k_bias"], grads["proj_v_bias"] = de_k, de_v
+        else:
+            dprojected, drows = (dz_k + dz_v).unsqueeze(1), (drow_k + drow_v).unsqueeze(0)
+            grads["proj_k_bias"] = de_k + de_v
+
+        # q_n gets ddots k_n + dq_norm q_n, and k_n gets ddots^T q_n + dk_norm k_n.
+        to_q = ddots @ k_weight + dq_norm * q_weight  # (B, H, D, C)
+        to_k = ddots.mT @ q_weight + dk_norm * k_weight
+        dgram = (to_q.mT @ q_weight + to_k.mT @ k_weight).sum(1)  # (B, C, C)
+        to_q = ddots @ k_bias.unsqueeze(-1) + dq_norm * q_bias.unsqueeze(-1)
+        to_k = ddots.mT @ q_bias.unsqueeze(-1) + dk_norm * k_bias.unsqueeze(-1)
+        dtoken = (to_q.mT @ q_weight + to_k.mT @ k_weight).sum((1, 2))  # (B, C)
+        return grads, dprojected, drows, dgram, dtoken
+
+
+def _summary_backward(layer, dx, dprojected, drows, dgram, dtoken):
+    """Last pass: adds to dx (B,N,C) in place, returns the gradient of each token projection."""
+    gradients = [torch.empty_like(projection) for projection in layer.projections]
+    for tile in layer.tiles():
+        x = layer.tokens(tile)
+        dx[:, tile] += x @ dgram + dtoken.unsqueeze(1)
+        for j, projection in enumerate(layer.projections):
+            dx[:, tile] += projection[:, tile].to(layer.dtype).mT @ dprojected[:, j]
+            gradient = dprojected[:, j].transpose(0, 1).flatten(1) @ x.mT.flatten(0, 1)
+            gradients[j][:, tile] = gradient + drows[j].unsqueeze(-1)
+    return gradients
+
+
+def _two_pass_forward(layer):
+    kept = _summary(layer)
+    mix = _Mix(layer, *kept)
+    spatial = layer.spatial_map(mix.keys, mix.v_proj)
+    buffer, out_s = layer.spatial_buffer()
+    for tile in layer.tiles():
+        q = layer.linear(layer.tokens(tile), slice(0, 1))
+        out_s[:, :, tile] = spatial.forward(q, tile)
+    y_c = layer.x.to(layer.dtype) @ mix.matrix.mT + mix.constant.unsqueeze(1)
+    return layer.join(buffer, y_c), *kept
+
+
+def _two_pass_backward(layer, dy, mean, gram, projected):
+    mix = _Mix(layer, mean, gram, projected)
+    spatial = layer.spatial_map(mix.keys, mix.v_proj)
+    dy_s, dy_c, dout_s = layer.split(dy)
+    buffer, out_s = layer.spatial_buffer()
+    dx = dy_c @ mix.matrix
+    dmatrix = torch.zeros_like(mix.matrix)
+    q_weight = layer.weight[0].flatten(0, 1)
+    dq_weight, dq_bias = torch.zeros_like(q_weight), layer.weight.new_zeros(layer.C)
+    for tile in layer.tiles():
+        x = layer.tokens(tile)
+        q = layer.linear(x, slice(0, 1))
+        out_s[:, :, tile], dq = spatial.backward(q, tile, dout_s[:, :, tile])
+        dq = dq.transpose(1, 2).flatten(2)  # (B, tile, C)
+        dx[:, tile] += dq @ q_weight
+        dq_weight += dq.flatten(0, 1).T @ x.flatten(0, 1)
+        dq_bias += dq.sum((0, 1))
+        dmatrix += dy_c[:, tile].mT @ x
+    grads, *small = mix.backward(layer, dmatrix, dy_c.sum(1), spatial.dkeys, spatial.dvalues)
+    grads["qkvv_weight"][0] += dq_weight.view_as(grads["qkvv_weight"][0])
+    grads["qkvv_bias"][0] += dq_bias.view_as(grads["qkvv_bias"][0])
+    dprojections = _summary_backward(layer, dx, *small)
+    grads["x"] = dx
+    _output_projection_backward(layer, grads, dy_s, buffer)
+    return grads, dprojections
+
+
+def _output_projection_backward(layer, grads, dy_s, out_s):
+    if layer.kind != "sum":
+        grads["out_proj_weight"] = dy_s.flatten(0, 1).T @ out_s.flatten(0, 1)
+        grads["out_proj_bias"] = dy_s.sum((0, 1))
+
+
+class _Direct:
+    """The direct plan's tensors: q, k, vc, vs (B,H,N,D) and what follows from them."""
+
+    def __init__(self, layer):
+        x = layer.tokens(slice(None))
+        self.x = x
+        self.q, self.k, self.vc, self.vs = layer.linear(x, slice(0, 4)).chunk(4, dim=1)
+        q_norm, k_norm = self.q.norm(dim=2), self.k.norm(dim=2)
+        self.channel = layer.channel_map(self.q.mT @ self.k, q_norm, k_norm)
+        projections = [projection.to(layer.dtype) for projection in layer.projections]
+        self.projections = projections[0], projections[-1]
+        self.k_proj, self.v_proj = (
+            projection @ t if e is None else projection @ t + e
+            for projection, t, e in zip(
+                self.projections, (self.k, self.vs), layer.projection_biases, strict=True
+            )
+        )
+        self.keys = _fold_temperature(self.k_proj, self.channel.q_norm, layer.temperature2)
+        self.spatial = layer.spatial_map(self.keys, self.v_proj)
+        self.out_c = (self.vc @ self.channel.attention.mT).transpose(1, 2).flatten(2)  # (B, N, C)
+
+
+def _direct_forward(layer):
+    direct = _Direct(layer)
+    buffer, out_s = layer.spatial_buffer()
+    out_s.copy_(direct.spatial.forward(direct.q, slice(0, layer.N)))
+    y_c = direct.out_c
+    if layer.kind != "sum":
+        y_c = F.linear(y_c, layer.out_proj2_weight, layer.out_proj2_bias)
+    return layer.join(buffer, y_c), *(layer.weight.new_empty(0) for _ in range(3))
+
+
+def _direct_backward(layer, dy):
+    direct, grads = _Direct(layer), {}
+    q, k = direct.q, direct.k
+    dy_s, dy_c, dout_s = layer.split(dy)
+    buffer, out_s = layer.spatial_buffer()
+    out, dq = direct.spatial.backward(q, slice(0, layer.N), dout_s)
+    out_s.copy_(out)
+    _output_projection_backward(layer, grads, dy_s, buffer)
+    dk_proj, dq_norm_spatial, grads["temperature2"] = _fold_temperature_backward(
+        direct.k_proj, direct.channel.q_norm, layer.temperature2, direct.keys, direct.spatial.dkeys
+    )
+    dv_proj = direct.spatial.dvalues
+
+    if layer.kind != "sum":
+        grads["out_proj2_weight"] = dy_c.flatten(0, 1).T @ direct.out_c.flatten(0, 1)
+        grads["out_proj2_bias"] = dy_c.sum((0, 1))
+        dy_c = dy_c @ layer.out_proj2_weight
+    dout_c = layer.heads(dy_c)  # (B, H, N, D)
+    dattention = dout_c.mT @ direct.vc
+    ddots, dq_norm, dk_norm, grads["temperature"] = direct.channel.backward(dattention)
+    dq += k @ ddots.mT + q * (dq_norm + dq_norm_spatial).unsqueeze(2)
+    dk = q @ ddots + k * dk_norm.unsqueeze(2) + direct.projections[0].T @ dk_proj
+    dvc = dout_c @ direct.channel.attention
+    dvs = direct.projections[1].T @ dv_proj
+
+    dqkvv = torch.cat((dq, dk, dvc, dvs), 1).transpose(1, 2).flatten(2)  # (B, N, 4C)
+    grads["x"] = dqkvv @ layer.weight.flatten(0, 2)
+    grads["qkvv_weight"] = dqkvv.flatten(0, 1).T @ direct.x.flatten(0, 1)
+    grads["qkvv_bias"] = dqkvv.sum((0, 1))
+    dprojections = [
+        torch.einsum("bhpd,bhnd->pn", dk_proj, k), torch.einsum("bhpd,bhnd->pn", dv_proj, direct.vs)
+    ]  # fmt: skip
+    dbiases = [dk_proj.sum((0, 1, 3)), dv_proj.sum((0, 1, 3))]
+    if layer.kind != "split":
+        dprojections, dbiases = [sum(dprojections)], [sum(dbiases)]
+    grads.update(zip(("proj_k_bias", "proj_v_bias"), dbiases, strict=False))
+    return grads, dprojections
+
+
+def paired_attention(*tensors, **options):
+    """Op `paired_attention`, see `ops`."""
+    layer = _Layer(*tensors, **options)
+    return _direct_forward(layer) if plan(layer.N, layer.C) == "direct" else _two_pass_forward(layer)
+
+
+def paired_attention_bwd(dy, *tensors, **options):
+    """Op `paired_attention_bwd`, see `ops`."""
+    *inputs, mean, gram, projected, seed = tensors
+    layer = _Layer(*inputs, seed, **options)
+    if plan(layer.N, layer.C) == "direct":
+        grads, dprojections = _direct_backward(layer, dy)
+    else:
+        grads, dprojections = _two_pass_backward(layer, dy, mean, gram, projected)
+    grads["proj_k_weight"], grads["proj_v_weight"] = dprojections[0], dprojections[-1]
+    return tuple(
+        _gradient(grads.get(name), t, inputs[0])
+        for name, t in zip(PAIRED_INPUTS, inputs, strict=True)
+    )
+
+
+PAIRED_INPUTS = (
+    "x", "qkvv_weight", "qkvv_bias", "proj_k_weight", "proj_k_bias", "proj_v_weight",
+    "proj_v_bias", "temperature", "temperature2", "out_proj_weight", "out_proj_bias",
+    "out_proj2_weight", "out_proj2_bias",
+)  # fmt: skip
+
+
+def _head_major(t):
+    return t.transpose(1, 2).to(accumulate_dtype(t.dtype))  # (B, n, H, D) -> (B, H, n, D)
+
+
+def _temperature_gradient(dtemperature, temperature):
+    return dtemperature.sum() if temperature.numel() == 1 else dtemperature
+
+
+class _Spatial:
+    """The tensors of one call of spatial_attention."""
+
+    def __init__(self, q, k_proj, v_proj, temperature, seed, q_norm, dropout_p):
+        self.k_proj, self.temperature = _head_major(k_proj), temperature.to(q_norm.dtype)
+        self.q_norm = q_norm.clamp_min(NORM_EPS)
+        self.keys = _fold_temperature(self.k_proj, self.q_norm, self.temperature)
+        self.map = _SpatialMap(self.keys, _head_major(v_proj), q.shape[1], dropout_p, seed)
+        self.tiles = list(_tiles(q.shape[1], self.keys[..., 0].numel(), q.device))
+
+
+def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
+    """Op `spatial_attention`, see `ops`; keeps |q| (B,H,D), ones where q is not normalised."""
+    B, N, H, D = q.shape
+    dtype = accumulate_dtype(q.dtype)
+    if normalize:
+        q_norm = torch.linalg.vector_norm(q, dim=1, dtype=dtype)
+    else:
+        q_norm = torch.ones(B, H, D, dtype=dtype, device=q.device)
+    spatial = _Spatial(q, k_proj, v_proj, temperature, seed, q_norm, dropout_p)
+    out = q.new_empty(B, N, H, D)
+    for tile in spatial.tiles:
+        out[:, tile] = spatial.map.forward(_head_major(q[:, tile]), tile).transpose(1, 2)
+    return out, q_norm
+
+
+def spatial_attention_bwd(
+    dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, dropout_p
+):
+    """Op `spatial_attention_bwd`, see `ops`."""
+    spatial = _Spatial(q, k_proj, v_proj, temperature, seed, q_norm, dropout_p)
+    dq = torch.empty(q.shape, dtype=q_norm.dtype, device=q.device)
+    for tile in spatial.tiles:
+        _, dq_tile = spatial.map.backward(
+            _head_major(q[:, tile]), tile, _head_major(dout[:, tile])
+        )
+        dq[:, tile] = dq_tile.transpose(1, 2)
+    dk_proj, dq_norm, dtemperature = _fold_temperature_backward(
+        spatial.k_proj, spatial.q_norm, spatial.temperature, spatial.keys, spatial.map.dkeys
+    )
+    if normalize:
+        dq += q * dq_norm.unsqueeze(1)
+    return (
+        _gradient(dq, q),
+        _gradient(dk_proj.transpose(1, 2), k_proj),
+        _gradient(spatial.map.dvalues.transpose(1, 2), v_proj),
+        _gradient(_temperature_gradient(dtemperature, temperature), temperature),
+    )
+
+
+def channel_attention(q, k, v, temperature, seed, *, dropout_p):
+    """Op `channel_attention`, see `ops`; keeps <q_i, k_j> (B,H,D,D), |q| and |k| (B,H,D)."""
+    dtype = accumulate_dtype(q.dtype)
+    q_norm, k_norm = (torch.linalg.vector_norm(t, dim=1, dtype=dtype) for t in (q, k))
+    B, N, H, D = q.shape
+    dots = torch.zeros(B, H, D, D, dtype=dtype, device=q.device)
+    tiles = list(_tiles(N, B * H * D, q.device))
+    for tile in tiles:
+        dots += _head_major(q[:, tile]).mT @ _head_major(k[:, tile])
+    channel = _ChannelMap(dots, q_norm, k_norm, temperature.to(dtype), dropout_p, seed)
+    out = q.new_empty(B, N, H, D)
+    for tile in tiles:
+        out[:, tile] = (_head_major(v[:, tile]) @ channel.attention.mT).transpose(1, 2)
+    return out, dots, q_norm, k_norm
+
+
+def channel_attention_bwd(
+    dout, q, k, v, temperature, dots, q_norm, k_norm, seed, *, dropout_p
+):
+    """Op `channel_attention_bwd`, see `ops`."""
+    channel = _ChannelMap(dots, q_norm, k_norm, temperature.to(dots.dtype), dropout_p, seed)
+    dattention = torch.zeros_like(dots)
+    dq, dk, dv = (empty_gradient(t, q) for t in (q, k, v))
+    tiles = list(_tiles(q.shape[1], q_norm.numel(), q.device))
+    for tile in tiles:
+        dout_tile = _head_major(dout[:, tile])
+        dattention += dout_tile.mT @ _head_major(v[:, tile])
+        dv[:, tile] = (dout_tile @ channel.attention).transpose(1, 2)
+    ddots, dq_norm, dk_norm, dtemperature = channel.backward(dattention)
+    for tile in tiles:
+        q_tile, k_tile = _head_major(q[:, tile]), _head_major(k[:, tile])
+        dq[:, tile] = (k_tile @ ddots.mT + q_tile * dq_norm.unsqueeze(2)).transpose(1, 2)
+        dk[:, tile] = (q_tile @ ddots + k_tile * dk_norm.unsqueeze(2)).transpose(1, 2)
+    dtemperature = _temperature_gradient(dtemperature, temperature)
+    return dq, dk, dv, _gradient(dtemperature, temperature)
