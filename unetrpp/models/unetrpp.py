@@ -1,0 +1,371 @@
+"""UNETR++: a U-shaped network for volumes whose levels are blocks of paired attention.
+
+    x --- encoder1 (full resolution) -------------------------------- decoder2 -- out1
+    |                                                                     |
+    stem, stages.0 -- stages.1 -- stages.2 -- stages.3                    |
+              |          |            |          |                        |
+              +-------------------------------------- decoder3 -- out2 ---+
+                         +------------------ decoder4 -- out3
+                                      +- decoder5, from stages.3
+
+Source: Shaker et al., "UNETR++: Delving into Efficient and Accurate 3D Medical Image Segmentation",
+TMI 2024. Names, sizes and arithmetic are those of the published code, its sizes no longer fixed.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layers import ResidualBlock, TransformerBlock, Triple, UpBlock, named_conv
+from .presets import PRESETS
+
+__all__ = ["UNETRPP", "nearest_legal_size", "size_multiples"]
+
+STAGES = 4
+
+
+class UNETRPP(nn.Module):
+    """UNETR++ for 3-D segmentation: logits for volumes of one fixed size.
+
+    Args:
+        in_channels: channels of the input volume, for instance one per MR sequence.
+        out_channels: classes, background included.
+        img_size: size of the input volume (the training patch), three integers or one. Each axis
+            must be a multiple of the product of its strides; other sizes raise and name the
+            nearest legal one. Weights of one size go to another by `resize_tokens`.
+        strides: one step per stage, three integers or one each. The first is the stem (kernel and
+            stride of the first convolution and of the last upsampling), the others lie between the
+            stages. Axes with few voxels take 1: ((1, 4, 4), (1, 2, 2), (2, 2, 2), (2, 2, 2)).
+        feature_size: channels at full resolution, default 16.
+        dims: channels of the four stages; the decoder mirrors the first three.
+        depths: transformer blocks in each encoder stage.
+        decoder_depths: the same in the decoder, deepest first (decoder5, decoder4, decoder3).
+        num_heads: attention heads; divides every entry of dims.
+        proj_sizes: P of each encoder stage, the tokens that spatial attention attends to.
+        decoder_proj_sizes: the same in the decoder, deepest first.
+        epa_kind: "shared", "split" or "sum", see `epa_kernels.EfficientPairedAttention`.
+        epa_layout: "official" (published checkpoints need it) or "tokens" (the paper's text).
+        epa_backend: kernel backend, None for the fastest available. Not part of `config`, because
+            it belongs to a machine, not to a model.
+        res_blocks: residual convolution blocks behind each attention, 1 or 2.
+        attention_dropout: dropout of both attention maps, default 0.1 (synapse: 0.15).
+        conv_dropout: channel dropout in each transformer block, default 0.1.
+        deep_supervision: see below. Can be switched on the model at any time.
+
+    Attributes:
+        deep_supervision: False (default): forward returns the logits, (B, out_channels, *img_size).
+            True: a list of three, full resolution first, in training and in evaluation as in the
+            published code; their strides are `output_strides`. With False the two coarse heads
+            get no gradient; under DistributedDataParallel train with True.
+        img_size: the input size as three integers.
+        config: everything needed to build the model again, as plain JSON.
+
+    Raises:
+        ValueError: an argument breaks its rule, or forward gets a volume of another size.
+
+    Notes:
+        Initialised as published: linear layers of the encoder by a normal distribution of
+        deviation 0.02 truncated at 2 (biases zero), everything else by the defaults of torch,
+        gamma 1e-6. GroupNorm of the stem has gcd(in_channels, dims[0]) groups and that of each
+        deeper step gcd of its channels: the published in_channels and dims[i] wherever these fit.
+        The last stage may be a single voxel, but then training needs a batch of two or more.
+
+    Example:
+        >>> model = UNETRPP.from_preset("tiny").eval()
+        >>> model(torch.randn(1, 1, 32, 32, 32)).shape
+        torch.Size([1, 2, 32, 32, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        img_size: Sequence[int] | int,
+        *,
+        strides: Sequence[Sequence[int] | int] = ((2, 4, 4), (2, 2, 2), (2, 2, 2), (2, 2, 2)),
+        feature_size: int = 16,
+        dims: Sequence[int] = (32, 64, 128, 256),
+        depths: Sequence[int] = (3, 3, 3, 3),
+        decoder_depths: Sequence[int] = (3, 3, 3),
+        num_heads: int = 4,
+        proj_sizes: Sequence[int] = (64, 64, 64, 32),
+        decoder_proj_sizes: Sequence[int] = (64, 64, 64),
+        epa_kind: str = "shared",
+        epa_layout: str = "official",
+        epa_backend: str | None = None,
+        res_blocks: int = 1,
+        attention_dropout: float = 0.1,
+        conv_dropout: float = 0.1,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_lengths(STAGES, strides=strides, dims=dims, depths=depths, proj_sizes=proj_sizes)
+        _check_lengths(
+            STAGES - 1, decoder_depths=decoder_depths, decoder_proj_sizes=decoder_proj_sizes
+        )
+        if res_blocks not in (1, 2):
+            raise ValueError(f"UNETRPP: res_blocks must be 1 or 2, got {res_blocks}.")
+        self.in_channels = in_channels
+        self.strides = tuple(_triple("strides", stride) for stride in strides)
+        self.img_size = _triple("img_size", img_size)
+        self.deep_supervision = deep_supervision
+        self._arguments = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "strides": self.strides,
+            "feature_size": feature_size,
+            "dims": dims,
+            "depths": depths,
+            "decoder_depths": decoder_depths,
+            "num_heads": num_heads,
+            "proj_sizes": proj_sizes,
+            "decoder_proj_sizes": decoder_proj_sizes,
+            "epa_kind": epa_kind,
+            "epa_layout": epa_layout,
+            "res_blocks": res_blocks,
+            "attention_dropout": attention_dropout,
+            "conv_dropout": conv_dropout,
+        }
+        grids = _stage_grids(self.img_size, self.strides)
+
+        def stage(level: int, depth: int, proj_size: int) -> nn.Sequential:
+            return nn.Sequential(
+                *(
+                    TransformerBlock(
+                        grids[level],
+                        dims[level],
+                        proj_size,
+                        num_heads,
+                        epa_kind=epa_kind,
+                        epa_layout=epa_layout,
+                        epa_backend=epa_backend,
+                        res_blocks=res_blocks,
+                        attention_dropout=attention_dropout,
+                        conv_dropout=conv_dropout,
+                    )
+                    for _ in range(depth)
+                )
+            )
+
+        def decoder(level: int) -> UpBlock:
+            position = STAGES - 2 - level
+            block = stage(level, decoder_depths[position], decoder_proj_sizes[position])
+            return UpBlock(dims[level + 1], dims[level], self.strides[level + 1], block)
+
+        channels = (in_channels, *dims)
+        self.unetr_pp_encoder = Encoder(
+            [
+                _downsample(channels[level], channels[level + 1], self.strides[level])
+                for level in range(STAGES)
+            ],
+            [stage(level, depths[level], proj_sizes[level]) for level in range(STAGES)],
+        )
+        self.encoder1 = ResidualBlock(in_channels, feature_size, norm="instance")
+        self.decoder5 = decoder(2)
+        self.decoder4 = decoder(1)
+        self.decoder3 = decoder(0)
+        self.decoder2 = UpBlock(
+            dims[0],
+            feature_size,
+            self.strides[0],
+            ResidualBlock(feature_size, feature_size, norm="instance"),
+        )
+        self.out1 = _head(feature_size, out_channels)
+        self.out2 = _head(dims[0], out_channels)
+        self.out3 = _head(dims[1], out_channels)
+        self.unetr_pp_encoder.apply(_init_encoder)
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> "UNETRPP":
+        """Build a model with the settings of `unetrpp.models.presets`, some of them overridden.
+
+        Args:
+            preset: "synapse", "btcv", "acdc", "lung", "tumor" or "tiny".
+            overrides: constructor arguments, for instance in_channels=2, img_size=(96, 96, 96).
+        """
+        if preset not in PRESETS:
+            raise ValueError(
+                f"UNETRPP.from_preset: preset must be one of {', '.join(PRESETS)}; got {preset!r}."
+            )
+        return cls(**{**PRESETS[preset], **overrides})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Name and constructor arguments, as plain JSON.
+
+        `unetrpp.create_model(config["name"], **config["args"])` builds the model again.
+        """
+        arguments = {
+            **self._arguments,
+            "img_size": self.img_size,
+            "deep_supervision": self.deep_supervision,
+        }
+        return {"name": "unetrpp", "args": json.loads(json.dumps(arguments))}
+
+    @property
+    def output_strides(self) -> tuple[Triple, Triple, Triple]:
+        """Stride of each of the three outputs of deep supervision against the input."""
+        stem, first = self.strides[:2]
+        return (1, 1, 1), stem, tuple(s * f for s, f in zip(stem, first, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return the logits of x.
+
+        Args:
+            x (B, in_channels, *img_size): any float dtype.
+
+        Returns: (B, out_channels, *img_size), or with `deep_supervision` a list of three of
+            resolutions img_size / output_strides.
+
+        Raises:
+            ValueError: x has another number of axes, of channels, or another size.
+        """
+        self._check_input(x)
+        stages = self.unetr_pp_encoder(x)
+        deep = self.decoder5(stages[3], stages[2])
+        middle = self.decoder4(deep, stages[1])
+        shallow = self.decoder3(middle, stages[0])
+        # Late, so that no full-resolution volume is held while the levels below are computed.
+        logits = self.out1(self.decoder2(shallow, self.encoder1(x)))
+        if not self.deep_supervision:
+            return logits
+        return [logits, self.out2(shallow), self.out3(middle)]
+
+    def resize_tokens(self, img_size: Sequence[int] | int) -> "UNETRPP":
+        """Carry the weights to another input size, in place, and return the model.
+
+        What has one entry per token is resampled over the token grid of its block: pos_embed as a
+        field (trilinear when growing, averaged when shrinking), E, F and EF so that their sum over
+        tokens and their result on smooth fields stay, temperature2 by the square root of the
+        token counts (see `TransformerBlock.resize_tokens`). All other weights do not depend on
+        the size. Parameters stay the same objects, with their dtype, device and requires_grad;
+        their gradients are dropped, and optimizer state that has the old shapes must be made anew.
+
+        With layout "official" the spatial branch reads tokens in an order that depends on their
+        number, so the resized model agrees less closely than with "tokens". Expect to fine-tune.
+
+        Args:
+            img_size: the new input size, legal for the strides of the model.
+
+        Raises:
+            ValueError: the size does not fit the strides; the model is then unchanged.
+        """
+        img_size = _triple("img_size", img_size)
+        grids = _stage_grids(img_size, self.strides, "UNETRPP.resize_tokens")
+        encoder = self.unetr_pp_encoder.stages
+        decoders = (self.decoder3.decoder_block, self.decoder4.decoder_block)
+        stages = [*encoder, *(d[0] for d in decoders), self.decoder5.decoder_block[0]]
+        for stage, grid in zip(stages, (*grids, *grids[:3]), strict=True):
+            for block in stage:
+                block.resize_tokens(grid)
+        self.img_size = img_size
+        return self
+
+    def _check_input(self, x: Tensor) -> None:
+        size = tuple(x.shape[2:])
+        if x.ndim == 5 and x.shape[1] == self.in_channels and size == self.img_size:
+            return
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"UNETRPP.forward: x must be (B, {self.in_channels}, "
+                f"{', '.join(map(str, self.img_size))}), got {tuple(x.shape)}."
+            )
+        grid = _stage_grids(self.img_size, self.strides)[0]
+        legal = nearest_legal_size(size, self.strides)
+        if size == legal:
+            got = _stage_grids(size, self.strides)[0]
+            found = f"{math.prod(got)} tokens {got}"
+        else:
+            found = f"a size that is no multiple of {size_multiples(self.strides)}"
+        raise ValueError(
+            f"UNETRPP.forward: stage 1 expects {math.prod(grid)} tokens {grid}, those of img_size "
+            f"{self.img_size}, but x is {size}: {found}. Crop or pad x to {self.img_size}, or "
+            f"slide a window of that size over it (monai.inferers.sliding_window_inference), or "
+            f"carry the weights over with model.resize_tokens({legal})."
+        )
+
+
+class Encoder(nn.Module):
+    """Four stages, each a strided convolution with GroupNorm and then transformer blocks."""
+
+    def __init__(self, downsample_layers: list[nn.Module], stages: list[nn.Module]) -> None:
+        super().__init__()
+        self.downsample_layers = nn.ModuleList(downsample_layers)
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x (B, in_channels, *img_size) -> four volumes (B, dims[i], *grid_i), finest first."""
+        outputs = []
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+            outputs.append(x)
+        return outputs
+
+
+def size_multiples(strides: Sequence[Triple]) -> Triple:
+    """Return, per axis, what `img_size` must be a multiple of: the product of the strides."""
+    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+
+
+def nearest_legal_size(size: Sequence[int], strides: Sequence[Triple]) -> Triple:
+    """Return the legal input size nearest to `size`, per axis at least one multiple, ties up."""
+    return tuple(
+        max(1, (2 * n + m) // (2 * m)) * m
+        for n, m in zip(size, size_multiples(strides), strict=True)
+    )
+
+
+def _stage_grids(
+    img_size: Triple, strides: Sequence[Triple], caller: str = "UNETRPP"
+) -> list[Triple]:
+    """Return the token grid of each stage, or raise if the size does not fit the strides."""
+    legal = nearest_legal_size(img_size, strides)
+    if img_size != legal:
+        multiples = size_multiples(strides)
+        raise ValueError(
+            f"{caller}: img_size must be a multiple of {multiples} per axis, the products of the "
+            f"strides; got {img_size}. Nearest legal size: {legal}."
+        )
+    grids = []
+    for stride in strides:
+        img_size = tuple(n // s for n, s in zip(img_size, stride, strict=True))
+        grids.append(img_size)
+    return grids
+
+
+def _downsample(in_channels: int, out_channels: int, stride: Triple) -> nn.Sequential:
+    return nn.Sequential(
+        named_conv(nn.Conv3d(in_channels, out_channels, stride, stride, bias=False)),
+        nn.GroupNorm(math.gcd(in_channels, out_channels), out_channels),
+    )
+
+
+def _head(in_channels: int, out_channels: int) -> nn.Sequential:
+    return named_conv(named_conv(nn.Conv3d(in_channels, out_channels, 1)))
+
+
+def _init_encoder(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _triple(name: str, value: Sequence[int] | int) -> Triple:
+    values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(values) != 3 or min(values) < 1:
+        raise ValueError(
+            f"UNETRPP: {name} must be one integer or three, each at least 1; got {value!r}."
+        )
+    return values
+
+
+def _check_lengths(length: int, **arguments: Sequence) -> None:
+    for name, value in arguments.items():
+        if len(value) != length:
+            raise ValueError(
+                f"UNETRPP: {name} must have {length} entries, got {len(value)}: {value!r}."
+            )
