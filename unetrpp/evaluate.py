@@ -136,12 +136,14 @@ class Evaluation:
         failures: file or case name to the reason it could not be scored; empty if all went well,
             otherwise a command should end with a non-zero exit code.
         unmatched: names of predictions for which there is no reference (not a failure).
+        files: case name to {"prediction", "reference"}, absolute paths, for the scored cases.
     """
 
     rows: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def run_evaluate(
@@ -202,6 +204,11 @@ def run_evaluate(
             result.rows += _score(case, prediction_file, reference_file, classes, check_affine)
         except _Unusable as error:
             result.failures[str(error.file)] = error.reason
+            continue
+        result.files[case] = {
+            "prediction": str(prediction_file.absolute()),
+            "reference": str(reference_file.absolute()),
+        }
     result.summary = summarize(result.rows)
 
     folder = Path(output) if output is not None else _folder(predictions)
@@ -502,6 +509,7 @@ def _write_json(file: Path, result: Evaluation) -> None:
         "rows": rows,
         "failures": result.failures,
         "unmatched": result.unmatched,
+        "files": result.files,
         "definitions": DEFINITIONS,
     }
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -120,11 +120,13 @@ class Prediction:
         failures: file or case name to the reason why it has no label map; empty if all went
             well, otherwise a command should end with a non-zero exit code.
         seconds: case name to the wall-clock time from reading to writing.
+        inputs: case name to the files it was read from, for the predicted cases.
     """
 
     outputs: dict[str, Path] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, list[Path]] = field(default_factory=dict)
 
 
 def run_predict(
@@ -202,7 +204,7 @@ def run_predict(
         except Exception as error:  # whatever one file does, the others are still done
             result.failures[str(case.images[0])] = _reason(error)
             continue
-        result.outputs[case.name] = target
+        result.inputs[case.name], result.outputs[case.name] = list(case.images), target
         result.seconds[case.name] = time.perf_counter() - start
 
     if folder == Path(output):
@@ -421,6 +423,7 @@ def _write_record(
         "checkpoint": str(checkpoint),
         "labels": config["preprocessing"]["labels"],
         "options": options,
+        "inputs": {name: [str(path) for path in paths] for name, paths in result.inputs.items()},
         "outputs": {name: str(path) for name, path in result.outputs.items()},
         "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
         "failures": result.failures,

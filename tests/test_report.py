@@ -1,0 +1,173 @@
+"""The report: complete, self-contained, honest about what is missing, pictures that show it."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+nib = pytest.importorskip("nibabel")
+pytest.importorskip("matplotlib")
+
+from unetrpp.evaluate import run_evaluate  # noqa: E402
+from unetrpp.report import write_report  # noqa: E402
+
+VOID = {"meta", "img", "br", "path", "use", "rect"}
+
+
+class Balanced(HTMLParser):
+    """Collects tags and attributes, and fails on a tag that is not closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(file):
+    parser = Balanced()
+    parser.feed(file.read_text())
+    assert parser.open == []
+    return parser
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with curves and four scored cases, the worst of which misses a class entirely."""
+    folder = tmp_path / "run"
+    (folder / "pred").mkdir(parents=True)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "images").mkdir()
+    affine, inputs = np.diag([-1.0, 1.0, 2.0, 1.0]), {}
+    for missed, case in enumerate(("all", "most", "some", "none")):
+        reference = np.zeros((24, 20, 12), np.uint8)
+        reference[4:20, 5:9, 3:9] = 1
+        reference[4:20, 10:15, 3:9] = 2
+        prediction = reference.copy()
+        prediction[4 : 4 + 4 * missed] = 0
+        if case == "none":
+            prediction[prediction == 2] = 0
+        image = np.random.default_rng(missed).normal(size=reference.shape) + 3 * (reference > 0)
+        for where, values in (("labels", reference), ("run/pred", prediction), ("images", image)):
+            values = values.astype(np.float32) if where == "images" else values
+            nib.save(nib.Nifti1Image(values, affine), tmp_path / where / f"{case}.nii.gz")
+        inputs[case] = [str(tmp_path / "images" / f"{case}.nii.gz")]
+    record = {
+        "labels": {"background": 0, "<b>left</b> & co": 1, "right": 2},
+        "inputs": inputs,
+        "seconds": dict.fromkeys(inputs, 1.5),
+        "options": {"overlap": 0.5},
+    }
+    (folder / "pred" / "prediction.json").write_text(json.dumps(record))
+    run_evaluate(folder / "pred", tmp_path / "labels", folder / "scores", quiet=True)
+    lines = [{"step": s, "loss": 2 / s, "seconds": 0.5 * s} for s in range(1, 101)]
+    for step, dice in ((50, 0.4), (80, 0.75), (100, 0.7)):
+        per_class = {"<b>left</b> & co": dice, "right": dice}
+        lines.append({"step": step, "val_dice": dice, "val_dice_per_class": per_class})
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '\n{"step": 101, "lo')
+    (folder / "config.yaml").write_text("recipe: short\nlearning_rate: 0.001\n")
+    reasons = {"reasons": ["patch 16 because of <something>"]}
+    split = {"training": ["a", "b"], "validation": ["c"]}
+    (folder / "plan.json").write_text(json.dumps({"plan": reasons, "split": split}))
+    return folder
+
+
+def pictures(text):
+    from PIL import Image
+
+    found = re.findall(r"src='data:image/png;base64,([^']+)'", text)
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found
+    ]
+
+
+def test_report_is_complete_and_self_contained(run):
+    file = write_report(run, run / "scores", title="A & B", notes=["mind the <gap>"])
+    assert file == run / "report.html"
+    page = parse(file)
+    external = [link for link in page.links if not link.startswith(("data:", "#"))]
+    assert external == []
+    source = file.read_text()
+    assert not re.search(r"@import|url\((?!#)|<script|<link", source)
+    text = " ".join(page.text)
+    scores = json.loads((run / "scores" / "scores.json").read_text())
+    for expected in (
+        "A & B", "mind the <gap>", "<b>left</b> & co", "patch 16 because of <something>",
+        "learning_rate: 0.001", "0.7500", "step 80", "50 s", "100 steps", "1.5 s", "torch",
+        f"{scores['summary']['mean']['dice']['mean']:.4f}",
+        f"{scores['summary']['classes']['right']['hd95_mm']['mean']:.2f}",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "prefers-color-scheme:dark" in source
+    svgs = re.findall(r"<svg.*?</svg>", source, re.S)
+    assert len(svgs) == 2
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+        assert "var(--ink)" in svg and "#010203" not in svg
+    ids = [found for svg in svgs for found in set(re.findall(r'<clipPath id="([^"]+)"', svg))]
+    assert len(ids) == len(set(ids)), "two figures of one page must not share ids"
+
+
+def test_worst_median_and_best_case_are_shown(run):
+    source = write_report(run, run / "scores").read_text()
+    shown = re.findall(r"<figcaption><b>(\w+)</b> <span class='badge'>(\w+)</span>", source)
+    assert shown == [("none", "worst"), ("most", "median"), ("all", "best")]
+    worst, median, best = pictures(source)
+    half = best.shape[0] // 2
+    orange, blue = np.array([255, 138, 61]), np.array([47, 155, 255])
+
+    def tinted(picture, color):
+        """Pixels of the lower row that lie between grey and a class's colour."""
+        lower = picture[half:].astype(float)
+        tint = lower - 0.5 * color
+        return int(((np.ptp(tint, axis=-1) < 6) & (np.ptp(lower, axis=-1) > 40)).sum())
+
+    assert tinted(best, orange) > 500 and tinted(best, blue) > 500
+    assert tinted(worst, blue) < 0.05 * tinted(best, blue), "this class was not predicted there"
+    assert 0 < tinted(median, orange) < tinted(best, orange)
+    upper = best[:half].astype(int)
+    assert np.ptp(upper, axis=-1).max() < 12, "the upper row is the bare image"
+    # The outline of the class that was not predicted is there all the same.
+    light_blue = 0.55 * blue + 0.45 * 255
+    near = np.abs(worst[half:] - light_blue).max(-1) < 12
+    assert near.sum() > 100
+
+
+def test_report_of_a_run_with_nothing_yet(tmp_path):
+    (tmp_path / "run").mkdir()
+    file = write_report(tmp_path / "run", output=tmp_path / "elsewhere" / "report.html")
+    text = " ".join(parse(file).text)
+    assert "neither curves nor scores" in text and "No volume was scored" in text
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="scores.json"):
+        write_report(tmp_path / "run", tmp_path)
+
+
+def test_moved_volumes_and_failures_are_said(run):
+    (run.parent / "images" / "none.nii.gz").unlink()
+    (run.parent / "labels" / "extra.nii.gz").write_bytes(b"")
+    run_evaluate(run / "pred", run.parent / "labels", run / "scores", quiet=True)
+    source = write_report(run, run / "scores").read_text()
+    assert "none.nii.gz is gone" in source
+    assert len(pictures(source)) == 2
+    assert "extra.nii.gz" in source and "Not scored" in source

@@ -1,0 +1,625 @@
+"""One HTML file that tells how a run went: curves, scores, pictures, settings.
+
+  write_report     RUN/metrics.jsonl, scores.json and the volumes -> RUN/report.html
+  score_validation the held-out cases of RUN, predicted and scored into RUN/validation
+
+The file needs nothing beside it and no network: curves are inline SVG in the colours of the page
+(light or dark), pictures are PNGs in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["score_validation", "write_report"]
+
+# Told apart on white, on black and on a grey picture.
+PALETTE = ("#ff8a3d", "#2f9bff", "#2fbf71", "#e84fa4", "#9b7bff", "#1fb8c4", "#e8c02f", "#f0524f")
+# matplotlib draws with these, the page then replaces them by its own colours.
+INK, GRID = "#010203", "#030201"
+PICTURE_BACKGROUND = "#101214"
+SCORES = (("dice", "Dice", 4), ("hd95_voxels", "HD95 voxels", 2), ("hd95_mm", "HD95 mm", 2))
+
+
+def write_report(
+    run: Path,
+    evaluation: Path | None = None,
+    *,
+    output: Path | None = None,
+    title: str | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write a self-contained HTML report of a training run.
+
+    Whatever is missing (no curves yet, no scores, volumes that have moved) is left out, and the
+    report says so.
+
+    Args:
+        run: Folder of a training run.
+        evaluation: Folder with the scores.json of `run_evaluate`. If not given, the held-out
+            cases of the run are predicted with RUN/best and scored into RUN/validation.
+        output: The file to write; RUN/report.html if not given.
+        title: Heading; the name of the run folder if not given.
+        notes: Sentences that a reader must know, shown under the heading.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        FileNotFoundError: there is no such run folder, or no scores.json in evaluation.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"write_report: the run folder {run} does not exist")
+    if evaluation is None:
+        evaluation = score_validation(run)
+    elif not (Path(evaluation) / "scores.json").is_file():
+        raise FileNotFoundError(
+            f"write_report: {evaluation} holds no scores.json; write it with unetrpp evaluate"
+        )
+    steps, validations = _read_metrics(run / "metrics.jsonl")
+    scores = _read_json(Path(evaluation) / "scores.json") if evaluation is not None else {}
+    prediction = _prediction_record(scores)
+    plan = _read_json(run / "plan.json")
+
+    sections = [
+        _tiles(steps, validations, scores, prediction),
+        _section("Training", _curves(steps, validations)),
+        _section("Scores", _score_tables(scores)),
+        _section("Pictures", _pictures(scores, prediction)),
+        _section("Settings", _settings(run, plan, prediction)),
+    ]
+    heading = html.escape(title or f"Run {run.absolute().name}")
+    notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in notes)
+    written = time.strftime("%Y-%m-%d %H:%M")
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<meta name='color-scheme' content='light dark'><title>{heading}</title>"
+        f"<style>{STYLE}</style></head><body><main><header><h1>{heading}</h1>"
+        f"<p class='muted'>UNETR++ training report, written {written}</p></header>{notes}"
+        f"{''.join(sections)}</main></body></html>\n"
+    )
+    output = Path(output) if output is not None else run / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{os.getpid()}.{output.name}")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, output)
+    return output
+
+
+def score_validation(run: Path) -> Path | None:
+    """Predict the held-out cases of a run with RUN/best and score them into RUN/validation.
+
+    Done anew only if RUN/best is newer than the scores.
+
+    Returns:
+        RUN/validation, or None where the run has no checkpoint, no split or no readable data yet.
+    """
+    from unetrpp.data import find_cases
+    from unetrpp.evaluate import run_evaluate
+    from unetrpp.predict import run_predict
+
+    run = Path(run)
+    folder, best = run / "validation", run / "best" / "model.safetensors"
+    data = _read_yaml(run / "config.yaml").get("data")
+    held_out = _read_json(run / "plan.json").get("split", {}).get("validation", [])
+    if not best.is_file() or not held_out or data is None or not Path(data).is_dir():
+        return None
+    scores = folder / "scores.json"
+    if scores.is_file() and scores.stat().st_mtime >= best.stat().st_mtime:
+        return folder
+    cases = [case for case in find_cases(data) if case.name in held_out]
+    images = [image for case in cases for image in case.images]
+    run_predict(images, folder, run / "best", overwrite=True, quiet=True)
+    labels = Path(os.path.commonpath([case.label.parent for case in cases]))
+    run_evaluate(folder, labels, folder, only_predicted=True, quiet=True)
+    return folder
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _read_yaml(file: Path) -> dict:
+    import yaml
+
+    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+
+def _read_metrics(file: Path) -> tuple[list[dict], list[dict]]:
+    """The records of the steps, and those of the validations."""
+    records = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # a killed run may leave half a line
+    return [r for r in records if "loss" in r], [r for r in records if "val_dice" in r]
+
+
+def _prediction_record(scores: Mapping) -> dict:
+    """prediction.json from beside the predicted label maps, if it is there."""
+    files = next(iter(scores.get("files", {}).values()), None)
+    return _read_json(Path(files["prediction"]).parent / "prediction.json") if files else {}
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def _tiles(
+    steps: Sequence[Mapping], validations: Sequence[Mapping], scores: Mapping, prediction: Mapping
+) -> str:
+    tiles = []
+    rows = scores.get("rows", [])
+    if rows:
+        mean = scores["summary"]["mean"]
+        cases = len({row["case"] for row in rows})
+        noun = "case" if cases == 1 else "cases"
+        tiles.append(("Mean Dice", _number(mean["dice"]["mean"], 4), f"{cases} {noun}"))
+        tiles.append(("Mean HD95", f"{_number(mean['hd95_mm']['mean'], 2)} mm", "where defined"))
+    if validations:
+        best = max(validations, key=lambda record: record["val_dice"])
+        tiles.append(("Best validation Dice", _number(best["val_dice"], 4), f"step {best['step']}"))
+    if steps:
+        seconds = max(r.get("seconds", 0) for r in [*steps, *validations])
+        tiles.append(("Training", _duration(seconds), f"{steps[-1]['step']} steps"))
+    if prediction.get("seconds"):
+        seconds = list(prediction["seconds"].values())
+        tiles.append(("Prediction", f"{np.mean(seconds):.1f} s", "per volume"))
+    if not tiles:
+        return "<p class='note'>This run has neither curves nor scores yet.</p>"
+    cells = "".join(
+        f"<div class='tile'><span>{name}</span><b>{value}</b><span>{detail}</span></div>"
+        for name, value, detail in tiles
+    )
+    return f"<div class='tiles'>{cells}</div>"
+
+
+def _curves(steps: Sequence[Mapping], validations: Sequence[Mapping]) -> str:
+    """Loss over steps, and validation Dice per class over steps, as inline SVG."""
+    if not steps:
+        return "<p class='muted'>There are no training curves in this run's folder.</p>"
+    figures = []
+    figure, axes = _axes("Training loss")
+    number = np.array([record["step"] for record in steps])
+    loss = np.array([record["loss"] for record in steps], float)
+    axes.plot(number, loss, color=PALETTE[1], alpha=0.3, linewidth=0.8)
+    window = max(1, len(loss) // 40)
+    if window > 1:
+        kernel = np.ones(window) / window
+        middle = number[window // 2 : window // 2 + len(loss) - window + 1]
+        axes.plot(middle, np.convolve(loss, kernel, "valid"), color=PALETTE[1], linewidth=2)
+    axes.set_ylim(0, max(np.percentile(loss, 99.5) * 1.05, 1e-6))
+    figures.append(_svg(figure))
+
+    if validations:
+        figure, axes = _axes("Validation Dice")
+        number = [record["step"] for record in validations]
+        names = list(validations[-1].get("val_dice_per_class", {}))
+        for index, name in enumerate(names):
+            values = [record["val_dice_per_class"].get(name) for record in validations]
+            axes.plot(number, values, color=_color(index), linewidth=1.4, marker="o", markersize=3)
+        mean = [record["val_dice"] for record in validations]
+        axes.plot(number, mean, color=INK, linewidth=2, marker="o", markersize=4)
+        axes.set_ylim(0, 1.02)
+        legend = _legend([*((name, _color(i)) for i, name in enumerate(names)), ("mean", "ink")])
+        figures.append(_svg(figure) + legend)
+    return "<div class='curves'>" + "".join(f"<figure>{f}</figure>" for f in figures) + "</div>"
+
+
+def _axes(title: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    axes.set_xlabel("step", color=INK, fontsize=9)
+    axes.grid(True, axis="y", color=GRID, linewidth=0.8)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+    axes.margins(x=0.02)
+    return figure, axes
+
+
+def _svg(figure) -> str:
+    """The figure as SVG that takes text and grid colours from the page."""
+    import matplotlib
+
+    stream = io.StringIO()
+    # The salt makes the ids inside the SVG differ from those of the page's other figures.
+    options = {"svg.fonttype": "none", "svg.hashsalt": figure.axes[0].get_title(loc="left")}
+    with matplotlib.rc_context(options):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "var(--ink)").replace(GRID, "var(--line)")
+    # A fixed width would not shrink with the page, and fonts are the page's.
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', text, count=1)
+    text = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1inherit", text)
+    return text
+
+
+def _score_tables(scores: Mapping) -> str:
+    rows = scores.get("rows", [])
+    if not rows:
+        return "<p class='muted'>No volume was scored.</p>" + _failures(scores)
+    summary = scores["summary"]
+    head = "".join(f"<th colspan='2'>{label}</th>" for _, label, _ in SCORES)
+    body = ""
+    for name, entry in [*summary["classes"].items(), ("mean of classes", summary["mean"])]:
+        is_mean = entry is summary["mean"]
+        cells = "".join(
+            f"<td>{_number(entry[key]['mean'], digits)}</td>"
+            f"<td class='muted'>{_number(entry[key]['median'], digits)}</td>"
+            for key, _, digits in SCORES
+        )
+        cases = "" if is_mean else entry["dice"]["n"]
+        body += (
+            f"<tr{' class=total' if is_mean else ''}><th>{html.escape(name)}</th>{cells}"
+            f"<td>{cases}</td><td>{entry['hd95_mm']['undefined']}</td></tr>"
+        )
+    table = (
+        f"<div class='scroll'><table><thead><tr><th></th>{head}<th></th><th></th></tr>"
+        f"<tr><th>class</th>{len(SCORES) * '<th>mean</th><th>median</th>'}"
+        f"<th>cases</th><th>no mm distance</th></tr></thead><tbody>{body}</tbody></table></div>"
+    )
+    definitions = scores.get("definitions", {})
+    explained = "".join(
+        f"<li><b>{label}</b>: {html.escape(definitions.get(key, ''))}</li>"
+        for key, label, _ in SCORES
+    )
+    return (
+        table
+        + _failures(scores)
+        + f"<details><summary>Every case</summary>{_case_table(rows)}</details>"
+        + f"<details><summary>How the scores are defined</summary><ul>{explained}</ul></details>"
+    )
+
+
+def _case_table(rows: Sequence[Mapping]) -> str:
+    body = ""
+    for case in _ranked(rows):
+        for row in (row for row in rows if row["case"] == case):
+            cells = "".join(f"<td>{_number(row[key], digits)}</td>" for key, _, digits in SCORES)
+            body += (
+                f"<tr><th>{html.escape(case)}</th><td class='text'>{html.escape(row['class'])}</td>"
+                f"{cells}<td>{row['reference_voxels']}</td><td>{row['prediction_voxels']}</td></tr>"
+            )
+    head = "".join(f"<th>{label}</th>" for _, label, _ in SCORES)
+    return (
+        "<div class='scroll'><table><thead><tr><th>case, worst first</th><th class='text'>class"
+        f"</th>{head}<th>reference voxels</th><th>predicted voxels</th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _failures(scores: Mapping) -> str:
+    items = "".join(
+        f"<li><b>{html.escape(name)}</b>: {html.escape(reason)}</li>"
+        for name, reason in scores.get("failures", {}).items()
+    )
+    return f"<p class='note'>Not scored:</p><ul>{items}</ul>" if items else ""
+
+
+def _case_dice(rows: Sequence[Mapping], case: str) -> float:
+    return float(np.mean([row["dice"] for row in rows if row["case"] == case]))
+
+
+def _ranked(rows: Sequence[Mapping]) -> list[str]:
+    """Case names, the lowest mean Dice over the classes first."""
+    cases = dict.fromkeys(row["case"] for row in rows)
+    return sorted(cases, key=lambda case: _case_dice(rows, case))
+
+
+def _pictures(scores: Mapping, prediction: Mapping) -> str:
+    """The worst, the median and the best case, or those of them that there are."""
+    rows = scores.get("rows", [])
+    if not rows:
+        return ""
+    ranked = _ranked(rows)
+    places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
+    if len(ranked) < 3:
+        places.pop("median")
+    if len(ranked) == 1:
+        places = {"the only case": 0}
+    classes = {row["class"]: row["label"] for row in rows}
+    shown = ""
+    for name, place in places.items():
+        case = ranked[place]
+        files = scores["files"][case]
+        images = prediction.get("inputs", {}).get(case)
+        missing = [f for f in [*files.values(), *(images or [])] if not Path(f).is_file()]
+        if missing:
+            shown += f"<p class='muted'>{html.escape(case)}: {html.escape(missing[0])} is gone.</p>"
+            continue
+        picture = _overlay(images[0] if images else None, files, classes)
+        dice = ", ".join(
+            f"{html.escape(row['class'])} {row['dice']:.3f}" for row in rows if row["case"] == case
+        )
+        shown += (
+            f"<figure class='picture'><figcaption><b>{html.escape(case)}</b> "
+            f"<span class='badge'>{name}</span> mean Dice {_case_dice(rows, case):.4f} "
+            f"<span class='muted'>({dice})</span></figcaption>"
+            f"<div><img alt='{html.escape(case)}: three slices with reference and prediction' "
+            f"src='data:image/png;base64,{base64.b64encode(picture).decode()}'></div></figure>"
+        )
+    legend = _legend([(name, _color(index)) for index, name in enumerate(classes)])
+    legend = legend.removesuffix("</div>") + (
+        "<span><i class='line'></i>line: reference</span>"
+        "<span><i class='fill'></i>filled: prediction</span></div>"
+    )
+    explained = (
+        "<p class='muted'>Slices through the middle of the reference structure. L→R: from the "
+        "patient's left to the right; P→A: from the back to the front.</p>"
+    )
+    return explained + legend + shown
+
+
+def _overlay(image_file: str | None, files: Mapping, classes: Mapping) -> bytes:
+    """PNG: image above, reference contour and filled prediction below, three orthogonal planes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+
+    reference, spacing = _canonical(files["reference"])
+    prediction, _ = _canonical(files["prediction"])
+    if image_file is None:
+        image = np.zeros(reference.shape, np.float32)
+    else:
+        image, _ = _canonical(image_file)
+        image = image[..., 0] if image.ndim == 4 else image
+    known = np.isin(reference, _values(classes))
+    structure = known if known.any() else np.isin(prediction, _values(classes))
+    centre = _middle(structure)
+    window = _crop(structure | np.isin(prediction, _values(classes)), spacing)
+    low, high = np.percentile(image[window], [0.5, 99.5])
+
+    # Axes of a canonical volume run to the right, to the front and upwards.
+    planes = [(2, "axial", "L→R"), (1, "coronal", "L→R"), (0, "sagittal", "P→A")]
+    sizes = [(s.stop - s.start) * mm for s, mm in zip(window, spacing, strict=True)]
+    shapes = [[sizes[axis] for axis in range(3) if axis != plane[0]] for plane in planes]
+    tallest, gap = max(height for _, height in shapes), 0.08
+    inches = min(10 / sum(width for width, _ in shapes), 2.8 / tallest)  # per mm
+    width = sum(width for width, _ in shapes) * inches + 4 * gap
+    height = 2 * tallest * inches + 3 * gap
+    figure = Figure(figsize=(width, height), dpi=120, facecolor=PICTURE_BACKGROUND)
+    left = gap
+    for (normal, plane, ends), (wide, high_mm) in zip(planes, shapes, strict=True):
+        across, up = (axis for axis in range(3) if axis != normal)
+        index: list[Any] = list(window)
+        index[normal] = centre[normal]
+        # Transposed: rows run up, columns across.
+        gray, predicted, referenced = (
+            volume[tuple(index)].T for volume in (image, prediction, reference)
+        )
+        gray = np.clip((gray - low) / max(float(high - low), 1e-9), 0, 1)
+        picture = np.repeat(np.asarray(gray, float)[..., None], 3, 2)
+        filled = picture.copy()
+        for order, value in enumerate(classes.values()):
+            area = np.isin(predicted, value)
+            filled[area] = 0.5 * filled[area] + 0.5 * np.array(to_rgb(_color(order)))
+        box = np.array([wide * inches / width, high_mm * inches / height])
+        middle = (tallest - high_mm) * inches / 2
+        for row, shown in enumerate((filled, picture)):
+            bottom = (gap + row * (tallest * inches + gap) + middle) / height
+            axes = figure.add_axes((left / width, bottom, *box))
+            axes.imshow(shown, origin="lower", aspect="auto", interpolation="nearest")
+            axes.set_axis_off()
+            if row == 0:
+                _draw_contours(axes, referenced, classes)
+        # In a flat slice the words would hide the picture: above it there is room then.
+        flat = high_mm * inches < 0.5
+        axes.text(
+            0.02, 1.05 if flat else 0.98, f"{plane}, {ends}", color="white", fontsize=8,
+            va="bottom" if flat else "top", transform=axes.transAxes,
+            path_effects=[withStroke(linewidth=2.5, foreground=PICTURE_BACKGROUND)],
+        )  # fmt: skip
+        left += wide * inches + gap
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()
+
+
+def _draw_contours(axes, labels: np.ndarray, classes: Mapping) -> None:
+    """Outline every class of a slice (rows, columns), along the voxels' edges."""
+    limits = axes.get_xlim(), axes.get_ylim()
+    for order, value in enumerate(classes.values()):
+        # A border of background closes outlines that would run out of the picture, and every
+        # voxel is 4 x 4 points so that the outline keeps its corners.
+        area = np.pad(np.isin(labels, value), 1)
+        if not area.any():
+            continue
+        fine = np.kron(area, np.ones((4, 4)))
+        rows, columns = ((np.arange(size) + 0.5) / 4 - 1.5 for size in fine.shape)
+        axes.contour(
+            columns, rows, fine, levels=[0.5], colors=[_lighter(_color(order))], linewidths=1.4
+        )
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def _canonical(file: str) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Values and voxel size, axes turned to right, front, up."""
+    import nibabel as nib
+
+    image = nib.as_closest_canonical(nib.load(file))
+    return np.asanyarray(image.dataobj), tuple(float(z) for z in image.header.get_zooms()[:3])
+
+
+def _values(classes: Mapping) -> list[int]:
+    return [int(part) for value in classes.values() for part in np.atleast_1d(value)]
+
+
+def _middle(structure: np.ndarray) -> list[int]:
+    """Per axis the slice nearest to the structure's middle that holds some of it."""
+    if not structure.any():
+        return [size // 2 for size in structure.shape]
+    centre = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        amount = structure.sum(others)
+        middle = float((np.arange(len(amount)) * amount).sum() / amount.sum())
+        occupied = np.flatnonzero(amount)
+        centre.append(int(occupied[np.abs(occupied - middle).argmin()]))
+    return centre
+
+
+def _crop(structure: np.ndarray, spacing: Sequence[float]) -> tuple[slice, ...]:
+    """The box of the structure with a margin of half its longest side, within the volume."""
+    if not structure.any():
+        return tuple(slice(0, size) for size in structure.shape)
+    places = np.nonzero(structure)
+    bounds = [(int(p.min()), int(p.max()) + 1) for p in places]
+    margin = 0.5 * max((b - a) * mm for (a, b), mm in zip(bounds, spacing, strict=True))
+    return tuple(
+        slice(max(0, int(a - margin / mm)), min(size, int(b + margin / mm) + 1))
+        for (a, b), mm, size in zip(bounds, spacing, structure.shape, strict=True)
+    )
+
+
+def _color(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def _lighter(color: str) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgb
+
+    return tuple(0.55 * channel + 0.45 for channel in to_rgb(color))
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> str:
+    items = "".join(
+        f"<span><i style='background:{'var(--ink)' if color == 'ink' else color}'></i>"
+        f"{html.escape(name)}</span>"
+        for name, color in entries
+    )
+    return f"<div class='legend'>{items}</div>"
+
+
+def _settings(run: Path, plan: Mapping, prediction: Mapping) -> str:
+    parts = []
+    config = run / "config.yaml"
+    reasons = plan.get("plan", {}).get("reasons", [])
+    if reasons:
+        items = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
+        parts.append(f"<p>What was proposed from the data, and why:</p><ul>{items}</ul>")
+    split = plan.get("split", {})
+    if split:
+        parts.append(
+            f"<p>{len(split.get('training', []))} cases to train on, "
+            f"{len(split.get('validation', []))} held out.</p>"
+        )
+    if config.is_file():
+        parts.append(
+            "<details><summary>Configuration</summary>"
+            f"<pre>{html.escape(config.read_text())}</pre></details>"
+        )
+    if prediction:
+        shown = {"checkpoint": prediction.get("checkpoint"), **prediction.get("options", {})}
+        lines = "\n".join(f"{key}: {value}" for key, value in shown.items())
+        parts.append(
+            f"<details><summary>Prediction</summary><pre>{html.escape(lines)}</pre></details>"
+        )
+    versions = "\n".join(f"{name}: {value}" for name, value in _versions().items())
+    parts.append(
+        f"<details><summary>Versions</summary><pre>{html.escape(versions)}</pre></details>"
+    )
+    return "".join(parts)
+
+
+def _versions() -> dict[str, str]:
+    """What this report was made with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in ("epa-kernels", "torch", "monai", "nibabel", "numpy", "scipy", "matplotlib"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["torch threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "&ndash;" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--muted:#66707c;--line:#e3e7ec;--page:#f6f7f9;
+--card:#fff;--note:#fff7e0;--noteline:#e0b93a}
+@media (prefers-color-scheme:dark){:root{--ink:#e8ebef;--muted:#98a2ae;--line:#2c323a;
+--page:#14171a;--card:#1c2024;--note:#2b2613;--noteline:#8a7326}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:32px 20px 64px}
+h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.02em}
+h2{font-size:18px;margin:0 0 14px;letter-spacing:-.01em}
+p{margin:0 0 12px}
+.muted{color:var(--muted)}
+section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px;
+margin-top:20px}
+.note{background:var(--note);border-left:3px solid var(--noteline);border-radius:6px;
+padding:10px 14px;margin:12px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;
+margin-top:20px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px;
+display:flex;flex-direction:column}
+.tile b{font-size:25px;line-height:1.3;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
+.tile span{color:var(--muted);font-size:13px}
+.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:20px}
+figure{margin:0}
+svg text{font-family:inherit;fill:var(--ink)}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;margin:6px 0 14px}
+.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;
+vertical-align:-1px}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:right;padding:6px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
+th{font-weight:500}
+thead th{color:var(--muted);font-size:13px;font-weight:500}
+tr>:first-child,.text{text-align:left}
+.total th,.total td{font-weight:650;border-bottom:none}
+details{margin-top:12px}
+summary{cursor:pointer;color:var(--muted)}
+ul{padding-left:20px;margin:8px 0}
+pre{overflow-x:auto;font-size:13px;line-height:1.45;background:var(--page);
+border:1px solid var(--line);border-radius:8px;padding:12px}
+.picture{margin-top:18px}
+.picture div{background:#101214;border-radius:10px;padding:6px;margin-top:8px;text-align:center}
+.picture img{max-width:100%;height:auto;display:block;margin:0 auto}
+.legend .line{background:none;border:2px solid var(--muted)}
+.legend .fill{background:var(--muted);opacity:.6}
+.badge{border:1px solid var(--line);border-radius:20px;padding:1px 9px;font-size:12px;
+margin:0 4px;color:var(--muted)}
+@media print{body{background:#fff}section,.tile{break-inside:avoid}}
+"""
