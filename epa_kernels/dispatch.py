@@ -33,9 +33,7 @@ class Backend(NamedTuple):
 
 
 def _is_exporting() -> bool:
-    return (
-        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-    )
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def _no_reason(*_: object) -> list[str]:
@@ -48,9 +46,7 @@ def _two_pass_not_chosen() -> list[str]:
 
 BACKENDS = {
     "two_pass": Backend(ops.register("two_pass"), _no_reason, _two_pass_not_chosen),
-    "reference": Backend(
-        {name: getattr(reference, name) for name in OPS}, _no_reason, _no_reason
-    ),
+    "reference": Backend({name: getattr(reference, name) for name in OPS}, _no_reason, _no_reason),
 }
 # First that can run wins; a device type that is not listed takes the last row.
 ORDER = {"other": ("two_pass", "reference")}
@@ -60,9 +56,7 @@ _forced: str | None = os.environ.get("EPA_KERNELS_BACKEND") or None
 
 def _check_name(caller: str, name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(
-            f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}."
-        )
+        raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}.")
 
 
 class use_backend:

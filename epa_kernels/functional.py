@@ -232,7 +232,9 @@ def paired_attention(
         if t is not None:
             _check_shape(function, name, t, shape, axes)
             if kind == "sum" and name.startswith("out_proj"):
-                raise ValueError(f"{function}: kind 'sum' has no output projection: pass {name}=None.")
+                raise ValueError(
+                    f"{function}: kind 'sum' has no output projection: pass {name}=None."
+                )
     if kind != "sum" and C % 2:
         raise ValueError(
             f"{function}: x must have an even number of channels for kind {kind!r}, got {C}; "

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from . import functional
 
 
-
 class EfficientPairedAttention(nn.Module):
     """The EPA layer of UNETR++: spatial and channel attention with shared queries and keys.
 
@@ -64,7 +63,9 @@ class EfficientPairedAttention(nn.Module):
             ("num_heads", num_heads),
         ):
             if value < 1:
-                raise ValueError(f"EfficientPairedAttention: {name} must be at least 1, got {value}.")
+                raise ValueError(
+                    f"EfficientPairedAttention: {name} must be at least 1, got {value}."
+                )
         if hidden_size % num_heads:
             raise ValueError(
                 f"EfficientPairedAttention: hidden_size must be a multiple of num_heads, got "
@@ -155,7 +156,9 @@ def _adopt(name: str, layer: nn.Module, kind: str) -> EfficientPairedAttention:
         parts = ("E", "F", "out_proj", "out_proj2")
     parts += ("temperature", "temperature2", "qkvv", "attn_drop", "attn_drop_2")
     missing = [part for part in parts if not hasattr(layer, part)]
-    unknown = dict(layer.named_parameters(recurse=False)).keys() | dict(layer.named_children()).keys()
+    unknown = (
+        dict(layer.named_parameters(recurse=False)).keys() | dict(layer.named_children()).keys()
+    )
     unknown -= set(parts)
     if missing or unknown:
         raise ValueError(

@@ -23,9 +23,14 @@ from .reference import accumulate_dtype
 def plan(num_tokens: int, channels: int) -> str:
     """Plan of paired_attention: "two_pass", or "direct" where C x C algebra costs more than tokens.
 
-    A direct plan keeps nothing but x for backward; its small kept tensors have size 0.
+    The direct plan keeps nothing but x for backward; its other kept tensors have size 0.
     """
     return "direct" if num_tokens < 2 * channels else "two_pass"
+
+
+def mean_dtype(device: torch.device) -> torch.dtype:
+    """dtype of the mean of the tokens that paired_attention keeps: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Op(NamedTuple):
@@ -40,11 +45,11 @@ def _fake_paired_attention(x, _, __, proj_k_weight, ___, proj_v_weight, *____, *
     kept = accumulate_dtype(x.dtype)
     y = x.new_empty(B, N, C)
     if plan(N, C) == "direct":
-        return y, *(x.new_empty(0, dtype=kept) for _ in range(3))
+        return y, *(x.new_empty(0) for _ in range(3))
     projections = 1 if proj_v_weight is None else 2
     return (
         y,
-        x.new_empty(B, C, dtype=kept),
+        x.new_empty(B, C, dtype=mean_dtype(x.device)),
         x.new_empty(B, C, C, dtype=kept),
         x.new_empty(B, projections, proj_k_weight.shape[0], C, dtype=kept),
     )
@@ -106,9 +111,7 @@ def _define(library: torch.library.Library, backend: str, name: str) -> tuple[st
     return f"epa_kernels_{backend}::{name}", f"epa_kernels_{backend}::{name}_bwd"
 
 
-def _register_op(
-    library: torch.library.Library, backend: str, name: str
-) -> Callable[..., Tensor]:
+def _register_op(library: torch.library.Library, backend: str, name: str) -> Callable[..., Tensor]:
     forward_name, backward_name = _define(library, backend, name)
     count = OPS[name].inputs.count("Tensor")
     forward_op = getattr(getattr(torch.ops, library.ns), name).default

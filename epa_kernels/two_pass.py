@@ -15,12 +15,13 @@ would cancel. Tokens go through in tiles: nothing of size N x P or N x 4C exists
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import empty_gradient, plan
+from .ops import empty_gradient, mean_dtype, plan
 from .reference import NORM_EPS, accumulate_dtype, heads_view
 from .rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
 
@@ -93,7 +94,6 @@ class _SpatialMap:
     def __init__(self, keys, values, num_tokens, p, seed):
         self.keys, self.values = keys, values
         self.num_tokens, self.p, self.seed = num_tokens, p, seed
-        self.dkeys, self.dvalues = torch.zeros_like(keys), torch.zeros_like(values)
 
     def _weights(self, q, tile):
         softmax = torch.softmax(q @ self.keys.mT, dim=-1)  # (B, H, tile, P)
@@ -110,13 +110,11 @@ class _SpatialMap:
         return (softmax * multiplier) @ self.values
 
     def backward(self, q, tile, dout):
-        """-> out and dq (B,H,tile,D); dkeys and dvalues accumulate."""
+        """-> out (B,H,tile,D), dlogits (B,H,tile,P), dvalues (B,H,P,D) of this tile."""
         softmax, multiplier = self._weights(q, tile)
         attention = softmax * multiplier
-        self.dvalues += attention.mT @ dout
         dlogits = _softmax_backward(softmax, (dout @ self.values.mT) * multiplier)
-        self.dkeys += dlogits.mT @ q
-        return attention @ self.values, dlogits @ self.keys
+        return attention @ self.values, dlogits, attention.mT @ dout
 
 
 def _fold_temperature(k_proj, q_norm, temperature):
@@ -155,7 +153,10 @@ class _Layer:
             None if e is None else e.to(self.dtype).view(-1, 1)
             for e in (proj_k_bias, proj_v_bias if kind == "split" else proj_k_bias)
         ]
-        self.temperature, self.temperature2 = temperature.to(self.dtype), temperature2.to(self.dtype)
+        self.temperature, self.temperature2 = (
+            temperature.to(self.dtype),
+            temperature2.to(self.dtype),
+        )
         if kind != "sum":
             self.out_proj_weight = out_proj_weight.to(self.dtype)
             self.out_proj2_weight = out_proj2_weight.to(self.dtype)
@@ -175,11 +176,6 @@ class _Layer:
         """Heads of t W^T + bias; parts is a slice of (q, k, vc, vs); t (B,n,C) -> (B,H',n,D)."""
         weight, bias = self.weight[parts].flatten(0, -2), self.bias[parts].flatten()
         return self.heads(F.linear(t, weight, bias))
-
-    def key_and_value_maps(self):
-        """-> weight (H,D,C), qkvv bias (H,1,D), projection bias (P,1) or None: keys, then values."""
-        for part, e in zip((1, 3), self.projection_biases, strict=True):
-            yield self.weight[part], self.bias[part].unsqueeze(1), e
 
     def spatial_map(self, keys, values):
         return _SpatialMap(keys, values, self.N, self.spatial_dropout_p, self.seed)
@@ -213,18 +209,21 @@ class _Layer:
 def _summary(layer):
     """First pass: mean (B,C), centred gram (B,C,C), projected (B,J,P,C)."""
     B, C = layer.B, layer.C
-    mean = layer.weight.new_zeros(B, 1, C)
+    mean = torch.zeros(B, 1, C, dtype=mean_dtype(layer.x.device), device=layer.x.device)
     gram = layer.weight.new_zeros(B, C, C)
     projected = layer.weight.new_zeros(B, len(layer.projections), layer.P, C)
     for tile in layer.tiles():
         x = layer.tokens(tile)
-        tile_mean = x.mean(1, keepdim=True)
-        centred = x - tile_mean
-        # Chan's formula: the gram about the joint mean of the tokens before and those of the tile.
+        # Differences to one token are exact where tokens are nearly constant.
+        centred = x - x[:, :1]
+        tile_offset = centred.mean(1, keepdim=True)
+        centred -= tile_offset
+        # Chan's formula: from the means of the tokens so far and of the tile to the joint one.
         share = (tile.stop - tile.start) / tile.stop
-        delta = tile_mean - mean
+        delta = x[:, :1].to(mean.dtype) + tile_offset - mean
         mean += delta * share
-        gram += centred.mT @ centred + (delta.mT @ delta) * (share * tile.start)
+        delta = delta.to(layer.dtype)
+        gram += centred.mT @ centred + delta.mT @ delta * (share * tile.start)
         for j, projection in enumerate(layer.projections):
             projected[:, j] += projection[:, tile].to(layer.dtype) @ x
     return mean.squeeze(1), gram, projected
@@ -233,30 +232,33 @@ def _summary(layer):
 class _Mix:
     """Between the passes, forward: tiny, independent of N.
 
-    q_gram, k_gram (B,H,D,C) are Wq M and Wk M; q_mean, k_mean (B,H,D) the means of q and k.
+    The means of x, q and k are taken in float64: a channel of q whose mean is small beside its
+    weights would lose its digits, and with them the direction that its norm divides out.
     """
 
     def __init__(self, layer, mean, gram, projected):
         N = layer.N
-        self.mean, self.projected = mean, projected
         (q_weight, k_weight, vc_weight, _), vc_bias = layer.weight, layer.bias[2]
-        means = torch.einsum("khdc,bc->kbhd", layer.weight[:2], mean) + layer.bias[:2].unsqueeze(1)
-        self.q_mean, self.k_mean = means
+        weight, bias = layer.weight[:2].to(mean.dtype), layer.bias[:2].to(mean.dtype)
+        means = torch.einsum("khdc,bc->kbhd", weight, mean) + bias.unsqueeze(1)
+        self.q_mean, self.k_mean = means.to(layer.dtype)  # (B, H, D)
+        self.mean, self.projected = mean.to(layer.dtype).unsqueeze(1), projected
+        # Wq M and Wk M, (B, H, D, C).
         self.q_gram, self.k_gram = (layer.weight[:2].unsqueeze(1) @ gram[:, None]).unbind()
-        dots = self.q_gram @ k_weight.mT + N * self.q_mean.unsqueeze(-1) * self.k_mean.unsqueeze(-2)
         # Rounding may leave a vanishing square just below zero.
         q_square = (self.q_gram * q_weight).sum(-1).clamp_min(0) + N * self.q_mean.square()
         k_square = (self.k_gram * k_weight).sum(-1).clamp_min(0) + N * self.k_mean.square()
+        dots = self.q_gram @ k_weight.mT + N * self.q_mean.unsqueeze(-1) * self.k_mean.unsqueeze(-2)
         self.channel = layer.channel_map(dots, q_square.sqrt(), k_square.sqrt())
 
         # sum_n E[p,n] (W x_n + b) = W Z_p + b sum_n E[p,n]
         self.row_sums = [e.sum(1, dtype=layer.dtype).unsqueeze(-1) for e in layer.projections]
         self.k_proj, self.v_proj = (
-            projected[:, None, j] @ weight.mT + self.row_sums[j] * bias + (0 if e is None else e)
-            for j, (weight, bias, e) in zip(
-                (0, -1), layer.key_and_value_maps(), strict=True
-            )
-        )  # fmt: skip
+            projected[:, None, j] @ layer.weight[part].mT
+            + self.row_sums[j] * layer.bias[part].unsqueeze(1)
+            + (0 if e is None else e)
+            for part, j, e in zip((1, 3), (0, -1), layer.projection_biases, strict=True)
+        )
         self.keys = _fold_temperature(self.k_proj, self.channel.q_norm, layer.temperature2)
 
         # out_c = A (Wvc x + bvc), then the output projection: one matrix and one constant a sample.
@@ -267,16 +269,18 @@ class _Mix:
             self.matrix = layer.out_proj2_weight @ self.matrix  # (B, C/2, C)
             self.constant = F.linear(self.constant, layer.out_proj2_weight, layer.out_proj2_bias)
 
-    def backward(self, layer, dmatrix, dconstant, dkeys, dv_proj):
-        """Gradients of everything small; dmatrix (B,O,C), dconstant (B,O), dkeys, dv_proj (B,H,P,D).
+    def backward(self, layer, sums):
+        """Gradients of everything small, from the output pass's sums over tokens.
 
-        Returns (gradients by parameter, dprojected (B,J,P,C), dprojection (J,P), dgram (B,C,C),
-        dtoken (B,C)): a token x gets x dgram + dtoken, and row p of a projection gets dprojection.
+        Returns (gradients by parameter, dprojected J x (B,P,C), drows J x (P,1), dgram (B,C,C),
+        dtoken (B,C)): token x gets (x - mean) dgram + dtoken, row p of a projection gets drows[p].
         """
-        N, grads = layer.N, {}
-        (q_weight, k_weight, vc_weight, vs_weight), vc_bias = layer.weight, layer.bias[2]
-        k_bias, vs_bias, q_bias = layer.bias[1], layer.bias[3], layer.bias[0]
+        N, grads, channel = layer.N, {}, self.channel
+        q_weight, k_weight, vc_weight, vs_weight = layer.weight
+        _, k_bias, vc_bias, vs_bias = layer.bias.unsqueeze(-1)  # (H, D, 1)
 
+        # Channel branch.
+        dmatrix, dconstant = sums.dmatrix, sums.dconstant
         if layer.kind != "sum":
             grads["out_proj2_weight"] = (
                 dmatrix @ self.value_matrix.flatten(1, 2).mT
@@ -286,72 +290,75 @@ class _Mix:
             dmatrix = layer.out_proj2_weight.T @ dmatrix
             dconstant = dconstant @ layer.out_proj2_weight
         dmatrix = dmatrix.unflatten(1, (layer.H, layer.D))  # (B, H, D, C)
-        dconstant = dconstant.unflatten(1, (layer.H, layer.D))  # (B, H, D)
-        attention = self.channel.attention
-        dvc_weight = (attention.mT @ dmatrix).sum(0)
-        dvc_bias = (attention.mT @ dconstant.unsqueeze(-1)).sum(0).squeeze(-1)
-        dattention = dmatrix @ vc_weight.mT + dconstant.unsqueeze(-1) * vc_bias.unsqueeze(-2)
-        ddots, dq_norm, dk_norm, grads["temperature"] = self.channel.backward(dattention)
+        dconstant = dconstant.unflatten(1, (layer.H, layer.D)).unsqueeze(-1)  # (B, H, D, 1)
+        dattention = dmatrix @ vc_weight.mT + dconstant * vc_bias.mT
+        ddots, dq_norm, dk_norm, grads["temperature"] = channel.backward(dattention)
 
+        # Spatial branch.
+        dkeys = sums.dkeys + sums.dlogits.unsqueeze(-1) * self.q_mean.unsqueeze(2)
         dk_proj, dq_norm_spatial, grads["temperature2"] = _fold_temperature_backward(
-            self.k_proj, self.channel.q_norm, layer.temperature2, self.keys, dkeys
+            self.k_proj, channel.q_norm, layer.temperature2, self.keys, dkeys
         )
-        dq_norm = (dq_norm + dq_norm_spatial).unsqueeze(-1)  # (B, H, D, 1)
-        dk_norm = dk_norm.unsqueeze(-1)
+        dv_proj = sums.dvalues
 
-        # sum_n q_n x_n^T and sum_n k_n x_n^T, uncentred but from centred parts.
-        mean = self.mean[:, None, None]
-        q_gram = self.q_gram + N * self.q_mean.unsqueeze(-1) * mean  # (B, H, D, C)
-        k_gram = self.k_gram + N * self.k_mean.unsqueeze(-1) * mean
-        q_sum, k_sum = N * self.q_mean.unsqueeze(-1), N * self.k_mean.unsqueeze(-1)
-        z_k, z_v = self.projected[:, None, 0], self.projected[:, None, -1]  # (B, 1, P, C)
-        dq_weight = ddots @ k_gram + dq_norm * q_gram
-        dk_weight = ddots.mT @ q_gram + dk_norm * k_gram + dk_proj.mT @ z_k
-        dvs_weight = dv_proj.mT @ z_v
-        row_sums_k, row_sums_v = self.row_sums[0], self.row_sums[-1]  # (P, 1)
-        dq_bias = ddots @ k_sum + dq_norm * q_sum
-        dk_bias = ddots.mT @ q_sum + dk_norm * k_sum + dk_proj.mT @ row_sums_k
-        dvs_bias = dv_proj.mT @ row_sums_v
-        grads["qkvv_weight"] = torch.stack(
-            (dq_weight.sum(0), dk_weight.sum(0), dvc_weight, dvs_weight.sum(0))
-        )
-        grads["qkvv_bias"] = torch.stack(
-            [dq_bias.sum(0), dk_bias.sum(0), dvc_bias.unsqueeze(-1), dvs_bias.sum(0)]
-        ).squeeze(-1)
+        # q_n gets ddots k_n + dq_norm q_n, and k_n gets ddots^T q_n + dk_norm k_n: centred part and
+        # mean apart, so that neither cancels against the other.
+        dq_norm, dk_norm = (dq_norm + dq_norm_spatial).unsqueeze(-1), dk_norm.unsqueeze(-1)
+        q_mean, k_mean = self.q_mean.unsqueeze(-1), self.k_mean.unsqueeze(-1)  # (B, H, D, 1)
+        dq_mean = ddots @ k_mean + dq_norm * q_mean
+        dk_mean = ddots.mT @ q_mean + dk_norm * k_mean
+        dq_total = N * dq_mean + (sums.dlogits.unsqueeze(2) @ self.keys).mT
+        dk_total = N * dk_mean
+        dgram = (
+            (ddots @ k_weight + dq_norm * q_weight).mT @ q_weight
+            + (ddots.mT @ q_weight + dk_norm * k_weight).mT @ k_weight
+        ).sum(1)
+        dtoken = (dq_mean.mT @ q_weight + dk_mean.mT @ k_weight).sum((1, 2))
 
-        dz_k = (dk_proj @ k_weight).sum(1)  # (B, P, C)
-        dz_v = (dv_proj @ vs_weight).sum(1)
-        de_k, de_v = dk_proj.sum((0, 1, 3)), dv_proj.sum((0, 1, 3))  # (P)
-        drow_k = (dk_proj * k_bias.unsqueeze(1)).sum((0, 1, 3))
-        drow_v = (dv_proj * vs_bias.unsqueeze(1)).sum((0, 1, 3))
-        if layer.kind == "split":
-            dprojected, drows = torch.stack((dz_k, dz_v), 1), torch.stack((drow_k, drow_v))
-            grads["proj_k_bias"], grads["proj_v_bias"] = de_k, de_v
-        else:
-            dprojected, drows = (dz_k + dz_v).unsqueeze(1), (drow_k + drow_v).unsqueeze(0)
-            grads["proj_k_bias"] = de_k + de_v
+        # qkvv: over tokens, and for keys and spatial values over projected tokens.
+        mean, z_k, z_v = self.mean[:, None], self.projected[:, None, 0], self.projected[:, None, -1]
+        dq_weight = sums.dq_weight + ddots @ self.k_gram + dq_norm * self.q_gram + dq_total * mean
+        dk_weight = ddots.mT @ self.q_gram + dk_norm * self.k_gram + dk_total * mean
+        dk_weight += dk_proj.mT @ z_k
+        dvc_weight, dvc_bias = channel.attention.mT @ dmatrix, channel.attention.mT @ dconstant
+        dvs_weight, dvs_bias = dv_proj.mT @ z_v, dv_proj.mT @ self.row_sums[-1]
+        dk_bias = dk_total + dk_proj.mT @ self.row_sums[0]
+        grads["qkvv_weight"] = torch.stack((dq_weight, dk_weight, dvc_weight, dvs_weight)).sum(1)
+        grads["qkvv_bias"] = torch.stack((dq_total, dk_bias, dvc_bias, dvs_bias)).sum(1)
 
-        # q_n gets ddots k_n + dq_norm q_n, and k_n gets ddots^T q_n + dk_norm k_n.
-        to_q = ddots @ k_weight + dq_norm * q_weight  # (B, H, D, C)
-        to_k = ddots.mT @ q_weight + dk_norm * k_weight
-        dgram = (to_q.mT @ q_weight + to_k.mT @ k_weight).sum(1)  # (B, C, C)
-        to_q = ddots @ k_bias.unsqueeze(-1) + dq_norm * q_bias.unsqueeze(-1)
-        to_k = ddots.mT @ q_bias.unsqueeze(-1) + dk_norm * k_bias.unsqueeze(-1)
-        dtoken = (to_q.mT @ q_weight + to_k.mT @ k_weight).sum((1, 2))  # (B, C)
+        # Token projections, and their biases: one value a row, added to every channel.
+        dprojected = [(dk_proj @ k_weight).sum(1), (dv_proj @ vs_weight).sum(1)]
+        drows = [(dk_proj @ k_bias).sum((0, 1)), (dv_proj @ vs_bias).sum((0, 1))]
+        dbiases = [dk_proj.sum((0, 1, 3)), dv_proj.sum((0, 1, 3))]
+        if layer.kind != "split":
+            dprojected, drows, dbiases = ([sum(pair)] for pair in (dprojected, drows, dbiases))
+        grads.update(zip(("proj_k_bias", "proj_v_bias"), dbiases, strict=False))
         return grads, dprojected, drows, dgram, dtoken
 
 
-def _summary_backward(layer, dx, dprojected, drows, dgram, dtoken):
+def _summary_backward(layer, mean, dx, dprojected, drows, dgram, dtoken):
     """Last pass: adds to dx (B,N,C) in place, returns the gradient of each token projection."""
     gradients = [torch.empty_like(projection) for projection in layer.projections]
     for tile in layer.tiles():
         x = layer.tokens(tile)
-        dx[:, tile] += x @ dgram + dtoken.unsqueeze(1)
-        for j, projection in enumerate(layer.projections):
-            dx[:, tile] += projection[:, tile].to(layer.dtype).mT @ dprojected[:, j]
-            gradient = dprojected[:, j].transpose(0, 1).flatten(1) @ x.mT.flatten(0, 1)
-            gradients[j][:, tile] = gradient + drows[j].unsqueeze(-1)
+        dx[:, tile] += (x - mean) @ dgram + dtoken.unsqueeze(1)
+        for projection, gradient, dz, drow in zip(
+            layer.projections, gradients, dprojected, drows, strict=True
+        ):
+            dx[:, tile] += projection[:, tile].to(layer.dtype).mT @ dz
+            gradient[:, tile] = dz.transpose(0, 1).flatten(1) @ x.mT.flatten(0, 1) + drow
     return gradients
+
+
+class _Sums(NamedTuple):
+    """Sums over tokens that the output pass leaves for the mix's backward."""
+
+    dmatrix: Tensor  # (B, O, C), O = C/2, or C for kind "sum"
+    dconstant: Tensor  # (B, O)
+    dlogits: Tensor  # (B, H, P)
+    dkeys: Tensor  # (B, H, P, D)  sum of dlogits (q - mean)
+    dvalues: Tensor  # (B, H, P, D)
+    dq_weight: Tensor  # (B, H, D, C)  sum of dq (x - mean)
 
 
 def _two_pass_forward(layer):
@@ -372,22 +379,30 @@ def _two_pass_backward(layer, dy, mean, gram, projected):
     dy_s, dy_c, dout_s = layer.split(dy)
     buffer, out_s = layer.spatial_buffer()
     dx = dy_c @ mix.matrix
-    dmatrix = torch.zeros_like(mix.matrix)
+    dconstant = dy_c.sum(1)
+    sums = _Sums(
+        dconstant.unsqueeze(-1) * mix.mean,
+        dconstant,
+        mix.keys.new_zeros(mix.keys.shape[:3]),
+        torch.zeros_like(mix.keys),
+        torch.zeros_like(mix.keys),
+        torch.zeros_like(mix.q_gram),
+    )
     q_weight = layer.weight[0].flatten(0, 1)
-    dq_weight, dq_bias = torch.zeros_like(q_weight), layer.weight.new_zeros(layer.C)
     for tile in layer.tiles():
-        x = layer.tokens(tile)
-        q = layer.linear(x, slice(0, 1))
-        out_s[:, :, tile], dq = spatial.backward(q, tile, dout_s[:, :, tile])
-        dq = dq.transpose(1, 2).flatten(2)  # (B, tile, C)
-        dx[:, tile] += dq @ q_weight
-        dq_weight += dq.flatten(0, 1).T @ x.flatten(0, 1)
-        dq_bias += dq.sum((0, 1))
-        dmatrix += dy_c[:, tile].mT @ x
-    grads, *small = mix.backward(layer, dmatrix, dy_c.sum(1), spatial.dkeys, spatial.dvalues)
-    grads["qkvv_weight"][0] += dq_weight.view_as(grads["qkvv_weight"][0])
-    grads["qkvv_bias"][0] += dq_bias.view_as(grads["qkvv_bias"][0])
-    dprojections = _summary_backward(layer, dx, *small)
+        x = layer.tokens(tile) - mix.mean
+        q_centred = layer.heads(x @ q_weight.T)
+        q = q_centred + mix.q_mean.unsqueeze(2)
+        out_s[:, :, tile], dlogits, dvalues = spatial.backward(q, tile, dout_s[:, :, tile])
+        dq = dlogits @ mix.keys
+        dx[:, tile] += dq.transpose(1, 2).flatten(2) @ q_weight
+        sums.dmatrix.add_(dy_c[:, tile].mT @ x)
+        sums.dlogits.add_(dlogits.sum(2))
+        sums.dkeys.add_(dlogits.mT @ q_centred)
+        sums.dvalues.add_(dvalues)
+        sums.dq_weight.add_(dq.mT @ x.unsqueeze(1))
+    grads, *small = mix.backward(layer, sums)
+    dprojections = _summary_backward(layer, mix.mean, dx, *small)
     grads["x"] = dx
     _output_projection_backward(layer, grads, dy_s, buffer)
     return grads, dprojections
@@ -428,7 +443,7 @@ def _direct_forward(layer):
     y_c = direct.out_c
     if layer.kind != "sum":
         y_c = F.linear(y_c, layer.out_proj2_weight, layer.out_proj2_bias)
-    return layer.join(buffer, y_c), *(layer.weight.new_empty(0) for _ in range(3))
+    return layer.join(buffer, y_c), *(layer.x.new_empty(0) for _ in range(3))
 
 
 def _direct_backward(layer, dy):
@@ -436,13 +451,12 @@ def _direct_backward(layer, dy):
     q, k = direct.q, direct.k
     dy_s, dy_c, dout_s = layer.split(dy)
     buffer, out_s = layer.spatial_buffer()
-    out, dq = direct.spatial.backward(q, slice(0, layer.N), dout_s)
+    out, dlogits, dv_proj = direct.spatial.backward(q, slice(0, layer.N), dout_s)
     out_s.copy_(out)
     _output_projection_backward(layer, grads, dy_s, buffer)
     dk_proj, dq_norm_spatial, grads["temperature2"] = _fold_temperature_backward(
-        direct.k_proj, direct.channel.q_norm, layer.temperature2, direct.keys, direct.spatial.dkeys
+        direct.k_proj, direct.channel.q_norm, layer.temperature2, direct.keys, dlogits.mT @ q
     )
-    dv_proj = direct.spatial.dvalues
 
     if layer.kind != "sum":
         grads["out_proj2_weight"] = dy_c.flatten(0, 1).T @ direct.out_c.flatten(0, 1)
@@ -451,7 +465,7 @@ def _direct_backward(layer, dy):
     dout_c = layer.heads(dy_c)  # (B, H, N, D)
     dattention = dout_c.mT @ direct.vc
     ddots, dq_norm, dk_norm, grads["temperature"] = direct.channel.backward(dattention)
-    dq += k @ ddots.mT + q * (dq_norm + dq_norm_spatial).unsqueeze(2)
+    dq = dlogits @ direct.keys + k @ ddots.mT + q * (dq_norm + dq_norm_spatial).unsqueeze(2)
     dk = q @ ddots + k * dk_norm.unsqueeze(2) + direct.projections[0].T @ dk_proj
     dvc = dout_c @ direct.channel.attention
     dvs = direct.projections[1].T @ dv_proj
@@ -473,7 +487,9 @@ def _direct_backward(layer, dy):
 def paired_attention(*tensors, **options):
     """Op `paired_attention`, see `ops`."""
     layer = _Layer(*tensors, **options)
-    return _direct_forward(layer) if plan(layer.N, layer.C) == "direct" else _two_pass_forward(layer)
+    return (
+        _direct_forward(layer) if plan(layer.N, layer.C) == "direct" else _two_pass_forward(layer)
+    )
 
 
 def paired_attention_bwd(dy, *tensors, **options):
@@ -538,20 +554,22 @@ def spatial_attention_bwd(
     """Op `spatial_attention_bwd`, see `ops`."""
     spatial = _Spatial(q, k_proj, v_proj, temperature, seed, q_norm, dropout_p)
     dq = torch.empty(q.shape, dtype=q_norm.dtype, device=q.device)
+    dkeys, dvalues = torch.zeros_like(spatial.keys), torch.zeros_like(spatial.keys)
     for tile in spatial.tiles:
-        _, dq_tile = spatial.map.backward(
-            _head_major(q[:, tile]), tile, _head_major(dout[:, tile])
-        )
-        dq[:, tile] = dq_tile.transpose(1, 2)
+        q_tile = _head_major(q[:, tile])
+        _, dlogits, dvalues_tile = spatial.map.backward(q_tile, tile, _head_major(dout[:, tile]))
+        dq[:, tile] = (dlogits @ spatial.keys).transpose(1, 2)
+        dkeys += dlogits.mT @ q_tile
+        dvalues += dvalues_tile
     dk_proj, dq_norm, dtemperature = _fold_temperature_backward(
-        spatial.k_proj, spatial.q_norm, spatial.temperature, spatial.keys, spatial.map.dkeys
+        spatial.k_proj, spatial.q_norm, spatial.temperature, spatial.keys, dkeys
     )
     if normalize:
         dq += q * dq_norm.unsqueeze(1)
     return (
         _gradient(dq, q),
         _gradient(dk_proj.transpose(1, 2), k_proj),
-        _gradient(spatial.map.dvalues.transpose(1, 2), v_proj),
+        _gradient(dvalues.transpose(1, 2), v_proj),
         _gradient(_temperature_gradient(dtemperature, temperature), temperature),
     )
 
@@ -572,9 +590,7 @@ def channel_attention(q, k, v, temperature, seed, *, dropout_p):
     return out, dots, q_norm, k_norm
 
 
-def channel_attention_bwd(
-    dout, q, k, v, temperature, dots, q_norm, k_norm, seed, *, dropout_p
-):
+def channel_attention_bwd(dout, q, k, v, temperature, dots, q_norm, k_norm, seed, *, dropout_p):
     """Op `channel_attention_bwd`, see `ops`."""
     channel = _ChannelMap(dots, q_norm, k_norm, temperature.to(dots.dtype), dropout_p, seed)
     dattention = torch.zeros_like(dots)
