@@ -583,7 +583,6 @@ class TrainingPatches(torch.utils.data.Dataset):
         transforms: mt.Compose,
         *,
         batch_size: int,
-        samples: int,
         seed: int,
         foreground: float = 0.33,
         cache_num: int | None = None,
@@ -592,7 +591,6 @@ class TrainingPatches(torch.utils.data.Dataset):
         self.cases = list(cases)
         self.transforms = transforms
         self.batch_size = batch_size
-        self.samples = samples
         self.seed = seed
         self.forced = max(1, round(batch_size * foreground)) if foreground > 0 else 0
         first_random = next(
@@ -606,9 +604,6 @@ class TrainingPatches(torch.utils.data.Dataset):
             self.items = list(
                 tqdm(items, "reading cases", len(kept), disable=not progress, leave=False)
             )
-
-    def __len__(self) -> int:
-        return self.samples
 
     def __getitem__(self, index: int) -> dict:
         turn, place = divmod(index, len(self.cases))

@@ -1,0 +1,221 @@
+"""What to train, proposed from the data: patch size, strides, spacing, preset, batch size.
+
+  propose(cases, info, on_gpu) -> Plan     every choice comes with its reason, and can be overruled
+
+The rules are written so that the published variants come out of the published data sets: a stem
+stride is the smallest of 1, 2, 4 that brings the first grid to at most 48 tokens along an axis
+(64x128x128 -> 2,4,4; 16x160x160 -> 1,4,4; 32x192x192 -> 1,4,4; 128x128x128 -> 4,4,4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from unetrpp.data import Case, DatasetInfo, Preprocessing, foreground_intensity, volume_geometry
+
+__all__ = ["Plan", "propose"]
+
+# Voxels of a patch: the published 64x128x128 on a GPU; on a CPU what a step of seconds allows.
+GPU_PATCH_VOXELS = 64 * 128 * 128
+CPU_PATCH_VOXELS = 48 * 64 * 48
+GPU_GRID, CPU_GRID = 48, 32
+# Widths and depths for a CPU: 4 M parameters at 48x64x48.
+CPU_WIDTHS = {
+    "feature_size": 8,
+    "dims": [16, 32, 64, 128],
+    "num_heads": 4,
+    "proj_sizes": [32, 32, 32, 16],
+    "decoder_proj_sizes": [32, 32, 32],
+}
+
+
+@dataclass
+class Plan:
+    """What a run trains, complete enough to build the model and the data anew.
+
+    Args:
+        preprocessing: what inference must repeat.
+        model: arguments of `unetrpp.create_model`.
+        batch_size: patches per step and process.
+        reasons: one sentence per choice, to be printed.
+    """
+
+    preprocessing: Preprocessing
+    model: dict[str, Any]
+    batch_size: int
+    reasons: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Return plain lists and dicts that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Plan:
+        """Rebuild from `to_dict`."""
+        return cls(**{**values, "preprocessing": Preprocessing.from_dict(values["preprocessing"])})
+
+
+def propose(
+    cases: Sequence[Case],
+    info: DatasetInfo,
+    *,
+    on_gpu: bool,
+    patch_size: Sequence[int] | None = None,
+    strides: Sequence[Sequence[int]] | None = None,
+    spacing: Sequence[float] | None = None,
+    preset: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    batch_size: int | None = None,
+) -> Plan:
+    """Choose what the caller left open, from the headers of the training cases.
+
+    Args:
+        cases: training cases only; nothing of the held-out ones may enter.
+        on_gpu: size the patch and the network for a GPU rather than for a CPU.
+        patch_size, strides, spacing, preset, model_args, batch_size: taken as given where given;
+            sizes in SPL order. spacing [0, 0, 0] means no resampling.
+
+    Raises:
+        ValueError: a given patch size that the strides do not divide, with the legal multiples;
+            or three values are needed and not given.
+    """
+    geometry = [volume_geometry(case) for case in cases]
+    sizes = np.array([shape for shape, _ in geometry], dtype=float)  # (cases, 3)
+    spacings = np.array([spacing for _, spacing in geometry])  # (cases, 3)
+    reasons = []
+
+    target, reason = _spacing(spacings, spacing)
+    reasons.append(reason)
+    if target is not None:
+        sizes = sizes * spacings / np.array(target)
+    median = np.median(sizes, axis=0)
+
+    budget, grid = (GPU_PATCH_VOXELS, GPU_GRID) if on_gpu else (CPU_PATCH_VOXELS, CPU_GRID)
+    if patch_size is None:
+        patch, strides = _patch_and_strides(median, budget, grid, strides)
+        reasons.append(
+            f"patch {_by(patch)} voxels: the median volume is {_by(np.rint(median))}, and a patch "
+            f"on a {'GPU' if on_gpu else 'CPU'} should hold at most {budget} voxels"
+        )
+    else:
+        patch = _three("patch_size", patch_size)
+        strides = strides or _strides(patch, grid)
+        reasons.append(f"patch {_by(patch)} voxels: given")
+    strides = [list(map(int, stride)) for stride in strides]
+    multiple = np.prod(strides, axis=0)
+    illegal = [size for size, unit in zip(patch, multiple, strict=True) if size % unit or size < 1]
+    if illegal:
+        raise ValueError(
+            f"patch size {_by(patch)} does not fit strides {strides}: each axis must be a multiple "
+            f"of {_by(multiple)}; nearest legal size {_by(_nearest(patch, multiple))}"
+        )
+    reasons.append(
+        f"strides {' '.join(_by(stride) for stride in strides)}: a first grid of at most {grid} "
+        "tokens along an axis, then halvings"
+    )
+
+    if preset is None:
+        preset, chosen = ("synapse", {}) if on_gpu else ("tiny", dict(CPU_WIDTHS))
+        reasons.append(
+            "preset synapse: the published widths (43 M parameters)"
+            if on_gpu
+            else f"preset tiny, widened ({chosen}): trains in minutes on a CPU"
+        )
+    else:
+        chosen = {}
+        reasons.append(f"preset {preset}: given")
+    if batch_size is None:
+        batch_size = 2
+        reasons.append("batch size 2: the published one")
+
+    kinds = ["ct" if channel.strip().lower() == "ct" else "zscore" for channel in info.channels]
+    preprocessing = Preprocessing(
+        channels=info.channels,
+        normalization=kinds,
+        intensity=[None] * len(kinds),
+        spacing=target,
+        patch_size=patch,
+        labels=info.labels,
+    )
+    if "ct" in kinds:
+        measured = foreground_intensity(cases, preprocessing)
+        preprocessing.intensity = [
+            values if kind == "ct" else None for values, kind in zip(measured, kinds, strict=True)
+        ]
+    reasons.append(
+        "normalisation "
+        + ", ".join(
+            f"{channel}: " + ("clip and z-score with the training set's foreground" if kind == "ct"
+                              else "z-score per volume")
+            for channel, kind in zip(info.channels, kinds, strict=True)
+        )
+    )
+    model = {
+        "name": "unetrpp",
+        "preset": preset,
+        "in_channels": len(info.channels),
+        "out_channels": len(info.labels),
+        "img_size": patch,
+        "strides": strides,
+        **chosen,
+        **(model_args or {}),
+    }
+    return Plan(preprocessing, model, batch_size, reasons)
+
+
+def _spacing(spacings: np.ndarray, given: Sequence[float] | None) -> tuple[list | None, str]:
+    median = np.median(spacings, axis=0)
+    if given is not None:
+        given = [float(value) for value in given]
+        if len(given) != 3 or not (all(v > 0 for v in given) or given == [0.0, 0.0, 0.0]):
+            raise ValueError(
+                f"spacing must be three positive numbers in mm, or 0 0 0 for none, got {given}"
+            )
+        return (given if any(given) else None), "spacing: given"
+    if np.allclose(spacings, median, rtol=0.01):
+        return None, f"no resampling: every volume has spacing {_by(median.round(3))} mm already"
+    return [float(v) for v in median], f"resample to the median spacing {_by(median.round(3))} mm"
+
+
+def _patch_and_strides(
+    median: np.ndarray, budget: int, grid: int, strides: Sequence[Sequence[int]] | None
+) -> tuple[list[int], list[list[int]]]:
+    """Cover the median volume, then shorten the relatively longest axis until the budget holds."""
+    size = median.copy()
+    while True:
+        chosen = strides or _strides(size, grid)
+        multiple = np.prod(chosen, axis=0)
+        patch = _nearest(size, multiple)
+        if np.prod(patch) <= budget or all(p == m for p, m in zip(patch, multiple, strict=True)):
+            return patch, [list(stride) for stride in chosen]
+        longest = int(np.argmax(np.where(patch > multiple, patch, 0)))
+        size[longest] = patch[longest] - multiple[longest]
+
+
+def _strides(size: Sequence[float], grid: int) -> list[list[int]]:
+    """Stem and three further strides: see the module's rule; an axis of 2 tokens is not halved."""
+    stem = [next((s for s in (1, 2, 4) if length / s <= grid), 4) for length in size]
+    strides, tokens = [stem], [length / s for length, s in zip(size, stem, strict=True)]
+    for _ in range(3):
+        strides.append([2 if count >= 3.5 else 1 for count in tokens])
+        tokens = [count / s for count, s in zip(tokens, strides[-1], strict=True)]
+    return strides
+
+
+def _nearest(size: Sequence[float], multiple: Sequence[int]) -> list[int]:
+    return [max(1, round(s / m)) * int(m) for s, m in zip(size, multiple, strict=True)]
+
+
+def _three(name: str, values: Sequence[int]) -> list[int]:
+    values = [int(value) for value in values]
+    if len(values) != 3:
+        raise ValueError(f"{name} needs three values (superior, posterior, left), got {values}")
+    return values
+
+
+def _by(values: Sequence) -> str:
+    return "x".join(f"{value:g}" for value in values)
