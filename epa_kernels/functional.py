@@ -24,7 +24,7 @@ def _check_shape(function: str, name: str, t: Tensor, shape: tuple[int, ...], ax
 
 
 def _check_tensors(function: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
-    """One device; one floating dtype, except that a parameter of a bf16 or fp16 call may be fp32."""
+    """One device; one floating dtype, but float32 parameters may go with a bf16 or fp16 input."""
     if not first.is_floating_point():
         raise ValueError(
             f"{function}: {first_name} must be a floating tensor, got {first.dtype}; "
@@ -46,8 +46,8 @@ def _check_tensors(function: str, first_name: str, first: Tensor, **others: Tens
             )
         if t.dtype != first.dtype and not (low_precision and t.dtype == torch.float32):
             raise ValueError(
-                f"{function}: {name} is {t.dtype} but {first_name} is {first.dtype}; use one dtype, "
-                f"or float32 parameters with a bfloat16 or float16 input."
+                f"{function}: {name} is {t.dtype} but {first_name} is {first.dtype}; use one "
+                f"dtype, or float32 parameters with a bfloat16 or float16 input."
             )
 
 
@@ -113,14 +113,14 @@ def paired_attention(
     """Efficient paired attention: spatial and channel attention with shared queries and keys.
 
         q, k, vc, vs = heads of x qkvv_weight^T + qkvv_bias                       each (B, N, H, D)
-        k_proj = E k + e,  v_proj = F vs + f       E, F = proj_k_weight, proj_v_weight (F = E if None)
+        k_proj = E k + e,  v_proj = F vs + f        E = proj_k_weight, F = proj_v_weight or E
         A = dropout(softmax_j(temperature <q^_i, k^_j>))     out_c[n,i] = sum_j A[i,j] vc[n,j]
         S = dropout(softmax_p(temperature2 q^_n . k_proj_p)) out_s[n] = sum_p S[n,p] v_proj[p]
-        y = concat(out_s' out_proj_weight^T + out_proj_bias, out_c out_proj2_weight^T + out_proj2_bias)
-        kind "sum":  y = out_c + out_s'
+        y = concat(out_s' out_proj_weight^T + out_proj_bias,
+                   out_c out_proj2_weight^T + out_proj2_bias)      kind "sum":  y = out_c + out_s'
 
-    q^ = q / max(|q|, 1e-12) and k^ likewise, the norm of each channel taken over the N tokens; out_s'
-    is out_s in `layout`.
+    q^ = q / max(|q|, 1e-12) and k^ likewise, the norm of each channel taken over the N tokens;
+    out_s' is out_s in `layout`.
 
     Args:
         x (B, N, C): activations, any strides.
@@ -170,8 +170,8 @@ def paired_attention(
     _check_dropout(function, "spatial_dropout_p", spatial_dropout_p)
     if x.dim() != 3:
         raise ValueError(
-            f"{function}: x must have shape (B, N, C), got {tuple(x.shape)}; a volume (B, C, X, Y, Z) "
-            f"becomes tokens by x.flatten(2).transpose(1, 2)."
+            f"{function}: x must have shape (B, N, C), got {tuple(x.shape)}; a volume "
+            f"(B, C, X, Y, Z) becomes tokens by x.flatten(2).transpose(1, 2)."
         )
     (x,) = _to_autocast(x)
     _check_tensors(
@@ -212,10 +212,8 @@ def paired_attention(
         raise ValueError(f"{function}: proj_v_bias was given without proj_v_weight.")
     for name, t in (("out_proj_weight", out_proj_weight), ("out_proj2_weight", out_proj2_weight)):
         if (t is None) != (kind == "sum"):
-            raise ValueError(
-                f"{function}: kind {kind!r} {'adds the branches: pass None as' if kind == 'sum' else 'needs'}"
-                f" {name}."
-            )
+            rule = "adds the branches: pass None as" if kind == "sum" else "needs"
+            raise ValueError(f"{function}: kind {kind!r} {rule} {name}.")
     optional = (
         ("qkvv_bias", qkvv_bias, (4 * C,), "(4C)"),
         ("proj_k_bias", proj_k_bias, (P,), "(P)"),
@@ -277,8 +275,8 @@ def _check_attention(
     B, _, H, D = q.shape
     if (k.shape[0], *k.shape[2:]) != (B, H, D) or k.shape != v.shape or k.shape[1] == 0:
         raise ValueError(
-            f"{function}: {k_name} and {v_name} must have one shape, with the batch, heads and head "
-            f"dim of q {tuple(q.shape)}, got {tuple(k.shape)} and {tuple(v.shape)}."
+            f"{function}: {k_name} and {v_name} must have one shape, with the batch, heads and "
+            f"head dim of q {tuple(q.shape)}, got {tuple(k.shape)} and {tuple(v.shape)}."
         )
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
@@ -287,7 +285,8 @@ def _check_attention(
         )
     if temperature.numel() not in (1, H):
         raise ValueError(
-            f"{function}: temperature must have 1 or H = {H} elements, got {tuple(temperature.shape)}."
+            f"{function}: temperature must have 1 or H = {H} elements, got shape "
+            f"{tuple(temperature.shape)}."
         )
 
 
@@ -377,7 +376,8 @@ def channel_attention(
     _check_attention("channel_attention", q, "k", k, "v", v, temperature)
     if q.shape != k.shape:
         raise ValueError(
-            f"channel_attention: q and k must have one shape, got {tuple(q.shape)} and {tuple(k.shape)}."
+            f"channel_attention: q and k must have one shape, got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}."
         )
     _check_dropout("channel_attention", "dropout_p", dropout_p)
     return _run(

@@ -106,7 +106,7 @@ class EfficientPairedAttention(nn.Module):
             output = (None, None, None, None)
         else:
             projection = (self.E.weight, self.E.bias)
-            projection += (None, None) if self.F is self.E else (self.F.weight, self.F.bias)
+            projection += (self.F.weight, self.F.bias) if self.kind == "split" else (None, None)
             output = (
                 self.out_proj.weight,
                 self.out_proj.bias,
@@ -234,9 +234,9 @@ def patch_model(model: nn.Module) -> int:
             places.append((parent, name, adopted[id(child)]))
     if not adopted:
         raise ValueError(
-            f"patch_model: {type(model).__name__} contains no published EPA layer (a submodule with "
-            f"qkvv, temperature, temperature2 and E and F, or EF); a model that is itself the layer "
-            f"is replaced by building epa_kernels.EPA and loading its state dict."
+            f"patch_model: {type(model).__name__} contains no published EPA layer (a submodule "
+            f"with qkvv, temperature, temperature2 and E and F, or EF); for a model that is itself "
+            f"the layer, build epa_kernels.EPA and load its state dict."
         )
     for parent, name, ours in places:
         setattr(parent, name, ours)

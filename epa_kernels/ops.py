@@ -29,7 +29,7 @@ def plan(num_tokens: int, channels: int) -> str:
 
 
 def mean_dtype(device: torch.device) -> torch.dtype:
-    """dtype of the mean of the tokens that paired_attention keeps: float64 where the device has it."""
+    """dtype of the token mean that paired_attention keeps: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -126,9 +126,8 @@ def _register_op(library: torch.library.Library, backend: str, name: str) -> Cal
 
     def backward(ctx, dout, *_):
         gradients = backward_op(dout, *ctx.saved_tensors, **ctx.options)
-        return *(
-            g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
-        ), None  # fmt: skip
+        pairs = zip(gradients, ctx.needs_input_grad[:count], strict=True)
+        return *(g if needed else None for g, needed in pairs), None
 
     def second_backward(ctx, *_):
         raise RuntimeError(

@@ -107,8 +107,8 @@ def heads_view(tokens: Tensor, num_heads: int, layout: str) -> Tensor:
     """The spatial branch's result, stored as (B, N, C), seen as (B, N, H, D) without a copy.
 
     "tokens" stores head after head: channel h*D + d of token n. "official" is what the published
-    code stores and checkpoints expect: the flat order (d, h, n), so that element f = (d*H + h)*N + n
-    lies at row f // C, column f % C; C need not divide N.
+    code stores and checkpoints expect: the flat order (d, h, n), so that element
+    f = (d*H + h)*N + n lies at row f // C, column f % C; C need not divide N.
     """
     B, N, C = tokens.shape
     if layout == "official":
@@ -153,8 +153,8 @@ def paired_attention(
                                                   if proj_v_weight is None); e, f one value per p
         out_c = channel_attention(q, k, vc, temperature)
         out_s = spatial_attention(q, k_proj, v_proj, temperature2, normalize=True)
-        y = concat(out_s' out_proj_weight^T + out_proj_bias, out_c out_proj2_weight^T + out_proj2_bias)
-        kind "sum":  y = out_c + out_s'
+        y = concat(out_s' out_proj_weight^T + out_proj_bias,
+                   out_c out_proj2_weight^T + out_proj2_bias)      kind "sum":  y = out_c + out_s'
 
     out_s' is out_s in `layout` ("official" or "tokens", see `heads_view`).
 

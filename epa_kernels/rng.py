@@ -1,10 +1,10 @@
 """Random bits for attention dropout: Philox4x32-10, stateless, the same in every backend.
 
-    rows     every axis of the attention map but the last, flattened row-major: (b, h, i) or (b, h, n)
-    counter  (column // 8, row mod 2^32, row // 2^32, map)      key  (seed mod 2^32, seed // 2^32)
-    bits     one counter gives four 32-bit words = eight 16-bit halves, word by word, low half first;
-             column p takes half p mod 8
-    keep     half >= threshold, threshold = round(p * 65536); multiplier = 65536 / (65536 - threshold)
+    row      of the attention map, its axes but the last flattened row-major: (b, h, i), (b, h, n)
+    counter  (column // 8, row mod 2^32, row // 2^32, map)    key (seed mod 2^32, seed // 2^32)
+    bits     a counter gives four 32-bit words = eight 16-bit halves, word by word, low half first;
+             a column takes half (column mod 8)
+    keep     half >= threshold = round(p * 65536);  multiplier = 65536 / (65536 - threshold)
 
 A mask depends on the seed and the logical position only, so any tiling and the backward pass
 rebuild it. Eight columns share a counter because Philox would otherwise cost more than the

@@ -3,9 +3,10 @@
 The definition is `reference`; this is the form that every kernel computes, on any device. q, k, vc
 and vs are linear in x, so a sum over tokens is taken over x itself, once:
 
-    summary  mu = mean_n x (B,C),  M = sum_n (x-mu)(x-mu)^T (B,C,C),  Z = E x (B,J,P,C), J = 2 with F
-    mix      |q|, |k|, A, k_proj * temperature2 / |q|, v_proj, and the whole channel branch as one
-             matrix a sample; nothing here depends on N
+    summary  mu = mean_n x (B,C),  M = sum_n (x-mu)(x-mu)^T (B,C,C),  Z = E x (B,J,P,C)
+             J = 1, or 2 where values have a projection of their own
+    mix      |q|, |k|, A, keys = k_proj * temperature2 / |q|, v_proj, and the whole channel branch
+             as one matrix a sample; nothing here depends on N
     output   S = softmax(q keys^T), out_s = S v_proj, and y, from x directly
 
 Exact. Backward runs the same two passes from x, mu, M, Z and the seed. M is centred, tile by tile
