@@ -279,7 +279,7 @@ class _ReadCase:
         image = channels[0]
         if len(channels) > 1:
             stacked = torch.cat([channel.as_tensor() for channel in channels])
-            image = MetaTensor(stacked, affine=image.affine, meta=image.meta)
+            image = MetaTensor(stacked, meta=image.meta)
         expected = self.preprocessing.channels
         if image.shape[0] != len(expected):
             raise ValueError(

@@ -14,7 +14,9 @@ Repeatable by construction: samples, augmentation and dropout of step s are func
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -170,7 +172,7 @@ def learning_rate_at(step: int, total: int | None, peak: float, recipe: str) -> 
     warm_up = WARM_UP_STEPS if total is None else max(1, min(WARM_UP_STEPS, total // 10))
     if step < warm_up:
         return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + np.cos(np.pi * (step - warm_up) / max(1, total - warm_up)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 
 class _StepSampler(torch.utils.data.Sampler):
@@ -239,7 +241,8 @@ class _Run:
         on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
         precision = config.precision
         if precision == "auto":
-            precision = "bf16-mixed" if on_gpu else "32-true"
+            matrix_unit = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+            precision = "bf16-mixed" if on_gpu or matrix_unit else "32-true"
         self.fabric = Fabric(
             accelerator=config.accelerator,
             devices=config.devices,
@@ -249,11 +252,11 @@ class _Run:
         self.fabric.launch()
         self.main = self.fabric.is_global_zero
         if not config.resume and self.main:
-            _prepare_folder(self.folder, config.overwrite)
-        self.fabric.barrier()
+            _check_folder(self.folder, config.overwrite)
         recipe = RECIPES[config.recipe]
         self.options = {**asdict(config), **{k: v for k, v in recipe.items()
-                                             if getattr(config, k) is None}}
+                                             if getattr(config, k) is None},
+                        "precision": precision}
         if config.minutes and config.steps:
             raise ValueError("give --steps or --minutes, not both")
         if config.minutes:
@@ -302,13 +305,7 @@ class _Run:
             for reason in self.plan.reasons:
                 self.say(f"  {reason}")
             if self.main:
-                stored = {"plan": self.plan.to_dict(), "split": self.split}
-                _write_text(plan_file, json.dumps(stored, indent=1) + "\n")
-                values = {k: str(v) if isinstance(v, Path) else v for k, v in self.options.items()
-                          if k not in ("resume", "overwrite")}
-                import yaml
-
-                _write_text(self.folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+                self._start_folder()
         self.say(f"{len(training)} cases to train on, {len(held_out)} held out for validation")
         self.held_out = held_out
         self.patches = TrainingPatches(
@@ -322,8 +319,21 @@ class _Run:
             progress=self.main and sys.stderr.isatty(),
         )
 
+    def _start_folder(self) -> None:
+        import yaml
+
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        stored = {"plan": self.plan.to_dict(), "split": self.split}
+        _write_text(self.folder / "plan.json", json.dumps(stored, indent=1) + "\n")
+        values = {key: str(value) if isinstance(value, Path) else value
+                  for key, value in self.options.items() if key not in ("resume", "overwrite")}
+        # Last, because a folder with config.yaml can be resumed.
+        _write_text(self.folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
     def _build_model(self) -> None:
-        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+        from torch.optim.swa_utils import AveragedModel
 
         import unetrpp
 
@@ -331,7 +341,8 @@ class _Run:
         torch.manual_seed(options["seed"])
         self.model = unetrpp.create_model(**self.plan.model, deep_supervision=True)
         parameters = sum(p.numel() for p in self.model.parameters())
-        self.say(f"{parameters / 1e6:.2f} M parameters, on {self.fabric.device}")
+        self.say(f"{parameters / 1e6:.2f} M parameters, on {self.fabric.device} in "
+                 f"{options['precision']}")
         if options["recipe"] == "published":
             optimizer = torch.optim.SGD(
                 self.model.parameters(), options["learning_rate"], momentum=0.99, nesterov=True,
@@ -357,13 +368,23 @@ class _Run:
         self.average = None
         if options["ema"]:
             self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True
+                self.model, multi_avg_fn=self._average_weights, use_buffers=True
             )
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.say(f"resumed after step {self.step}")
+
+    @torch.no_grad()
+    def _average_weights(self, averages: list, values: list, _) -> None:
+        # A short memory at first, so that the initial weights are soon forgotten.
+        keep = min(self.options["ema"], (1 + self.step) / (10 + self.step))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - keep)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
 
     def run(self) -> dict:
         """Go through the steps; returns the summary of `run_train`."""
@@ -492,7 +513,7 @@ class _Run:
         preprocessing = self.plan.preprocessing
         model = self.average.module if self.average is not None else self.model
         classes = {name: value for name, value in preprocessing.labels.items() if value}
-        half = "bf16" in self.fabric._precision.precision
+        half = self.options["precision"] == "bf16-mixed"
         scores = torch.zeros(len(self.held_out), len(classes), device=self.fabric.device)
         for index in range(self.fabric.global_rank, len(self.held_out), self.fabric.world_size):
             item = load_case(self.held_out[index], preprocessing)
@@ -579,19 +600,17 @@ class _Metrics:
             self.board.close()
 
 
-def _prepare_folder(folder: Path, overwrite: bool) -> None:
-    import shutil
-
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder} is not empty; continue that run with --resume {folder}, replace it "
-                "with --overwrite, or name another folder"
-            )
-        if not (folder / "config.yaml").is_file() or not (folder / "plan.json").is_file():
-            raise FileExistsError(f"{folder} is not an earlier run, so --overwrite leaves it alone")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is an earlier run and may be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} is not empty; continue that run with --resume {folder}, replace it "
+            "with --overwrite, or name another folder"
+        )
+    if not (folder / "plan.json").is_file():
+        raise FileExistsError(f"{folder} is not an earlier run, so --overwrite leaves it alone")
 
 
 def _write_text(path: Path, text: str) -> None:

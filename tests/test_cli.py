@@ -1,0 +1,110 @@
+"""The command `unetrpp`: help, options from YAML and command line, errors and exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("monai", reason="needs the extra 'train'")
+pytest.importorskip("jsonargparse", reason="needs the extra 'train'")
+
+from unetrpp import cli, train  # noqa: E402
+
+
+def captured_config(monkeypatch) -> list:
+    """Replace the training by a recorder of its configuration."""
+    seen = []
+
+    def record(config):
+        seen.append(config)
+        return {"best_dice": 0.5, "steps": 1, "seconds": 1.0, "output": "run"}
+
+    monkeypatch.setattr(train, "run_train", record)
+    return seen
+
+
+def test_overview_is_quick_and_names_every_command():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "unetrpp", "--help"],
+        capture_output=True, text=True, timeout=60,
+    )
+    assert done.returncode == 0
+    for name in ("train", "predict", "evaluate", "report", "info", "demo"):
+        assert f"  {name} " in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "unetrpp.cli" in imported
+    assert not imported & {"torch", "monai", "jsonargparse"}
+
+
+@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "report", "info", "demo"])
+def test_every_option_has_a_line_of_help(name, capsys):
+    pytest.importorskip(f"unetrpp.{name}") if name != "info" else None
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    # jsonargparse shows an option without a docstring entry as its type alone.
+    options = text.split("options:")[1].split("\n  -")
+    for option in options[1:]:
+        words = option.replace("\n", " ").split("(")[0].split()
+        assert len([w for w in words if w.islower()]) >= 2, f"no help for {option!r}"
+
+
+def test_yaml_then_command_line(tmp_path, monkeypatch):
+    seen = captured_config(monkeypatch)
+    file = tmp_path / "config.yaml"
+    file.write_text("data: here\noutput: there\nsteps: 7\npatch_size: [16, 32, 16]\n")
+    assert cli.main(["train", "--config", str(file), "--steps", "9", "--patch-size=[32,32,32]",
+                     "--overwrite", "--mirror", "--report", "false"]) == 0
+    (config,) = seen
+    assert str(config.data) == "here" and str(config.output) == "there"
+    assert config.steps == 9 and config.patch_size == [32, 32, 32]
+    assert config.overwrite is True and config.mirror is True and config.report is False
+
+
+def test_printed_config_can_be_read_back(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--data", "d", "-o", "r", "--learning-rate", "0.5", "--print_config"])
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    seen = captured_config(monkeypatch)
+    assert cli.main(["train", "--config", str(file)]) == 0
+    assert seen[0].learning_rate == 0.5 and str(seen[0].data) == "d"
+
+
+def test_a_switch_before_a_file_does_not_swallow_it():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    cli._predict(parser)
+    arguments = ["-o", "out", "--checkpoint", "c", "--mirror", "a.nii.gz", "b.nii.gz"]
+    options = parser.parse_args(cli._spell_out(arguments, parser))
+    assert options.mirror is True
+    assert [str(path) for path in options.inputs] == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_user_errors_are_one_sentence_and_code_1(tmp_path, capsys):
+    assert cli.main(["train", "--data", str(tmp_path), "-o", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert "dataset.json does not exist" in message and "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train", "--data", str(tmp_path), "-o", str(tmp_path / "run"), "--debug"])
+
+
+def test_wrong_usage_is_code_2(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "there are train, predict" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--steps", "many"])
+    assert stop.value.code == 2
+
+
+def test_info_of_a_preset_counts_parameters_and_tokens(capsys):
+    assert cli.main(["info", "tiny"]) == 0
+    text = capsys.readouterr().out
+    assert "each axis a multiple of 16x16x16" in text
+    assert "4096 (16x16x16), 512 (8x8x8), 64 (4x4x4), 8 (2x2x2)" in text
+    assert "two_pass" in text and "reference" in text
+    assert cli.main(["info", "nothing"]) == 1
+    assert "neither a checkpoint folder nor a preset" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""Reading, checking, preprocessing and sampling of labelled volumes, on small synthetic files."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+nibabel = pytest.importorskip("nibabel", reason="needs the extra 'train'")
+pytest.importorskip("monai", reason="needs the extra 'train'")
+
+from unetrpp import data as volumes  # noqa: E402
+from unetrpp.data import Case, Preprocessing  # noqa: E402
+
+LABELS = {"background": 0, "lesion": 1}
+
+
+def save(path: Path, array: np.ndarray, affine=None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def preprocessing(**changes) -> Preprocessing:
+    values = {
+        "channels": ["MRI"], "normalization": ["zscore"], "intensity": [None], "spacing": None,
+        "patch_size": [8, 8, 8], "labels": LABELS, **changes,
+    }
+    return Preprocessing(**values)
+
+
+def image_of(shape, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32)
+
+
+@pytest.fixture
+def case(tmp_path) -> Case:
+    image = image_of((11, 12, 13))
+    label = np.zeros((11, 12, 13), np.uint8)
+    label[2:6, 3:8, 4:9] = 1
+    return Case("a", (save(tmp_path / "a.nii.gz", image),), save(tmp_path / "a_l.nii.gz", label))
+
+
+def test_decathlon_and_nnunet_folders_list_the_same_cases(tmp_path):
+    for layout in ("decathlon", "nnunet"):
+        root = tmp_path / layout
+        suffix = "_0000" if layout == "nnunet" else ""
+        for name in ("b", "a"):
+            save(root / f"imagesTr/{name}{suffix}.nii.gz", image_of((8, 8, 8)))
+            save(root / f"labelsTr/{name}.nii.gz", np.ones((8, 8, 8), np.uint8))
+        if layout == "decathlon":
+            content = {
+                "modality": {"0": "MRI"}, "labels": {"0": "background", "1": "lesion"},
+                "training": [
+                    {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"}
+                    for n in ("b", "a")
+                ],
+            }
+        else:
+            content = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"}
+        (root / "dataset.json").write_text(json.dumps(content))
+        info = volumes.read_dataset_info(root)
+        assert (info.channels, info.labels) == (["MRI"], LABELS)
+        cases = volumes.find_cases(root)
+        assert [case.name for case in cases] == ["a", "b"]
+        assert all(case.label.exists() and len(case.images) == 1 for case in cases)
+
+
+def test_nnunet_channels_are_grouped_in_order(tmp_path):
+    for name in ("x_2021_0001", "x_2021_0000"):
+        save(tmp_path / f"imagesTr/{name}.nii.gz", image_of((8, 8, 8)))
+    save(tmp_path / "labelsTr/x_2021.nii.gz", np.ones((8, 8, 8), np.uint8))
+    content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": LABELS, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    (found,) = volumes.find_cases(tmp_path)
+    assert found.name == "x_2021"
+    assert [path.name[-8] for path in found.images] == ["0", "1"]
+    item = volumes.load_case(
+        found, preprocessing(channels=["T1", "T2"], normalization=["zscore"] * 2,
+                             intensity=[None] * 2))
+    assert item["image"].shape == (2, 8, 8, 8)
+    # RAS file, SPL array.
+    assert item["image"].affine[2, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"labels": LABELS}, "names no channels"),
+        ({"channel_names": {"0": "MRI"}, "labels": {"background": 0, "b": 2}}, "without gaps"),
+        ({"channel_names": {"0": "MRI"}, "labels": {"background": 0, "b": [1, 2]}}, "one integer"),
+    ],
+)
+def test_bad_dataset_json_is_explained(tmp_path, content, message):
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        volumes.read_dataset_info(tmp_path)
+
+
+def test_missing_dataset_json_shows_the_smallest_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="smallest dataset.json"):
+        volumes.find_cases(tmp_path)
+
+
+def test_unusable_files_are_named_with_the_reason(case, tmp_path):
+    whole = case.images[0].read_bytes()
+    truncated = tmp_path / "truncated.nii.gz"
+    truncated.write_bytes(whole[: len(whole) // 2])
+    broken = image_of((11, 12, 13))
+    broken[0, 0, 0] = np.nan
+    nan = save(tmp_path / "nan.nii.gz", broken)
+    two = save(tmp_path / "two.nii.gz", np.stack([image_of((11, 12, 13))] * 2, -1))
+    short = save(tmp_path / "short.nii.gz", np.zeros((11, 12, 12), np.uint8))
+    seven = save(tmp_path / "seven.nii.gz", np.full((11, 12, 13), 7, np.uint8))
+    good = case.images[0]
+    for images, label, error, message in [
+        (truncated, None, volumes.UnreadableImage, "truncated.nii.gz cannot be read"),
+        (nan, None, ValueError, "nan.nii.gz holds 1 NaN"),
+        (two, None, ValueError, r"two.nii.gz has 2 channel\(s\), need 1: MRI"),
+        (tmp_path / "none.nii.gz", None, FileNotFoundError, "none.nii.gz does not exist"),
+        (good, short, ValueError, "short.nii.gz has shape"),
+        (good, seven, ValueError, r"seven.nii.gz holds label value\(s\) \[7"),
+    ]:
+        with pytest.raises(error, match=message):
+            volumes.load_case(Case("x", (images,), label), preprocessing())
+
+
+def test_volumes_are_turned_to_slices_first_and_back(tmp_path):
+    # Stored (left, posterior, superior): the same head as the (right, anterior, superior) file.
+    image = image_of((6, 7, 5))
+    ras = save(tmp_path / "ras.nii.gz", image, np.diag([1.5, 2.0, 3.0, 1.0]))
+    flipped = np.diag([-1.5, -2.0, 3.0, 1.0])
+    flipped[:2, 3] = [1.5 * 5, 2.0 * 6]
+    lps = save(tmp_path / "lps.nii.gz", image[::-1, ::-1].copy(), flipped)
+    turned = [
+        volumes.load_case(Case("a", (path,)), preprocessing())["image"] for path in (ras, lps)
+    ]
+    assert turned[0].shape == (1, 5, 7, 6)
+    assert torch.equal(turned[0].as_tensor(), turned[1].as_tensor())
+    expected = image[::-1, ::-1].transpose(2, 1, 0)
+    expected = (expected - expected.mean()) / expected.std()
+    np.testing.assert_allclose(turned[0].as_tensor()[0], expected, atol=1e-5)
+    assert volumes.volume_geometry(Case("a", (lps,))) == ([5, 7, 6], [3.0, 2.0, 1.5])
+
+    transforms = volumes.inference_transforms(preprocessing(spacing=[2.0, 2.0, 2.0]))
+    item = volumes.load_case(Case("a", (lps,)), preprocessing(), transforms)
+    assert item["image"].shape[1] > 5
+    back = transforms.inverse({"image": item["image"]})["image"]
+    assert back.shape == (1, 6, 7, 5)
+    np.testing.assert_allclose(back.affine, flipped, atol=1e-4)
+
+
+def test_ct_is_clipped_and_scaled_with_training_statistics(case):
+    measured = volumes.foreground_intensity([case], preprocessing())
+    inside = nibabel.load(case.images[0]).get_fdata()[nibabel.load(case.label).get_fdata() > 0]
+    # Drawn with replacement from 100 voxels, so the statistics are close, not equal.
+    assert measured[0]["mean"] == pytest.approx(inside.mean(), abs=1.0)
+    assert measured[0]["lower"] == pytest.approx(np.percentile(inside, 0.5), abs=3.0)
+    ct = preprocessing(channels=["CT"], normalization=["ct"], intensity=measured)
+    image = volumes.load_case(case, ct)["image"].as_tensor()
+    low, mean, std = (measured[0][key] for key in ("lower", "mean", "std"))
+    assert image.min().item() == pytest.approx((low - mean) / std, abs=1e-4)
+
+
+def test_zero_background_stays_out_of_the_statistics(tmp_path):
+    image = np.zeros((10, 10, 10), np.float32)
+    image[:5, :5] = image_of((5, 5, 10))
+    path = save(tmp_path / "stripped.nii.gz", image)
+    out = volumes.load_case(Case("a", (path,)), preprocessing())["image"].as_tensor()
+    inside = out[out != 0]
+    assert inside.numel() == 250
+    assert inside.mean().abs() < 1e-5 and (inside.std(correction=0) - 1).abs() < 1e-5
+
+
+def test_differing_label_affine_warns_and_keeps_the_grid(case, tmp_path):
+    label = nibabel.load(case.label).get_fdata().astype(np.uint8)
+    moved = save(tmp_path / "moved.nii.gz", label, np.diag([-1.0, 1, 1, 1]))
+    with pytest.warns(UserWarning, match="affine differs"):
+        item = volumes.load_case(Case("a", case.images, moved), preprocessing())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference = volumes.load_case(case, preprocessing())
+    assert torch.equal(item["label"].as_tensor(), reference["label"].as_tensor())
+
+
+def test_split_is_disjoint_complete_and_repeatable():
+    cases = [Case(f"c{i:02d}", (Path("x"),)) for i in range(13)]
+    held_out = []
+    for fold in range(5):
+        training, validation = volumes.split_cases(cases, fold)
+        assert (training, validation) == volumes.split_cases(cases, fold)
+        assert sorted(c.name for c in training + validation) == [c.name for c in cases]
+        held_out += [c.name for c in validation]
+    assert sorted(held_out) == [c.name for c in cases]
+    training, validation = volumes.split_cases(cases[:2], 4)
+    assert len(training) == len(validation) == 1
+    with pytest.raises(ValueError, match="fold must lie in 0..4"):
+        volumes.split_cases(cases, 5)
+
+
+def patches(case, augmentation, **changes):
+    plan = preprocessing(**changes)
+    transforms = volumes.train_transforms(plan, augmentation, mirror=True)
+    return volumes.TrainingPatches([case, case], transforms, batch_size=3, seed=5)
+
+
+def test_a_sample_is_a_function_of_its_number(case):
+    first, second = patches(case, "full"), patches(case, "full")
+    # Backwards and alone, as after a resume.
+    later = [second[i] for i in (6, 3)]
+    earlier = [first[i] for i in range(7)]
+    for a, b in ((later[0], earlier[6]), (later[1], earlier[3])):
+        assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+    assert not torch.equal(earlier[0]["image"], earlier[2]["image"])
+    assert type(earlier[0]["image"]) is torch.Tensor
+
+
+def test_small_volumes_are_padded_equally_and_labels_stay_aligned(case):
+    sample = patches(case, "none", patch_size=[16, 16, 16])[0]
+    whole = volumes.load_case(case, preprocessing())
+    assert sample["image"].shape == (1, 16, 16, 16)
+    shape = whole["image"].shape[1:]
+    inner = tuple(slice((16 - s) // 2, (16 - s) // 2 + s) for s in shape)
+    for key in ("image", "label"):
+        assert torch.equal(sample[key][0][inner], whole[key].as_tensor()[0].float())
+        assert sample[key].abs().sum() == pytest.approx(sample[key][0][inner].abs().sum().item())
+
+
+def test_forced_samples_hold_foreground(tmp_path):
+    # One labelled voxel in 40^3: a random 8^3 patch misses it 99 times in 100.
+    label = np.zeros((40, 40, 40), np.uint8)
+    label[39, 0, 20] = 1
+    lonely = Case("a", (save(tmp_path / "i.nii.gz", image_of((40, 40, 40))),),
+                  save(tmp_path / "l.nii.gz", label))
+    samples = patches(lonely, "none")
+    held = [bool(samples[i]["label"].any()) for i in range(12)]
+    assert all(held[2::3])
+    assert sum(held) <= 5
+
+
+def test_augmentation_keeps_label_values_and_size(case):
+    samples = patches(case, "full", patch_size=[8, 16, 8])
+    for index in range(10):
+        sample = samples[index]
+        assert sample["image"].shape == sample["label"].shape == (1, 8, 16, 8)
+        assert set(sample["label"].unique().tolist()) <= {0.0, 1.0}
+        assert torch.isfinite(sample["image"]).all()
+
+
+def test_preprocessing_survives_json_and_refuses_other_entries():
+    values = preprocessing()
+    assert Preprocessing.from_dict(json.loads(json.dumps(values.to_dict()))) == values
+    with pytest.raises(ValueError, match="unknown"):
+        Preprocessing.from_dict({**values.to_dict(), "extra": 1})

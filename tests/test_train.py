@@ -1,0 +1,313 @@
+"""Training on small synthetic volumes: what is written, resumed, refused and stopped."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+nibabel = pytest.importorskip("nibabel", reason="needs the extra 'train'")
+pytest.importorskip("monai", reason="needs the extra 'train'")
+pytest.importorskip("lightning_fabric", reason="needs the extra 'train'")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from unetrpp import train as training  # noqa: E402
+from unetrpp.data import find_cases, read_dataset_info  # noqa: E402
+from unetrpp.plan import propose  # noqa: E402
+from unetrpp.train import Interrupted, NonFiniteLoss, TrainConfig, run_train  # noqa: E402
+
+HIPPOCAMPUS = Path(__file__).parents[2] / "shared" / "data" / "Task04_Hippocampus"
+SMALL = {
+    "patch_size": [16, 16, 16],
+    "strides": [[2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 1, 1]],
+    "preset": "tiny",
+    "model_args": {"num_heads": 2, "proj_sizes": [8, 8, 8, 4], "decoder_proj_sizes": [8, 8, 8]},
+    "folds": 4,
+    "accelerator": "cpu",
+    "precision": "32-true",
+    "report": False,
+}
+
+
+def make_data(root: Path, cases: int = 4, channel: str = "MRI", shape=(20, 18, 17)) -> Path:
+    """Bright boxes on noise, in Decathlon layout."""
+    random = np.random.default_rng(0)
+    listed = []
+    for number in range(cases):
+        label = np.zeros(shape, np.uint8)
+        corner = random.integers(2, 6, 3)
+        label[tuple(slice(c, c + 8) for c in corner)] = 1
+        image = random.normal(0, 0.3, shape) + label
+        for folder, array in (("imagesTr", image.astype(np.float32)), ("labelsTr", label)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            path = root / folder / f"box_{number}.nii.gz"
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+        listed.append({"image": f"imagesTr/box_{number}.nii.gz",
+                       "label": f"labelsTr/box_{number}.nii.gz"})
+    content = {"modality": {"0": channel}, "labels": {"0": "background", "1": "box"},
+               "training": listed}
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("boxes"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run_train(TrainConfig(data=data, output=run, steps=8, **SMALL))
+    return run
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "unetrpp", "train", *map(str, arguments)]
+
+
+def small_options() -> list[str]:
+    return [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
+            for key, value in SMALL.items()]
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    """Weights, optimizer, averages and the metrics' losses agree bit by bit."""
+    ours, theirs = (torch.load(r / "resume.pt", weights_only=True) for r in (run, expected))
+    assert ours["step"] == theirs["step"] and ours["best"] == theirs["best"]
+    for part in ("model", "average"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, value in theirs[part].items():
+            assert torch.equal(ours[part][name], value), f"{part} {name}"
+    for index, entry in theirs["optimizer"]["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(ours["optimizer"]["state"][index][name], value)
+    for name in ("best", "last"):
+        ours, theirs = (load_file(r / name / "model.safetensors") for r in (run, expected))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert losses(run) == losses(expected)
+
+
+def losses(run: Path) -> list[tuple]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("loss"), r.get("val_dice")) for r in records]
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count('"loss"') < steps:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.005)
+
+
+def test_a_run_learns_and_writes_everything(data, tmp_path):
+    run = tmp_path / "run"
+    result = run_train(TrainConfig(data=data, output=run, steps=50, validate_every=25,
+                                   augmentation="none", learning_rate=0.005,
+                                   **{**SMALL, "model_args": {}}))
+    assert result["steps"] == 50
+    first, last = losses(run)[0][1], losses(run)[-2][1]
+    assert last < 0.7 * first
+    assert result["best_dice"] > 0.5
+    plan = json.loads((run / "plan.json").read_text())
+    assert len(plan["split"]["validation"]) == 1 and len(plan["split"]["training"]) == 3
+    for name in ("best", "last"):
+        config = json.loads((run / name / "config.json").read_text())
+        assert config["preprocessing"]["patch_size"] == [16, 16, 16]
+        assert config["labels"] == {"background": 0, "box": 1}
+        assert (run / name / "model.safetensors").is_file()
+    import yaml
+
+    assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 0.005
+    assert not list(run.glob("*.tmp"))
+
+
+def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data", data, "-o", run, "--steps", 8, "--save_minutes", 0, *small_options()]
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    wait_for_steps(run, process, 3)
+    process.kill()
+    process.wait()
+    assert losses(run)[-1][0] < 8, "killed too late to test anything"
+    run_train(TrainConfig(resume=run))
+    assert_same_end(run, uninterrupted)
+
+
+def test_sigterm_saves_and_exits_143(data, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data", data, "-o", run, "--steps", 8, *small_options()]
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    wait_for_steps(run, process, 2)
+    process.terminate()
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "unetrpp train --resume" in message and "Traceback" not in message
+    stopped = torch.load(run / "resume.pt", weights_only=True)["step"]
+    assert 2 <= stopped < 8
+    run_train(TrainConfig(resume=run))
+    assert_same_end(run, uninterrupted)
+
+
+def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    step = training._Run._train_step
+
+    def interrupted(self, batch):
+        if self.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(training._Run, "_train_step", interrupted)
+    with pytest.raises(Interrupted) as stop:
+        run_train(TrainConfig(data=data, output=run, steps=8, **SMALL))
+    assert stop.value.exit_code == 130
+    assert losses(run)[-1][0] == 5
+    monkeypatch.undo()
+    # Killed before anything was saved: the run starts again from its configuration.
+    (run / "resume.pt").unlink()
+    run_train(TrainConfig(resume=run))
+    assert_same_end(run, uninterrupted)
+
+
+def test_non_finite_loss_names_the_cases_and_spares_the_checkpoints(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    loss = training.deep_supervision_loss
+    calls = []
+
+    def broken(logits, label):
+        calls.append(1)
+        return loss(logits, label) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(training, "deep_supervision_loss", broken)
+    with pytest.raises(NonFiniteLoss, match=r"loss nan.* at step 3, cases box_\d, box_\d"):
+        run_train(TrainConfig(data=data, output=run, steps=8, validate_every=2, **SMALL))
+    batch = torch.load(run / "nonfinite_step_3.pt", weights_only=True)
+    assert batch["image"].shape == (2, 1, 16, 16, 16) and len(batch["name"]) == 2
+    state = torch.load(run / "resume.pt", weights_only=True)
+    assert state["step"] == 2
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert json.loads((run / "last/config.json").read_text())["step"] == 2
+
+
+def test_nothing_is_overwritten_unasked(data, uninterrupted, tmp_path):
+    before = (uninterrupted / "resume.pt").read_bytes()
+    config = TrainConfig(data=data, output=uninterrupted, steps=1, **SMALL)
+    with pytest.raises(FileExistsError, match="--resume"):
+        run_train(config)
+    assert (uninterrupted / "resume.pt").read_bytes() == before
+    (tmp_path / "thesis.txt").write_text("not a run")
+    with pytest.raises(FileExistsError, match="not an earlier run"):
+        run_train(replace(config, output=tmp_path, overwrite=True))
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_resume_refuses_other_settings(uninterrupted, tmp_path):
+    with pytest.raises(ValueError, match="learning_rate cannot change"):
+        run_train(TrainConfig(resume=uninterrupted, learning_rate=0.5))
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        run_train(TrainConfig(resume=tmp_path))
+
+
+def test_minutes_become_steps(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "VALIDATIONS", 2)
+    run = tmp_path / "run"
+    start = time.monotonic()
+    result = run_train(TrainConfig(data=data, output=run, minutes=0.15, **SMALL))
+    assert result["steps"] > training.MEASURED_STEPS
+    assert torch.load(run / "resume.pt", weights_only=True)["total"] == result["steps"]
+    # Generous, because the machine may be busy with other work after the step was timed.
+    assert time.monotonic() - start < 60
+
+
+def test_two_processes_train_one_model(data, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data", data, "-o", run, "--steps", 2, "--devices", 2, *small_options()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment,
+                          timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, loss, _ in losses(run) if loss is not None] == [1, 2]
+    assert (run / "best/model.safetensors").is_file()
+
+
+def test_loss_is_the_published_one_up_to_a_constant():
+    torch.manual_seed(0)
+    label = torch.randint(0, 3, (2, 1, 8, 8, 8)).float()
+    logits = [torch.randn(2, 3, size, size, size) for size in (8, 4, 2)]
+    expected = 0.0
+    for weight, output in zip((4 / 7, 2 / 7, 1 / 7), logits, strict=True):
+        target = torch.nn.functional.interpolate(label, output.shape[2:], mode="nearest-exact")
+        target = target[:, 0].long()
+        hot = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float()
+        soft = output.softmax(1)
+        true = (soft * hot).sum((0, 2, 3, 4))
+        dice = 2 * true / (soft.sum((0, 2, 3, 4)) + hot.sum((0, 2, 3, 4)))
+        entropy = torch.nn.functional.cross_entropy(output, target)
+        expected = expected + weight * (entropy + 1 - dice[1:].mean())
+    torch.testing.assert_close(training.deep_supervision_loss(logits, label), expected,
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_learning_rates_of_both_recipes():
+    short = [training.learning_rate_at(s, 1000, 1.0, "short") for s in range(1000)]
+    assert short[0] == pytest.approx(1 / 50) and max(short) == pytest.approx(1.0)
+    assert short[-1] < 1e-4 and short[50:] == sorted(short[50:], reverse=True)
+    published = [training.learning_rate_at(s, 250_000, 0.01, "published") for s in (0, 249, 250)]
+    assert published == pytest.approx([0.01, 0.01, 0.01 * 0.999**0.9])
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "stem"),
+    [
+        ((64, 128, 128), [64, 128, 128], [2, 4, 4]),
+        ((16, 160, 160), [16, 160, 160], [1, 4, 4]),
+        ((32, 192, 160), [32, 192, 160], [1, 4, 4]),
+        ((128, 128, 64), [128, 128, 64], [4, 4, 2]),
+    ],
+)
+def test_published_shapes_give_the_published_stems(tmp_path, shape, patch, stem):
+    make_data(tmp_path, 2, shape=shape[::-1])
+    plan = propose(find_cases(tmp_path), read_dataset_info(tmp_path), on_gpu=True)
+    assert plan.preprocessing.patch_size == patch
+    assert plan.model["strides"] == [stem, [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+
+
+def test_ct_gets_training_statistics_and_big_volumes_a_smaller_patch(tmp_path):
+    make_data(tmp_path, 2, channel="CT", shape=(90, 100, 110))
+    plan = propose(find_cases(tmp_path), read_dataset_info(tmp_path), on_gpu=False)
+    assert plan.preprocessing.normalization == ["ct"]
+    assert plan.preprocessing.intensity[0]["mean"] == pytest.approx(1.0, abs=0.1)
+    assert np.prod(plan.preprocessing.patch_size) <= 48 * 64 * 48
+    multiple = np.prod(plan.model["strides"], axis=0)
+    assert all(size % unit == 0 for size, unit in zip(plan.preprocessing.patch_size, multiple,
+                                                      strict=True))
+
+
+def test_illegal_patch_names_multiples_and_the_nearest_size(data):
+    with pytest.raises(ValueError, match="multiple of 16x16x16; nearest legal size 16x32x16"):
+        propose(find_cases(data), read_dataset_info(data), on_gpu=False, patch_size=[20, 28, 16],
+                strides=[[2, 2, 2]] * 4)
+
+
+@pytest.mark.skipif(not HIPPOCAMPUS.is_dir(),
+                    reason="needs ../shared/data/Task04_Hippocampus beside the repository")
+def test_hippocampus_plan_covers_the_median_volume():
+    cases = find_cases(HIPPOCAMPUS)
+    assert len(cases) == 208
+    plan = propose(cases, read_dataset_info(HIPPOCAMPUS), on_gpu=False)
+    assert plan.preprocessing.spacing is None
+    assert plan.model["out_channels"] == 3
+    assert all(size >= 32 for size in plan.preprocessing.patch_size)
