@@ -26,7 +26,9 @@ def captured_config(monkeypatch) -> list:
 def test_overview_is_quick_and_names_every_command():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "unetrpp", "--help"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0
     for name in ("train", "predict", "evaluate", "report", "info", "demo"):
@@ -54,8 +56,23 @@ def test_yaml_then_command_line(tmp_path, monkeypatch):
     seen = captured_config(monkeypatch)
     file = tmp_path / "config.yaml"
     file.write_text("data: here\noutput: there\nsteps: 7\npatch_size: [16, 32, 16]\n")
-    assert cli.main(["train", "--config", str(file), "--steps", "9", "--patch-size=[32,32,32]",
-                     "--overwrite", "--mirror", "--report", "false"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--config",
+                str(file),
+                "--steps",
+                "9",
+                "--patch-size=[32,32,32]",
+                "--overwrite",
+                "--mirror",
+                "--report",
+                "false",
+            ]
+        )
+        == 0
+    )
     (config,) = seen
     assert str(config.data) == "here" and str(config.output) == "there"
     assert config.steps == 9 and config.patch_size == [32, 32, 32]

@@ -13,6 +13,7 @@ pytest.importorskip("monai", reason="needs the extra 'train'")
 
 from unetrpp import data as volumes  # noqa: E402
 from unetrpp.data import Case, Preprocessing  # noqa: E402
+from unetrpp.sampling import TrainingPatches, train_transforms  # noqa: E402
 
 LABELS = {"background": 0, "lesion": 1}
 
@@ -25,8 +26,13 @@ def save(path: Path, array: np.ndarray, affine=None) -> Path:
 
 def preprocessing(**changes) -> Preprocessing:
     values = {
-        "channels": ["MRI"], "normalization": ["zscore"], "intensity": [None], "spacing": None,
-        "patch_size": [8, 8, 8], "labels": LABELS, **changes,
+        "channels": ["MRI"],
+        "normalization": ["zscore"],
+        "intensity": [None],
+        "spacing": None,
+        "patch_size": [8, 8, 8],
+        "labels": LABELS,
+        **changes,
     }
     return Preprocessing(**values)
 
@@ -52,7 +58,8 @@ def test_decathlon_and_nnunet_folders_list_the_same_cases(tmp_path):
             save(root / f"labelsTr/{name}.nii.gz", np.ones((8, 8, 8), np.uint8))
         if layout == "decathlon":
             content = {
-                "modality": {"0": "MRI"}, "labels": {"0": "background", "1": "lesion"},
+                "modality": {"0": "MRI"},
+                "labels": {"0": "background", "1": "lesion"},
                 "training": [
                     {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"}
                     for n in ("b", "a")
@@ -78,8 +85,9 @@ def test_nnunet_channels_are_grouped_in_order(tmp_path):
     assert found.name == "x_2021"
     assert [path.name[-8] for path in found.images] == ["0", "1"]
     item = volumes.load_case(
-        found, preprocessing(channels=["T1", "T2"], normalization=["zscore"] * 2,
-                             intensity=[None] * 2))
+        found,
+        preprocessing(channels=["T1", "T2"], normalization=["zscore"] * 2, intensity=[None] * 2),
+    )
     assert item["image"].shape == (2, 8, 8, 8)
     # RAS file, SPL array.
     assert item["image"].affine[2, 0] == 1
@@ -202,8 +210,8 @@ def test_split_is_disjoint_complete_and_repeatable():
 
 def patches(case, augmentation, **changes):
     plan = preprocessing(**changes)
-    transforms = volumes.train_transforms(plan, augmentation, mirror=True)
-    return volumes.TrainingPatches([case, case], transforms, batch_size=3, seed=5)
+    transforms = train_transforms(plan, augmentation, mirror=True)
+    return TrainingPatches([case, case], transforms, batch_size=3, seed=5)
 
 
 def test_a_sample_is_a_function_of_its_number(case):
@@ -232,8 +240,11 @@ def test_forced_samples_hold_foreground(tmp_path):
     # One labelled voxel in 40^3: a random 8^3 patch misses it 99 times in 100.
     label = np.zeros((40, 40, 40), np.uint8)
     label[39, 0, 20] = 1
-    lonely = Case("a", (save(tmp_path / "i.nii.gz", image_of((40, 40, 40))),),
-                  save(tmp_path / "l.nii.gz", label))
+    lonely = Case(
+        "a",
+        (save(tmp_path / "i.nii.gz", image_of((40, 40, 40))),),
+        save(tmp_path / "l.nii.gz", label),
+    )
     samples = patches(lonely, "none")
     held = [bool(samples[i]["label"].any()) for i in range(12)]
     assert all(held[2::3])

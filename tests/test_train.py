@@ -51,10 +51,14 @@ def make_data(root: Path, cases: int = 4, channel: str = "MRI", shape=(20, 18, 1
             (root / folder).mkdir(parents=True, exist_ok=True)
             path = root / folder / f"box_{number}.nii.gz"
             nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
-        listed.append({"image": f"imagesTr/box_{number}.nii.gz",
-                       "label": f"labelsTr/box_{number}.nii.gz"})
-    content = {"modality": {"0": channel}, "labels": {"0": "background", "1": "box"},
-               "training": listed}
+        listed.append(
+            {"image": f"imagesTr/box_{number}.nii.gz", "label": f"labelsTr/box_{number}.nii.gz"}
+        )
+    content = {
+        "modality": {"0": channel},
+        "labels": {"0": "background", "1": "box"},
+        "training": listed,
+    }
     (root / "dataset.json").write_text(json.dumps(content))
     return root
 
@@ -76,8 +80,10 @@ def command(*arguments: object) -> list[str]:
 
 
 def small_options() -> list[str]:
-    return [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
-            for key, value in SMALL.items()]
+    return [
+        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
+        for key, value in SMALL.items()
+    ]
 
 
 def assert_same_end(run: Path, expected: Path) -> None:
@@ -114,9 +120,17 @@ def wait_for_steps(run: Path, process: subprocess.Popen, steps: int) -> None:
 
 def test_a_run_learns_and_writes_everything(data, tmp_path):
     run = tmp_path / "run"
-    result = run_train(TrainConfig(data=data, output=run, steps=50, validate_every=25,
-                                   augmentation="none", learning_rate=0.005,
-                                   **{**SMALL, "model_args": {}}))
+    result = run_train(
+        TrainConfig(
+            data=data,
+            output=run,
+            steps=50,
+            validate_every=25,
+            augmentation="none",
+            learning_rate=0.005,
+            **{**SMALL, "model_args": {}},
+        )
+    )
     assert result["steps"] == 50
     first, last = losses(run)[0][1], losses(run)[-2][1]
     assert last < 0.7 * first
@@ -236,8 +250,9 @@ def test_two_processes_train_one_model(data, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 2, "--devices", 2, *small_options()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment,
-                          timeout=240)
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert [step for step, loss, _ in losses(run) if loss is not None] == [1, 2]
     assert (run / "best/model.safetensors").is_file()
@@ -257,8 +272,9 @@ def test_loss_is_the_published_one_up_to_a_constant():
         dice = 2 * true / (soft.sum((0, 2, 3, 4)) + hot.sum((0, 2, 3, 4)))
         entropy = torch.nn.functional.cross_entropy(output, target)
         expected = expected + weight * (entropy + 1 - dice[1:].mean())
-    torch.testing.assert_close(training.deep_supervision_loss(logits, label), expected,
-                               atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        training.deep_supervision_loss(logits, label), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_learning_rates_of_both_recipes():
@@ -292,18 +308,25 @@ def test_ct_gets_training_statistics_and_big_volumes_a_smaller_patch(tmp_path):
     assert plan.preprocessing.intensity[0]["mean"] == pytest.approx(1.0, abs=0.1)
     assert np.prod(plan.preprocessing.patch_size) <= 48 * 64 * 48
     multiple = np.prod(plan.model["strides"], axis=0)
-    assert all(size % unit == 0 for size, unit in zip(plan.preprocessing.patch_size, multiple,
-                                                      strict=True))
+    assert all(
+        size % unit == 0 for size, unit in zip(plan.preprocessing.patch_size, multiple, strict=True)
+    )
 
 
 def test_illegal_patch_names_multiples_and_the_nearest_size(data):
     with pytest.raises(ValueError, match="multiple of 16x16x16; nearest legal size 16x32x16"):
-        propose(find_cases(data), read_dataset_info(data), on_gpu=False, patch_size=[20, 28, 16],
-                strides=[[2, 2, 2]] * 4)
+        propose(
+            find_cases(data),
+            read_dataset_info(data),
+            on_gpu=False,
+            patch_size=[20, 28, 16],
+            strides=[[2, 2, 2]] * 4,
+        )
 
 
-@pytest.mark.skipif(not HIPPOCAMPUS.is_dir(),
-                    reason="needs ../shared/data/Task04_Hippocampus beside the repository")
+@pytest.mark.skipif(
+    not HIPPOCAMPUS.is_dir(), reason="needs ../shared/data/Task04_Hippocampus beside the repository"
+)
 def test_hippocampus_plan_covers_the_median_volume():
     cases = find_cases(HIPPOCAMPUS)
     assert len(cases) == 208

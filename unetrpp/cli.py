@@ -49,7 +49,10 @@ def _predict(parser) -> Callable[[dict], int]:
 
     parser.add_argument("inputs", nargs="+", type=Path, help="NIfTI files, or folders of them.")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True,
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
         help="Folder for the label maps; or the name of one, if there is one input.",
     )
     parser.add_function_arguments(run_predict, as_group=False, skip={"inputs", "output"})
@@ -66,7 +69,9 @@ def _evaluate(parser) -> Callable[[dict], int]:
         "labels", type=Path, help="Folder with the reference label maps, or one file."
     )
     parser.add_argument(
-        "-o", "--output", type=Path | None,
+        "-o",
+        "--output",
+        type=Path | None,
         help="Folder for scores.csv and scores.json; the predictions' by default.",
     )
     parser.add_function_arguments(
@@ -79,8 +84,9 @@ def _report(parser) -> Callable[[dict], int]:
     from unetrpp.report import write_report
 
     parser.add_argument("run", type=Path, help="Folder of a training run.")
-    parser.add_argument("-o", "--output", type=Path | None,
-                        help="The file to write; RUN/report.html by default.")
+    parser.add_argument(
+        "-o", "--output", type=Path | None, help="The file to write; RUN/report.html by default."
+    )
     parser.add_function_arguments(write_report, as_group=False, skip={"run", "output", "notes"})
 
     def run(options: dict) -> int:
@@ -93,8 +99,13 @@ def _report(parser) -> Callable[[dict], int]:
 def _demo(parser) -> Callable[[dict], int]:
     from unetrpp.demo import run_demo
 
-    parser.add_argument("-o", "--output", type=Path, default=Path("unetrpp-demo"),
-                        help="New folder for data, run, prediction, scores and report.")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("unetrpp-demo"),
+        help="New folder for data, run, prediction, scores and report.",
+    )
     parser.add_function_arguments(run_demo, as_group=False, skip={"output"})
 
     def run(options: dict) -> int:
@@ -183,9 +194,13 @@ def info(model: str) -> str:
         spacing = preprocessing["spacing"]
         lines += [
             f"  labels           {preprocessing['labels']}",
-            "  channels         " + ", ".join(
-                f"{name} ({kind})" for name, kind in zip(
-                    preprocessing["channels"], preprocessing["normalization"], strict=True)),
+            "  channels         "
+            + ", ".join(
+                f"{name} ({kind})"
+                for name, kind in zip(
+                    preprocessing["channels"], preprocessing["normalization"], strict=True
+                )
+            ),
             f"  spacing          {_by(spacing) + ' mm' if spacing else 'as it is in the file'}",
         ]
     table = io.StringIO()
@@ -262,16 +277,18 @@ def _sentence(error: Exception) -> str:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    return "\n".join([
-        "usage: unetrpp COMMAND ...",
-        "",
-        "3-D medical image segmentation with UNETR++: train on labelled NIfTI volumes, predict "
-        "new ones.",
-        "",
-        *(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()),
-        "",
-        _EPILOG,
-    ])
+    return "\n".join(
+        [
+            "usage: unetrpp COMMAND ...",
+            "",
+            "3-D medical image segmentation with UNETR++: train on labelled NIfTI volumes, predict "
+            "new ones.",
+            "",
+            *(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()),
+            "",
+            _EPILOG,
+        ]
+    )
 
 
 def _version() -> str:

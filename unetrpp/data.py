@@ -1,9 +1,8 @@
-"""Labelled volumes on disk -> tensors for UNETR++: finding, checking, preprocessing, augmenting.
+"""Labelled volumes on disk -> tensors for UNETR++: finding, checking, preprocessing.
 
   find_cases        dataset.json (Decathlon or nnU-Net) -> Case objects, one per volume
   Preprocessing     what inference must repeat exactly; stored in a checkpoint's config.json
-  inference_transforms, train_transforms    the same deterministic steps, then augmentation
-  TrainingPatches   sample i of a run as a function of (seed, i) alone: resuming needs no state
+  inference_transforms, load_case    read, check, turn, resample, normalise; nothing random
 
 Axis order: every volume is turned to "SPL" (axis 0 runs to superior, 1 to posterior, 2 to left),
 the depth-first order of SimpleITK arrays, in which the published variants were trained
@@ -16,7 +15,6 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,13 +23,12 @@ import numpy as np
 import torch
 from monai import transforms as mt
 from monai.data import MetaTensor
-from tqdm import tqdm
 
 __all__ = [
     "Case",
     "DatasetInfo",
+    "InOrder",
     "Preprocessing",
-    "TrainingPatches",
     "UnreadableImage",
     "find_cases",
     "foreground_intensity",
@@ -39,7 +36,6 @@ __all__ = [
     "load_case",
     "read_dataset_info",
     "split_cases",
-    "train_transforms",
     "volume_geometry",
 ]
 
@@ -309,8 +305,9 @@ class _ReadCase:
         affine = image.affine
         if not torch.allclose(label.affine, affine, rtol=1e-3, atol=1e-2):
             # Sloppy headers are common; the voxel grid is what annotators drew on.
-            warnings.warn(f"{case.label}: affine differs from its image's, which is used",
-                          stacklevel=2)
+            warnings.warn(
+                f"{case.label}: affine differs from its image's, which is used", stacklevel=2
+            )
         return MetaTensor(label.as_tensor(), affine=affine)
 
 
@@ -338,71 +335,7 @@ class _Normalize:
         return item
 
 
-class _ForegroundVoxels:
-    """Add "voxels": per label present, up to 1000 voxel positions to centre patches on."""
-
-    def __call__(self, item: dict) -> dict:
-        label = item["label"].as_tensor()[0].to(torch.uint8)
-        # A fixed seed: the same case always offers the same positions.
-        generator = np.random.default_rng(0)
-        item["voxels"] = []
-        for value in torch.unique(label).tolist():
-            if value == 0:
-                continue
-            positions = torch.nonzero(label == value).numpy()
-            if len(positions) > 1000:
-                positions = generator.choice(positions, 1000, replace=False)
-            item["voxels"].append(positions.astype(np.int32))
-        item["label"] = MetaTensor(label[None], affine=item["label"].affine)
-        return item
-
-
-class _RandomWindow(mt.Randomizable, mt.Transform):
-    """Cut patch plus margin at a random place, zero-padded; {"forced": True} centres on a label.
-
-    A volume shorter than the patch is padded equally on both sides, as sliding windows pad it.
-    """
-
-    def __init__(self, patch_size: Sequence[int], margin: Sequence[int]):
-        self.patch_size = tuple(patch_size)
-        self.margin = tuple(margin)
-
-    def __call__(self, item: dict) -> dict:
-        center = None
-        if item.pop("forced", False) and item["voxels"]:
-            positions = item["voxels"][self.R.randint(len(item["voxels"]))]
-            center = positions[self.R.randint(len(positions))]
-        starts = []
-        for axis, (size, patch) in enumerate(
-            zip(item["image"].shape[1:], self.patch_size, strict=True)
-        ):
-            if size <= patch:
-                starts.append(-((patch - size) // 2))
-            elif center is not None:
-                starts.append(int(np.clip(center[axis] - patch // 2, 0, size - patch)))
-            else:
-                starts.append(int(self.R.randint(size - patch + 1)))
-        window = {"name": item["name"]}
-        for key in ("image", "label"):
-            window[key] = self._cut(item[key].as_tensor(), starts)
-        return window
-
-    def _cut(self, volume: torch.Tensor, starts: list[int]) -> torch.Tensor:
-        shape = [patch + 2 * margin for patch, margin in zip(self.patch_size, self.margin,
-                                                             strict=True)]
-        window = torch.zeros((volume.shape[0], *shape), dtype=torch.float32)
-        source, target = [slice(None)], [slice(None)]
-        for size, start, margin, length in zip(
-            volume.shape[1:], starts, self.margin, shape, strict=True
-        ):
-            first = start - margin
-            source.append(slice(max(first, 0), min(first + length, size)))
-            target.append(slice(source[-1].start - first, source[-1].stop - first))
-        window[tuple(target)] = volume[tuple(source)]
-        return window
-
-
-class _InOrder:
+class InOrder:
     """Run steps in order, without Compose's wrapping of every error in "applying transform"."""
 
     def __init__(self, steps: Sequence):
@@ -454,7 +387,7 @@ def load_case(
         label values that do not fit, image and label of different shape. Each names the file.
     """
     transforms = transforms or inference_transforms(preprocessing)
-    return _InOrder(transforms.transforms)(case)
+    return InOrder(transforms.transforms)(case)
 
 
 def foreground_intensity(
@@ -482,135 +415,3 @@ def foreground_intensity(
         {"lower": float(a), "upper": float(b), "mean": float(c), "std": float(d)}
         for a, b, c, d in zip(lower, upper, values.mean(1), values.std(1), strict=True)
     ]
-
-
-def train_transforms(
-    preprocessing: Preprocessing, augmentation: str = "full", mirror: bool = True
-) -> mt.Compose:
-    """Return Case -> {"image" (C,*patch) float32, "label" (1,*patch) float32, "name"} at random.
-
-    The deterministic steps of `inference_transforms` come first (`TrainingPatches` keeps
-    their result), then a random window and the augmentation of the published recipe (nnU-Net's
-    "moreDA").
-
-    Args:
-        augmentation: "full"; "light", the same kinds at about half the strength, for short
-            runs; "none".
-        mirror: flip along each axis with probability 1/2 (not with "none").
-
-    Raises:
-        ValueError: another name of an augmentation.
-    """
-    if augmentation not in ("full", "light", "none"):
-        raise ValueError(f"augmentation must be full, light or none, got {augmentation!r}")
-    patch = preprocessing.patch_size
-    margin = [0 if augmentation == "none" else size // 8 for size in patch]
-    steps: list = [
-        *inference_transforms(preprocessing).transforms,
-        _ForegroundVoxels(),
-        _RandomWindow(patch, margin),
-    ]
-    if augmentation != "none":
-        full = augmentation == "full"
-        angle = np.deg2rad(30 if full else 15)
-        # Slices much thicker than their pixels (nnU-Net's "dummy 2-D"): turn within slices only.
-        thick = preprocessing.spacing or [1.0, 1.0, 1.0]
-        anisotropic = max(patch) > 3 * min(patch) or max(thick) > 3 * min(thick)
-        around = min(range(3), key=lambda axis: (-thick[axis], patch[axis]))
-        angles = [angle if not anisotropic or axis == around else 0.0 for axis in range(3)]
-        steps.append(
-            mt.RandAffined(
-                ["image", "label"],
-                spatial_size=patch,
-                prob=0.36,  # the published 0.2 for rotation or 0.2 for scale, drawn together here
-                rotate_range=angles,
-                scale_range=[(-0.3, 0.4) if full else (-0.15, 0.15)] * 3,
-                mode=("bilinear", "nearest"),
-                padding_mode="zeros",
-            )
-        )
-        steps += _intensity_augmentation(1.0 if full else 0.5)
-        if mirror:
-            steps += [mt.RandFlipd(["image", "label"], 0.5, spatial_axis=a) for a in range(3)]
-    return mt.Compose([*steps, _PlainTensors()])
-
-
-def _intensity_augmentation(strength: float) -> list:
-    """Noise, blur, brightness, contrast, low resolution, gamma, in nnU-Net's order."""
-    image, s = ["image"], strength
-    gamma = (1 - 0.3 * s, 1 + 0.5 * s)
-    return [
-        mt.RandGaussianNoised(image, prob=0.1 * s, std=0.3 * s),
-        mt.RandGaussianSmoothd(image, (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2 * s),
-        mt.RandScaleIntensityd(image, factors=0.25 * s, prob=0.15, channel_wise=True),
-        mt.RandScaleIntensityFixedMeand(
-            image, factors=0.25 * s, prob=0.15, preserve_range=True, channel_wise=True
-        ),
-        mt.RandSimulateLowResolutiond(image, prob=0.25 * s, zoom_range=(0.5, 1.0)),
-        mt.RandAdjustContrastd(image, 0.1 * s, gamma, invert_image=True, retain_stats=True),
-        mt.RandAdjustContrastd(image, 0.3 * s, gamma, retain_stats=True),
-    ]
-
-
-class _PlainTensors:
-    """Strip MONAI's MetaTensor: slower in a network, and refused by torch.compile(fullgraph)."""
-
-    def __call__(self, item: dict) -> dict:
-        for key in ("image", "label"):
-            value = item[key]
-            item[key] = (value.as_tensor() if isinstance(value, MetaTensor) else value).contiguous()
-        return item
-
-
-class TrainingPatches(torch.utils.data.Dataset):
-    """Sample i of a training run, a function of (seed, i) alone.
-
-    Sample i belongs to batch i // batch_size. Each pass over the cases is a new permutation; the
-    last samples of every batch, a share of `foreground`, are centred on a labelled voxel. Nothing
-    depends on what was drawn before, so a resumed run goes on with exactly the samples it would
-    have had, with any number of loader processes.
-
-    Args:
-        cache_num: cases whose preprocessed volumes stay in memory; None for all.
-
-    Returns:
-        {"image" (C,*patch), "label" (1,*patch), "name"}, plain float32 tensors.
-    """
-
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        transforms: mt.Compose,
-        *,
-        batch_size: int,
-        seed: int,
-        foreground: float = 0.33,
-        cache_num: int | None = None,
-        progress: bool = False,
-    ):
-        self.cases = list(cases)
-        self.transforms = transforms
-        self.batch_size = batch_size
-        self.seed = seed
-        self.forced = max(1, round(batch_size * foreground)) if foreground > 0 else 0
-        first_random = next(
-            i for i, step in enumerate(transforms.transforms) if isinstance(step, mt.Randomizable)
-        )
-        self.random_part = mt.Compose(list(transforms.transforms[first_random:]))
-        self.prepare = _InOrder(transforms.transforms[:first_random])
-        kept = self.cases[:cache_num]
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            items = pool.map(self.prepare, kept)
-            self.items = list(
-                tqdm(items, "reading cases", len(kept), disable=not progress, leave=False)
-            )
-
-    def __getitem__(self, index: int) -> dict:
-        turn, place = divmod(index, len(self.cases))
-        order = np.random.default_rng([self.seed, 0, turn]).permutation(len(self.cases))
-        number = int(order[place])
-        kept = number < len(self.items)
-        item = dict(self.items[number]) if kept else self.prepare(self.cases[number])
-        item["forced"] = index % self.batch_size >= self.batch_size - self.forced
-        state = int(np.random.default_rng([self.seed, 1, index]).integers(2**31))
-        return self.random_part.set_random_state(seed=state)(item)

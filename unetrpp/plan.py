@@ -149,8 +149,12 @@ def propose(
     reasons.append(
         "normalisation "
         + ", ".join(
-            f"{channel}: " + ("clip and z-score with the training set's foreground" if kind == "ct"
-                              else "z-score per volume")
+            f"{channel}: "
+            + (
+                "clip and z-score with the training set's foreground"
+                if kind == "ct"
+                else "z-score per volume"
+            )
             for channel, kind in zip(info.channels, kinds, strict=True)
         )
     )

@@ -1,0 +1,152 @@
+"""The options of a training run, what the recipes decide, and how a run's options are kept."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["RECIPES", "TrainConfig", "resolved", "resumed"]
+
+
+@dataclass
+class TrainConfig:
+    """Train UNETR++ on a folder of labelled volumes.
+
+    Args:
+        data: Folder with dataset.json, imagesTr and labelsTr (Decathlon or nnU-Net layout).
+        output: New folder for the run: checkpoints, curves, report.
+        resume: Run folder to continue where it stopped; all settings come from there.
+        overwrite: Empty the output folder first if it holds an earlier run.
+        recipe: short: AdamW, cosine, for minutes to hours. published: SGD 0.01, poly, 250000 steps.
+        steps: Number of optimizer steps.
+        minutes: Instead of steps: time budget of the run; becomes steps once a step is timed.
+        patch_size: Network input, voxels along superior, posterior, left; e.g. [48,64,48].
+        strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
+        spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
+        preset: Widths: synapse, acdc, lung, tumor, btcv or tiny.
+        model_args: Further arguments of the network, e.g. {"dims": [16,32,64,128]}.
+        batch_size: Patches per step and process.
+        learning_rate: Peak learning rate (short: 0.001, published: 0.01).
+        weight_decay: Weight decay (short: 0.01, published: 3e-5).
+        augmentation: full (published), light, or none (short: light, published: full).
+        mirror: Flip patches at random along all axes (short: no, published: yes).
+        foreground: Share of a batch that is centred on a labelled voxel.
+        ema: Decay of the averaged weights that are validated and saved; 0 for none.
+        fold: Which of the folds is held out for validation.
+        folds: Number of folds.
+        validate_every: Steps between validations; a tenth of the run if not given.
+        save_minutes: Minutes between savings of resume.pt; each validation saves it too.
+        seed: Seed of weights, samples, augmentation and dropout.
+        accelerator: cpu, cuda, mps, or auto for the best there is.
+        devices: Number of processes, one device each.
+        precision: 32-true, bf16-mixed, or auto (bf16-mixed where the hardware is fast at it).
+        workers: Loader processes; 0 prepares patches between steps; auto if not given.
+        cache: Number of cases kept in memory, preprocessed; all if not given.
+        report: Write report.html at the end.
+    """
+
+    data: Path | None = None
+    output: Path | None = None
+    resume: Path | None = None
+    overwrite: bool = False
+    recipe: Literal["short", "published"] = "short"
+    steps: int | None = None
+    minutes: float | None = None
+    patch_size: list[int] | None = None
+    strides: list[list[int]] | None = None
+    spacing: list[float] | None = None
+    preset: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    augmentation: Literal["full", "light", "none"] | None = None
+    mirror: bool | None = None
+    foreground: float = 0.33
+    ema: float | None = None
+    fold: int = 0
+    folds: int = 5
+    validate_every: int | None = None
+    save_minutes: float = 5.0
+    seed: int = 1
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    workers: int | None = None
+    cache: int | None = None
+    report: bool = True
+
+
+# What a recipe decides where the user did not.
+RECIPES = {
+    "short": {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "augmentation": "light",
+        "mirror": False,
+        "ema": 0.99,
+        "minutes": 25.0,
+    },
+    "published": {
+        "learning_rate": 1e-2,
+        "weight_decay": 3e-5,
+        "augmentation": "full",
+        "mirror": True,
+        "ema": 0.0,
+        "steps": 250_000,
+    },
+}
+# These change where and how fast a run goes on, not what it computes.
+RESUMABLE = ("data", "accelerator", "workers", "cache", "save_minutes", "report")
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """Fill in what the recipe and the machine decide where the user did not.
+
+    Raises:
+        ValueError: no data or output folder, or both steps and minutes.
+    """
+    import torch
+
+    if config.data is None or config.output is None:
+        raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
+    if config.minutes is not None and config.steps is not None:
+        raise ValueError("train takes --steps or --minutes, not both")
+    recipe = dict(RECIPES[config.recipe])
+    if config.minutes is not None or config.steps is not None:
+        recipe.pop("steps", None)
+        recipe.pop("minutes", None)
+    chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    if config.precision == "auto":
+        on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+        # In bf16, a CPU with matrix units (AMX) takes 0.6 times as long for a step as in float32.
+        matrix_unit = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+        chosen["precision"] = "bf16-mixed" if on_gpu or matrix_unit else "32-true"
+    return replace(config, **chosen)
+
+
+def resumed(config: TrainConfig) -> TrainConfig:
+    """The run folder's own configuration, with what may change taken from the caller."""
+    import yaml
+
+    folder = Path(config.resume)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} holds no run to resume: {folder}/config.yaml is missing")
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    default = asdict(TrainConfig())
+    given = {
+        key: value
+        for key, value in asdict(config).items()
+        if value != default[key] and key not in ("resume", "output")
+    }
+    fixed = [k for k in given if k not in RESUMABLE and given[k] != stored.get(k)]
+    if fixed:
+        raise ValueError(
+            f"--resume continues with the settings of {folder}/config.yaml; {', '.join(fixed)} "
+            f"cannot change (what can: {', '.join(RESUMABLE)}); start a new run for that"
+        )
+    given = {key: value for key, value in given.items() if key in RESUMABLE}
+    values = {**stored, **given, "output": folder, "resume": folder}
+    values["data"] = Path(values["data"])
+    return TrainConfig(**values)
