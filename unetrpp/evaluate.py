@@ -192,7 +192,7 @@ def run_evaluate(
             for case in sorted(set(references) - set(predicted)):
                 result.failures[str(references[case])] = (
                     f"there is no prediction named {case}.nii.gz in {predictions}; to score only "
-                    "what was predicted, set only_predicted"
+                    "what was predicted: --only-predicted"
                 )
     classes = _class_names(names, labels, predictions)
     if classes is None:
@@ -335,7 +335,7 @@ def _score(
             raise _Unusable(
                 file,
                 f"it has the labels {unknown}, which are none of the classes {dict(classes)}; "
-                "give the dataset.json that names them (names)",
+                "give the dataset.json that names them with --names",
             )
     isotropic = max(spacing) - min(spacing) <= 1e-6 * max(spacing)
     rows = []
@@ -380,8 +380,8 @@ def _check_grid(prediction_file: Path, reference_file: Path) -> None:
         raise _Unusable(
             prediction_file,
             f"its grid lies up to {apart:.3g} mm away from that of {reference_file} (affines "
-            "differ); resample one onto the other, or set check_affine to false if the headers "
-            "are known to be wrong",
+            "differ); resample one onto the other; if the headers are known to be wrong: "
+            "--check-affine false",
         )
 
 

@@ -156,8 +156,8 @@ def run_predict(
         overlap: Share of a window that it has in common with the next one.
         mirror: Average over all 8 mirrored versions; slower by 8, often slightly better.
         batch_size: Windows computed at once; lower it if memory runs out.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        precision: "fp32", or "bf16" (faster where the device has it).
+        device: cpu, cuda, cuda:1, mps, or auto for a GPU if there is one.
+        precision: fp32, or bf16 (faster where the device has it).
         overwrite: Replace label maps that exist; without it such a case is an error.
         quiet: Print nothing.
 
@@ -190,7 +190,7 @@ def run_predict(
         target = targets[case.name]
         try:
             if target.exists() and not overwrite:
-                raise FileExistsError(f"{target} exists; set overwrite to replace it")
+                raise FileExistsError(f"{target} exists; --overwrite replaces it")
             labels = _predict_case(
                 model,
                 case,

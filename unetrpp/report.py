@@ -439,6 +439,8 @@ def _overlay(image_file: str | None, files: Mapping, classes: Mapping) -> bytes:
 
 def _draw_contours(axes, labels: np.ndarray, classes: Mapping) -> None:
     """Outline every class of a slice (rows, columns), along the voxels' edges."""
+    from matplotlib.patheffects import withStroke
+
     limits = axes.get_xlim(), axes.get_ylim()
     for order, value in enumerate(classes.values()):
         # A border of background closes outlines that would run out of the picture, and every
@@ -448,9 +450,10 @@ def _draw_contours(axes, labels: np.ndarray, classes: Mapping) -> None:
             continue
         fine = np.kron(area, np.ones((4, 4)))
         rows, columns = ((np.arange(size) + 0.5) / 4 - 1.5 for size in fine.shape)
-        axes.contour(
-            columns, rows, fine, levels=[0.5], colors=[_lighter(_color(order))], linewidths=1.4
+        outline = axes.contour(
+            columns, rows, fine, levels=[0.5], colors=[_lighter(_color(order))], linewidths=1.1
         )
+        outline.set_path_effects([withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.55))])
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
