@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,9 +192,11 @@ def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path
     assert losses(run)[-1][0] == 5
     monkeypatch.undo()
     # Killed before anything was saved: the run starts again from its configuration.
-    (run / "resume.pt").unlink()
-    run_train(TrainConfig(resume=run))
-    assert_same_end(run, uninterrupted)
+    unsaved = tmp_path / "unsaved"
+    shutil.copytree(run, unsaved, ignore=shutil.ignore_patterns("resume.pt"))
+    for folder in (run, unsaved):
+        run_train(TrainConfig(resume=folder))
+        assert_same_end(folder, uninterrupted)
 
 
 def test_non_finite_loss_names_the_cases_and_spares_the_checkpoints(data, tmp_path, monkeypatch):

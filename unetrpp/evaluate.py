@@ -21,6 +21,7 @@ import numpy as np
 __all__ = [
     "Evaluation",
     "dice_per_class",
+    "evaluate_pairs",
     "format_table",
     "hd95",
     "run_evaluate",
@@ -177,29 +178,62 @@ def run_evaluate(
         FileNotFoundError: a path does not exist or holds no NIfTI file.
         ValueError: names is not a dataset.json, or a folder holds a case twice.
     """
-    from tqdm import tqdm
-
     predictions, labels = Path(predictions), Path(labels)
     predicted, references = _volumes(predictions), _volumes(labels)
-    result = Evaluation()
+    failures: dict[str, str] = {}
+    unmatched: list[str] = []
     if predictions.is_file() and labels.is_file():
         # Two files named by the user are a pair whatever their names.
         pairs = {next(iter(predicted)): (*predicted.values(), *references.values())}
     else:
         pairs = {c: (predicted[c], references[c]) for c in references if c in predicted}
-        result.unmatched = sorted(set(predicted) - set(references))
+        unmatched = sorted(set(predicted) - set(references))
         if not only_predicted:
             for case in sorted(set(references) - set(predicted)):
-                result.failures[str(references[case])] = (
+                failures[str(references[case])] = (
                     f"there is no prediction named {case}.nii.gz in {predictions}; to score only "
                     "what was predicted: --only-predicted"
                 )
-    classes = _class_names(names, labels, predictions)
+    return evaluate_pairs(
+        pairs,
+        Path(output) if output is not None else _folder(predictions),
+        classes=_class_names(names, labels, predictions),
+        check_affine=check_affine,
+        failures=failures,
+        unmatched=unmatched,
+        quiet=quiet,
+    )
+
+
+def evaluate_pairs(
+    pairs: Mapping[str, tuple[Path, Path]],
+    output: Path,
+    *,
+    classes: Mapping[str, int | list[int]] | None = None,
+    check_affine: bool = True,
+    failures: Mapping[str, str] | None = None,
+    unmatched: Sequence[str] = (),
+    quiet: bool = False,
+) -> Evaluation:
+    """Score given pairs of files; see `run_evaluate`, which finds the pairs by name.
+
+    Args:
+        pairs: case name to (prediction, reference).
+        output: folder for scores.csv and scores.json.
+        classes: class name to label value(s), background left out; if not given, one class per
+            value in the references.
+        check_affine: refuse a pair whose grids lie at different places in space.
+        failures: what is known to have failed already, to be reported with the rest.
+        unmatched: predictions without reference, to be reported.
+        quiet: print nothing.
+    """
+    from tqdm import tqdm
+
+    result = Evaluation(failures=dict(failures or {}), unmatched=list(unmatched))
     if classes is None:
         classes = _classes_in([reference for _, reference in pairs.values()])
-
     for case in tqdm(sorted(pairs), desc="evaluate", unit="case", disable=True if quiet else None):
-        prediction_file, reference_file = pairs[case]
+        prediction_file, reference_file = map(Path, pairs[case])
         try:
             result.rows += _score(case, prediction_file, reference_file, classes, check_affine)
         except _Unusable as error:
@@ -211,18 +245,18 @@ def run_evaluate(
         }
     result.summary = summarize(result.rows)
 
-    folder = Path(output) if output is not None else _folder(predictions)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "scores.csv", result.rows)
-    _write_json(folder / "scores.json", result)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_csv(output / "scores.csv", result.rows)
+    _write_json(output / "scores.json", result)
     if not quiet:
         print(format_table(result.summary))
         if result.unmatched:
             print(f"not scored, no reference: {', '.join(result.unmatched)}")
         for name, reason in result.failures.items():
             print(f"FAILED {name}: {reason}")
-        cases = len({row["case"] for row in result.rows})
-        print(f"{cases} cases scored, {len(result.failures)} failed; scores in {folder}")
+        print(
+            f"{len(result.files)} cases scored, {len(result.failures)} failed; scores in {output}"
+        )
     return result
 
 

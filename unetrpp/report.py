@@ -109,7 +109,7 @@ def score_validation(run: Path) -> Path | None:
         RUN/validation, or None where the run has no checkpoint, no split or no readable data yet.
     """
     from unetrpp.data import find_cases
-    from unetrpp.evaluate import run_evaluate
+    from unetrpp.evaluate import evaluate_pairs
     from unetrpp.predict import run_predict
 
     run = Path(run)
@@ -121,11 +121,18 @@ def score_validation(run: Path) -> Path | None:
     scores = folder / "scores.json"
     if scores.is_file() and scores.stat().st_mtime >= best.stat().st_mtime:
         return folder
+    # By file, not by name: dataset.json may pair an image with a label of another name.
     cases = [case for case in find_cases(data) if case.name in held_out]
+    labels = {case.images[0].absolute(): case.label for case in cases}
     images = [image for case in cases for image in case.images]
-    run_predict(images, folder, run / "best", overwrite=True, quiet=True)
-    labels = Path(os.path.commonpath([case.label.parent for case in cases]))
-    run_evaluate(folder, labels, folder, only_predicted=True, quiet=True)
+    predicted = run_predict(images, folder, run / "best", overwrite=True)
+    pairs = {
+        name: (predicted.outputs[name], labels[files[0]])
+        for name, files in predicted.inputs.items()
+    }
+    named = _read_json(run / "best" / "config.json")["preprocessing"]["labels"]
+    classes = {name: value for name, value in named.items() if value}
+    evaluate_pairs(pairs, folder, classes=classes, failures=predicted.failures)
     return folder
 
 
