@@ -21,15 +21,10 @@ _EPILOG = "Options of a command: unetrpp COMMAND --help"
 
 
 def _train(parser) -> Callable[[dict], int]:
-    import logging
-
     from unetrpp.train import TrainConfig, run_train
 
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"output"})
-
-    # Lightning's notes on devices and precision repeat what is printed below.
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
     def run(options: dict) -> int:
         result = run_train(TrainConfig(**options))

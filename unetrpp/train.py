@@ -14,6 +14,7 @@ Repeatable by construction: samples, augmentation and dropout of step s are func
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -104,6 +105,8 @@ class _Run:
     def __init__(self, config: TrainConfig):
         from lightning_fabric import Fabric
 
+        # Its notes on devices and precision repeat what is printed here.
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         self.config, self.folder = config, Path(config.output)
         self.fabric = Fabric(
             accelerator=config.accelerator,
@@ -321,10 +324,7 @@ class _Run:
                 self.bar.update()
             if self.total is None and len(durations) == MEASURED_STEPS:
                 self._plan_steps(float(np.median(durations[2:])))
-            every = self.config.validate_every or (
-                max(1, -(-self.total // VALIDATIONS)) if self.total else 0
-            )
-            due = bool(every) and (self.step % every == 0 or self.step == self.total)
+            due = self._validation_is_due()
             if due:
                 self._validate()
             stopped = self._agreed_signal()
@@ -337,6 +337,12 @@ class _Run:
                     f"stopped after step {self.step} of {self.total}; "
                     f"continue with: unetrpp train --resume {self.folder}",
                 )
+
+    def _validation_is_due(self) -> bool:
+        if self.total is None:
+            return False
+        every = self.config.validate_every or min(-(-self.total // VALIDATIONS), 5000)
+        return self.step % every == 0 or self.step == self.total
 
     def _train_step(self, batch: dict) -> dict:
         config, number = self.config, self.step + 1

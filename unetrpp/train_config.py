@@ -35,7 +35,7 @@ class TrainConfig:
         ema: Decay of the averaged weights that are validated and saved; 0 for none.
         fold: Which of the folds is held out for validation.
         folds: Number of folds.
-        validate_every: Steps between validations; a tenth of the run if not given.
+        validate_every: Steps between validations; a tenth of the run, at most 5000.
         save_minutes: Minutes between savings of resume.pt; each validation saves it too.
         seed: Seed of weights, samples, augmentation and dropout.
         accelerator: cpu, cuda, mps, or auto for the best there is.
