@@ -54,7 +54,7 @@ ORDER = {"other": ("two_pass", "reference")}
 _forced: str | None = os.environ.get("EPA_KERNELS_BACKEND") or None
 
 
-def _check_name(caller: str, name: str) -> None:
+def check_backend(caller: str, name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}.")
 
@@ -75,7 +75,7 @@ class use_backend:
     def __init__(self, name: str | None) -> None:
         global _forced
         if name is not None:
-            _check_name("use_backend", name)
+            check_backend("use_backend", name)
         self._previous = _forced
         _forced = name
 
@@ -109,7 +109,7 @@ def select(op: str, x: Tensor, backend: str | None = None) -> str:
             if not BACKENDS[name].why_not(op, x) and not BACKENDS[name].why_not_chosen():
                 return name
         raise AssertionError("reference runs on every tensor")
-    _check_name(op if backend else "EPA_KERNELS_BACKEND", forced)
+    check_backend(op if backend else "EPA_KERNELS_BACKEND", forced)
     reasons = BACKENDS[forced].why_not(op, x)
     if reasons:
         able = [name for name in _order(x) if not BACKENDS[name].why_not(op, x)]
@@ -134,7 +134,7 @@ def explain(op: str, x: Tensor) -> None:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}.")
     print(f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}")
     if _forced is not None:
-        _check_name("EPA_KERNELS_BACKEND", _forced)
+        check_backend("EPA_KERNELS_BACKEND", _forced)
     chosen = _forced
     for name in _order(x):
         backend = BACKENDS[name]

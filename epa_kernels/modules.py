@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import dispatch, functional
 
 
 class EfficientPairedAttention(nn.Module):
@@ -56,6 +56,8 @@ class EfficientPairedAttention(nn.Module):
         super().__init__()
         functional.check_choice("EfficientPairedAttention", "kind", kind, functional.KINDS)
         functional.check_choice("EfficientPairedAttention", "layout", layout, functional.LAYOUTS)
+        if backend is not None:
+            dispatch.check_backend("EfficientPairedAttention", backend)
         for name, value in (
             ("input_size", input_size),
             ("hidden_size", hidden_size),

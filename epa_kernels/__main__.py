@@ -1,0 +1,32 @@
+"""`python -m epa_kernels`: versions, and which backend runs where."""
+
+import os
+import platform
+
+import torch
+
+from . import __version__, dispatch
+
+
+def main() -> None:
+    """Print the versions and, for each device and op, the table of `explain`."""
+    print(
+        f"epa-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads")
+    devices = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    forced = os.environ.get("EPA_KERNELS_BACKEND")
+    print(f"EPA_KERNELS_BACKEND: {forced or 'not set, the first backend that can run is taken'}\n")
+    for device in devices:
+        tokens = torch.zeros(1, 4096, 64, device=device)
+        heads = tokens.view(1, 4096, 4, 16)
+        for op in dispatch.OPS:
+            dispatch.explain(op, tokens if op == "paired_attention" else heads)
+
+
+if __name__ == "__main__":
+    main()

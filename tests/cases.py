@@ -1,0 +1,86 @@
+"""Layers and inputs that the tests of the attention ops share, and the tolerance rule."""
+
+import math
+
+import torch
+
+import epa_kernels
+
+# Backends beside the spec that run here; a new one is tested by being named here.
+FUSED_BACKENDS = ("two_pass",)
+BACKENDS = ("reference", *FUSED_BACKENDS)
+KINDS = ("shared", "split", "sum")
+LAYOUTS = ("official", "tokens")
+
+# B, N, C, H, P. Odd and prime on purpose: N that C does not divide, rows of P and D that fill no
+# vector, D = 1, P = 1, N = 1, N beyond one tile, and both plans (N < 2C is "direct").
+SHAPES = (
+    (2, 1, 6, 2, 3),
+    (1, 63, 40, 2, 5),
+    (2, 210, 32, 4, 33),
+    (1, 513, 24, 24, 1),
+    (2, 300, 130, 1, 7),
+    (1, 1031, 10, 5, 17),
+)
+
+
+def shape_id(shape):
+    return "B{}N{}C{}H{}P{}".format(*shape)
+
+
+def strided(*shape, dtype, generator):
+    """Normal numbers as a slice of a larger tensor, so that no stride is trivial."""
+    larger = torch.randn(*(n + 1 for n in shape), generator=generator, dtype=torch.float64)
+    return larger[tuple(slice(1, None) for _ in shape)].to(dtype)
+
+
+def make_layer(shape, kind="shared", layout="official", *, bias=True, dropout=0.0, seed=0):
+    """A layer in float64 whose values are float32 numbers and whose attention is not uniform."""
+    _, N, C, H, P = shape
+    torch.manual_seed(seed)
+    layer = epa_kernels.EPA(N, C, P, H, bias, dropout, dropout, kind=kind, layout=layout).double()
+    with torch.no_grad():
+        layer.temperature.copy_(4 * (1 + torch.rand(H, 1, 1) / 2))
+        layer.temperature2.copy_(2 * math.sqrt(N * H / C) * (1 + torch.rand(H, 1, 1) / 2))
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.float())
+    return layer
+
+
+def run_layer(layer, x, gy, *, backend, dtype, seed=0):
+    """Output and every gradient of a copy of the run in `dtype`: {"y", "x", parameter names}."""
+    layer.to(dtype).zero_grad()
+    x = x.detach().to(dtype).requires_grad_()
+    torch.manual_seed(seed)
+    with epa_kernels.use_backend(backend):
+        y = layer(x)
+        y.backward(gy.to(dtype))
+    gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+def relative_l2(value, expected):
+    value, expected = value.double(), expected.double()
+    return ((value - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def assert_as_accurate(kernel, same_dtype, exact):
+    """error(kernel) <= 2 error(spec in the same dtype) + 4 ulp of the largest value, max and RMS.
+
+    Every error is against the spec in float64. The cosine keeps a missing term of a gradient from
+    hiding in a large tolerance.
+    """
+    for name, truth in exact.items():
+        ulp = torch.finfo(kernel[name].dtype).eps * truth.abs().max().double()
+        error = (kernel[name].double() - truth).abs()
+        allowed = (same_dtype[name].double() - truth).abs()
+        assert error.max() <= 2 * allowed.max() + 4 * ulp, (name, error.max(), allowed.max())
+        rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
+        assert rms <= 2 * allowed_rms + 4 * ulp, (name, rms, allowed_rms)
+        cosine = torch.cosine_similarity(
+            kernel[name].double().flatten(), truth.flatten(), dim=0, eps=1e-300
+        )
+        assert cosine >= 0.9999 or truth.norm() <= 4 * ulp * math.sqrt(truth.numel()), (
+            name,
+            cosine,
+        )
