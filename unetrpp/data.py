@@ -244,9 +244,7 @@ class _ReadCase:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} does not exist")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = self.read(path)
+            image = self.read(path)
         except Exception as error:
             # MONAI wraps the reader's error in pages of advice on other readers.
             cause = error.__cause__ or error

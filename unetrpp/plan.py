@@ -2,9 +2,9 @@
 
   propose(cases, info, on_gpu) -> Plan     every choice comes with its reason, and can be overruled
 
-The rules are written so that the published variants come out of the published data sets: a stem
-stride is the smallest of 1, 2, 4 that brings the first grid to at most 48 tokens along an axis
-(64x128x128 -> 2,4,4; 16x160x160 -> 1,4,4; 32x192x192 -> 1,4,4; 128x128x128 -> 4,4,4).
+The stem rule is the one that the four published variants follow: 1 or 2 where that leaves at most
+32 tokens along an axis, else 4 (64x128x128 -> 2,4,4; 16x160x160 and 32x192x192 -> 1,4,4;
+128x128x128 -> 4,4,4).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __all__ = ["Plan", "propose"]
 # Voxels of a patch: the published 64x128x128 on a GPU; on a CPU what a step of seconds allows.
 GPU_PATCH_VOXELS = 64 * 128 * 128
 CPU_PATCH_VOXELS = 48 * 64 * 48
-GPU_GRID, CPU_GRID = 48, 32
+# Tokens along an axis up to which a stem of 1 or 2 is enough.
+STEM_TOKENS = 32
 # Widths and depths for a CPU: 4 M parameters at 48x64x48.
 CPU_WIDTHS = {
     "feature_size": 8,
@@ -94,16 +95,16 @@ def propose(
         sizes = sizes * spacings / np.array(target)
     median = np.median(sizes, axis=0)
 
-    budget, grid = (GPU_PATCH_VOXELS, GPU_GRID) if on_gpu else (CPU_PATCH_VOXELS, CPU_GRID)
+    budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
     if patch_size is None:
-        patch, strides = _patch_and_strides(median, budget, grid, strides)
+        patch, strides = _patch_and_strides(median, budget, strides)
         reasons.append(
             f"patch {_by(patch)} voxels: the median volume is {_by(np.rint(median))}, and a patch "
             f"on a {'GPU' if on_gpu else 'CPU'} should hold at most {budget} voxels"
         )
     else:
         patch = _three("patch_size", patch_size)
-        strides = strides or _strides(patch, grid)
+        strides = strides or _strides(patch)
         reasons.append(f"patch {_by(patch)} voxels: given")
     strides = [list(map(int, stride)) for stride in strides]
     multiple = np.prod(strides, axis=0)
@@ -114,8 +115,8 @@ def propose(
             f"of {_by(multiple)}; nearest legal size {_by(_nearest(patch, multiple))}"
         )
     reasons.append(
-        f"strides {' '.join(_by(stride) for stride in strides)}: a first grid of at most {grid} "
-        "tokens along an axis, then halvings"
+        f"strides {' '.join(_by(stride) for stride in strides)}: a stem of 1 or 2 where that "
+        f"leaves at most {STEM_TOKENS} tokens along an axis, else 4; then halvings"
     )
 
     if preset is None:
@@ -186,23 +187,27 @@ def _spacing(spacings: np.ndarray, given: Sequence[float] | None) -> tuple[list 
 
 
 def _patch_and_strides(
-    median: np.ndarray, budget: int, grid: int, strides: Sequence[Sequence[int]] | None
+    median: np.ndarray, budget: int, strides: Sequence[Sequence[int]] | None
 ) -> tuple[list[int], list[list[int]]]:
-    """Cover the median volume, then shorten the relatively longest axis until the budget holds."""
+    """Cover the median volume, then shorten what covers it most until the budget holds.
+
+    Axes of up to 16 voxels stay: a few slices are all the context there is along them.
+    """
     size = median.copy()
     while True:
-        chosen = strides or _strides(size, grid)
+        chosen = strides or _strides(size)
         multiple = np.prod(chosen, axis=0)
-        patch = _nearest(size, multiple)
-        if np.prod(patch) <= budget or all(p == m for p, m in zip(patch, multiple, strict=True)):
-            return patch, [list(stride) for stride in chosen]
-        longest = int(np.argmax(np.where(patch > multiple, patch, 0)))
+        patch = np.array(_nearest(size, multiple))
+        share = np.where(patch > np.maximum(multiple, 16), patch / median, 0)
+        if np.prod(patch) <= budget or not share.any():
+            return patch.tolist(), [list(stride) for stride in chosen]
+        longest = int(np.argmax(share))
         size[longest] = patch[longest] - multiple[longest]
 
 
-def _strides(size: Sequence[float], grid: int) -> list[list[int]]:
+def _strides(size: Sequence[float]) -> list[list[int]]:
     """Stem and three further strides: see the module's rule; an axis of 2 tokens is not halved."""
-    stem = [next((s for s in (1, 2, 4) if length / s <= grid), 4) for length in size]
+    stem = [next((s for s in (1, 2) if length / s <= STEM_TOKENS), 4) for length in size]
     strides, tokens = [stem], [length / s for length, s in zip(size, stem, strict=True)]
     for _ in range(3):
         strides.append([2 if count >= 3.5 else 1 for count in tokens])
@@ -211,7 +216,7 @@ def _strides(size: Sequence[float], grid: int) -> list[list[int]]:
 
 
 def _nearest(size: Sequence[float], multiple: Sequence[int]) -> list[int]:
-    return [max(1, round(s / m)) * int(m) for s, m in zip(size, multiple, strict=True)]
+    return [max(1, int(s / m + 0.5)) * int(m) for s, m in zip(size, multiple, strict=True)]
 
 
 def _three(name: str, values: Sequence[int]) -> list[int]:
