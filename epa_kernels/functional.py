@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from . import dispatch
 from .rng import draw_seed
@@ -72,7 +73,7 @@ def _seed_for(function: str, x: Tensor, dropout_p: float, seed: Tensor | None) -
 def _to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Activations in the autocast dtype, as nn.Linear takes them; float64 is left alone."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -82,8 +83,11 @@ def _to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _run(op: str, backend: str | None, *tensors: Tensor | None, **options) -> Tensor:
     run = dispatch.BACKENDS[dispatch.select(op, tensors[0], backend)].functions[op]
+    device_type = tensors[0].device.type
+    if not is_autocast_available(device_type):
+        return run(*tensors, **options)
     # Inside, dtypes are chosen explicitly.
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with torch.autocast(device_type, enabled=False):
         return run(*tensors, **options)
 
 

@@ -1,0 +1,128 @@
+"""Choice of the backend, its reasons, and what an import costs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import epa_kernels
+from epa_kernels import dispatch
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    """A backend that comes first but cannot run, for two reasons."""
+    backend = dispatch.Backend(
+        dispatch.BACKENDS["two_pass"].functions,
+        lambda op, x: ["head dim 160 > 128", "no kernel image for sm_75"],
+        lambda: [],
+    )
+    monkeypatch.setitem(dispatch.BACKENDS, "picky", backend)
+    monkeypatch.setitem(dispatch.ORDER, "other", ("picky", "two_pass", "reference"))
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+X = torch.zeros(1, 8, 4)
+
+
+def test_fastest_that_can_run_is_chosen(picky):
+    assert dispatch.select("paired_attention", X) == "two_pass"
+
+
+def test_forced_backend_raises_with_every_reason(picky):
+    with epa_kernels.use_backend("picky"), pytest.raises(RuntimeError) as error:
+        dispatch.select("paired_attention", X)
+    message = str(error.value)
+    for part in (
+        "head dim 160 > 128",
+        "no kernel image",
+        "Available: two_pass, reference",
+        "explain",
+    ):
+        assert part in message
+
+
+def test_use_backend_holds_in_its_block_or_from_now_on():
+    with epa_kernels.use_backend("reference"):
+        assert dispatch.select("paired_attention", X) == "reference"
+        with epa_kernels.use_backend("two_pass"):
+            assert dispatch.select("paired_attention", X) == "two_pass"
+        assert dispatch.select("paired_attention", X) == "reference"
+    assert dispatch.select("paired_attention", X) == "two_pass"
+    epa_kernels.use_backend("reference")
+    try:
+        assert dispatch.select("paired_attention", X) == "reference"
+        assert dispatch.select("paired_attention", X, backend="two_pass") == "two_pass"
+    finally:
+        epa_kernels.use_backend(None)
+    assert dispatch.select("paired_attention", X) == "two_pass"
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: epa_kernels.use_backend("cudnn"),
+        lambda: epa_kernels.EPA(8, 4, 2, backend="cudnn"),
+        lambda: dispatch.select("paired_attention", X, backend="cudnn"),
+    ),
+)
+def test_unknown_backend_is_refused_with_the_names(call):
+    with pytest.raises(ValueError, match="must be one of two_pass, reference, got 'cudnn'"):
+        call()
+    assert dispatch.select("paired_attention", X) == "two_pass"
+
+
+def test_environment_variable_forces_a_backend():
+    code = (
+        "import torch, epa_kernels; epa_kernels.explain('paired_attention', torch.zeros(1, 8, 4))"
+    )
+    result = run_python(code, EPA_KERNELS_BACKEND="reference")
+    assert "reference  runs (forced)" in result.stdout, result.stderr
+    result = run_python(code, EPA_KERNELS_BACKEND="cudnn")
+    assert "EPA_KERNELS_BACKEND: backend must be one of" in result.stderr
+
+
+def test_explain_prints_every_backend_with_its_reasons(picky, capsys):
+    epa_kernels.explain("paired_attention", X)
+    printed = capsys.readouterr().out
+    assert "picky      cannot run: head dim 160 > 128; no kernel image for sm_75" in printed
+    assert "two_pass   runs" in printed
+    assert "reference  can run" in printed
+    with pytest.raises(ValueError, match="op must be one of"):
+        epa_kernels.explain("attention", X)
+
+
+def test_module_prints_versions_and_table():
+    result = subprocess.run(
+        [sys.executable, "-m", "epa_kernels"], capture_output=True, text=True, check=True
+    )
+    for part in (epa_kernels.__version__, torch.__version__, "channel_attention", "two_pass"):
+        assert part in result.stdout
+
+
+def test_import_needs_torch_alone():
+    code = (
+        "import sys, torch; before = set(sys.modules); import epa_kernels; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    imported = run_python(code).stdout.split()
+    assert "epa_kernels" in imported
+    foreign = {"monai", "triton", "nibabel", "scipy", "matplotlib", "lightning_fabric", "unetrpp"}
+    assert not foreign & set(imported)
+
+
+def test_import_costs_less_than_a_tenth_of_a_second():
+    code = (
+        "import time, torch; t = time.process_time(); import epa_kernels; "
+        "print(time.process_time() - t)"
+    )
+    # The least of some runs: a busy machine only adds.
+    cost = min(float(run_python(code).stdout) for _ in range(5))
+    assert cost < 0.1

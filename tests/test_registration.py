@@ -1,0 +1,184 @@
+"""The ops under torch.library, torch.compile, export and repeated differentiation."""
+
+import numpy as np
+import pytest
+import torch
+from cases import BACKENDS, FUSED_BACKENDS, KINDS, make_layer
+from torch.library import opcheck
+
+import epa_kernels
+
+
+def op_of(backend, name):
+    return getattr(getattr(torch.ops, f"epa_kernels_{backend}"), name).default
+
+
+def paired_arguments(shape, kind):
+    B, N, C, H, _ = shape
+    layer = make_layer(shape, kind).float()
+    linear = {
+        "E": (None, None),
+        "F": (None, None),
+        "out_proj": (None, None),
+        "out_proj2": (None,) * 2,
+    }
+    for name in linear:
+        if hasattr(layer, name):
+            linear[name] = (getattr(layer, name).weight, getattr(layer, name).bias)
+    tensors = (
+        torch.randn(B, N, C),
+        layer.qkvv.weight,
+        layer.qkvv.bias,
+        *((layer.EF.t(), None) if kind == "sum" else linear["E"]),
+        *(linear["F"] if kind == "split" else (None, None)),
+        layer.temperature,
+        layer.temperature2,
+        *linear["out_proj"],
+        *linear["out_proj2"],
+    )
+    tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    options = {"num_heads": H, "kind": kind, "layout": "official",
+               "channel_dropout_p": 0.1, "spatial_dropout_p": 0.2}  # fmt: skip
+    return (*tensors, torch.tensor(5)), options
+
+
+@pytest.mark.parametrize(
+    "shape", ((2, 50, 32, 4, 8), (2, 130, 32, 4, 8)), ids=("direct", "two_pass")
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_opcheck_paired_attention(backend, kind, shape):
+    arguments, options = paired_arguments(shape, kind)
+    opcheck(op_of(backend, "paired_attention"), arguments, options)
+    out = op_of(backend, "paired_attention")(*arguments, **options)
+    *inputs, seed = (t if t is None else t.detach() for t in arguments)
+    backward = (torch.randn_like(out[0]), *inputs, *(t.detach() for t in out[1:]), seed)
+    opcheck(op_of(backend, "paired_attention_bwd"), backward, options)
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_opcheck_spatial_and_channel_attention(backend, dropout_p):
+    q, k, v = (t.clone().requires_grad_() for t in torch.randn(3, 2, 65, 3, 8).unbind(0))
+    temperature = torch.ones(3, 1, 1, requires_grad=True)
+    seed = torch.tensor(3) if dropout_p else None
+    options = {"dropout_p": dropout_p}
+    opcheck(op_of(backend, "channel_attention"), (q, k, v, temperature, seed), options)
+    for normalize in (False, True):
+        arguments = (q, k[:, :9].detach(), v[:, :9].detach(), temperature, seed)
+        opcheck(op_of(backend, "spatial_attention"), arguments, options | {"normalize": normalize})
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_a_graph_break(backend):
+    layer = make_layer((2, 130, 16, 2, 9)).float()
+    x = torch.randn(2, 130, 16, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with epa_kernels.use_backend(backend):
+        expected, found = layer(x), compiled(x)
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(y.sum(), [x, layer.E.weight]) for y in (expected, found)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_compiles_with_inductor_and_dropout():
+    layer = epa_kernels.EPA(130, 16, 9, 2)
+    y = torch.compile(layer, fullgraph=True)(torch.randn(2, 130, 16))
+    y.sum().backward()
+    assert layer.E.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_one_graph_serves_every_number_of_tokens_and_samples(backend):
+    """spatial_attention has no weight bound to N: a dynamic N must not recompile."""
+    graphs = 0
+
+    def count(graph, _):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def call(q, k, v):
+        return epa_kernels.spatial_attention(q, k, v, torch.ones(1), backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
+    for B, N in ((3, 100), (5, 57), (9, 301)):  # no size that equals another axis
+        q, k, v = torch.randn(B, N, 2, 4), torch.randn(B, 7, 2, 4), torch.randn(B, 7, 2, 4)
+        torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_paired_attention_compiles_with_dynamic_tokens(backend):
+    """One graph for each plan, whatever N is."""
+    graphs = 0
+
+    def count(graph, _):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    C, H, P = 8, 2, 5
+
+    def call(x, weight, projection, temperature):
+        return epa_kernels.paired_attention(
+            x, weight, None, projection, None, None, None, temperature, temperature, None, None,
+            None, None, num_heads=H, kind="sum", backend=backend,
+        )  # fmt: skip
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
+    weight, temperature = torch.randn(4 * C, C), torch.ones(H, 1, 1)
+    for N in (40, 300, 77, 9, 13):
+        inputs = (torch.randn(2, N, C), weight, torch.randn(P, N), temperature)
+        torch.testing.assert_close(compiled(*inputs), call(*inputs))
+    assert graphs <= 2
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_second_derivative_names_the_reference(backend):
+    layer = epa_kernels.EPA(30, 8, 5, backend=backend)
+    gradient = torch.autograd.grad(
+        layer(torch.randn(1, 30, 8)).sum(), layer.qkvv.weight, create_graph=True
+    )[0]
+    with pytest.raises(RuntimeError, match=f"'{backend}' has no second derivative; .*'reference'"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("N", (30, 130), ids=("direct", "two_pass"))
+def test_exports_as_plain_operators(N):
+    layer = make_layer((2, N, 16, 2, 9)).float().eval()
+    x = torch.randn(2, N, 16)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}})
+    assert not [node for node in program.graph.nodes if "epa_kernels" in str(node.target)]
+    for B in (1, 4):
+        x = torch.randn(B, N, 16)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_exports_to_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    layer = make_layer((2, 130, 16, 2, 9)).float().eval()
+    x, file = torch.randn(2, 130, 16), tmp_path / "epa.onnx"
+    torch.onnx.export(layer, (x,), file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, layer(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_frozen_inputs_get_no_gradient(backend):
+    layer = epa_kernels.EPA(30, 8, 5, backend=backend)
+    layer.E.requires_grad_(False)
+    x = torch.randn(1, 30, 8)
+    layer(x).sum().backward()
+    assert layer.E.weight.grad is None and x.grad is None
+    assert layer.qkvv.weight.grad is not None
+    with torch.no_grad():
+        assert not layer(x).requires_grad
