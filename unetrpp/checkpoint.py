@@ -1,0 +1,381 @@
+"""Checkpoints: a folder with `model.safetensors` and `config.json`, and published pickles read.
+
+config.json holds {"model": model.config, ...} and whatever the caller adds. The same text lies in
+the header of model.safetensors, so the weights file alone is complete and one rename replaces a
+checkpoint: if writing stops between the two files, the text that came with the weights counts.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .models import PRESETS, UNETRPP, create_model
+
+__all__ = ["load_checkpoint", "load_published", "save_checkpoint"]
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+# Entries whose shape depends on the number of tokens, hence on img_size.
+_PER_TOKEN = ("pos_embed", "E.weight", "F.weight", "EF")
+
+
+def save_checkpoint(
+    folder: str | os.PathLike, model: nn.Module, extra: Mapping[str, Any] | None = None
+) -> Path:
+    """Write model and configuration to a folder; an older checkpoint there stays until replaced.
+
+    Args:
+        folder: made if missing; other files in it are left alone.
+        model: a network of `create_model`; wrappers of torch.compile and DistributedDataParallel
+            are looked through. Tensors that are shared (E and F of kind "shared") are stored once.
+        extra: plain JSON (keys are strings) that goes into config.json beside "model", for
+            instance {"preprocessing": {...}, "labels": {...}}.
+
+    Returns: the folder.
+
+    Raises:
+        ValueError: extra is not plain JSON, or uses the keys "model" or "config_id".
+
+    Notes: each file is written under another name, flushed to disk and renamed, and a new folder
+        gets its name last: a reader sees the old checkpoint, the new one or none.
+    """
+    model = _unwrapped(model)
+    extra = dict(extra or {})
+    reserved = {"model", "config_id"} & set(extra)
+    if reserved:
+        raise ValueError(f"save_checkpoint: extra must not use the reserved keys {reserved}.")
+    config = {"model": model.config, **extra}
+    try:
+        text = json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_checkpoint: extra must be plain JSON, but {error}.") from error
+    # Tells an interrupted write, where the two files differ in it, from an edited config.json.
+    config_id = hashlib.sha256(text.encode()).hexdigest()
+    aliases = _aliases(model)
+    tensors = {
+        key: value.contiguous() for key, value in model.state_dict().items() if key not in aliases
+    }
+    folder = Path(folder)
+    is_new = not folder.exists()
+    place = folder.with_name(f".{folder.name}.partial") if is_new else folder
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with _replacing(place / WEIGHTS) as file:
+            metadata = {"format": "pt", "config": text, "config_id": config_id}
+            save_file(tensors, file, metadata)
+        with _replacing(place / CONFIG) as file:
+            readable = json.dumps({**config, "config_id": config_id}, indent=2)
+            file.write_text(readable + "\n", encoding="utf-8")
+        if is_new:
+            place.rename(folder)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_checkpoint(
+    folder: str | os.PathLike,
+    img_size: Any = None,
+    map_location: torch.device | str = "cpu",
+    **overrides: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model of a checkpoint folder and load its weights.
+
+    Args:
+        folder: what `save_checkpoint` wrote.
+        img_size: another input size than the one trained at; the weights are carried over by
+            `resize_tokens`.
+        map_location: device of the model.
+        overrides: constructor arguments that leave the weights' shapes alone, for instance
+            deep_supervision, epa_backend, attention_dropout, conv_dropout.
+
+    Returns: the model, in evaluation mode and with float32 parameters, and the content of
+        config.json, whose "model" describes the model as returned.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is truncated or not what it should be, or does not fit the model.
+    """
+    folder = Path(folder)
+    config, tensors = _read_folder(folder, str(map_location))
+    described = config["model"]
+    model = create_model(described["name"], **{**described["args"], **overrides})
+    _load_state(model, tensors, "load_checkpoint", folder / WEIGHTS)
+    if img_size is not None:
+        model.resize_tokens(img_size)
+    config["model"] = model.config
+    return model.to(map_location).eval(), config
+
+
+def load_published(
+    path: str | os.PathLike,
+    model_or_preset: nn.Module | str | None = None,
+    map_location: torch.device | str = "cpu",
+    **overrides: Any,
+) -> nn.Module:
+    """Load a checkpoint of the published UNETR++ code (`.model`, `.pt`), without running its code.
+
+    The file is a pickle: {"epoch", "state_dict", "optimizer_state_dict", "plot_stuff", ...}, or a
+    state dict alone. Only tensors, Python's plain types and numpy's numbers are unpickled;
+    everything else is refused. The prefix `module.` of multi-GPU runs is removed.
+
+    Args:
+        path: the file.
+        model_or_preset: the model to load into, or a preset's name, or None: the preset whose
+            tensors have the names and shapes of the file's. Numbers of input channels and of
+            classes are taken from the file.
+        map_location: device of the model; a model that is passed stays where it is.
+        overrides: constructor arguments beside the preset's, for instance the img_size that the
+            checkpoint was trained at. `model.resize_tokens` then carries it to another.
+
+    Returns: the model; a newly built one in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, holds something that is refused, or does not fit: the
+            message lists the keys and names the preset that would fit. A file whose E and F differ
+            does not fit a model that shares them, whereas the published code would keep only F.
+
+    Example:
+        >>> model = load_published("model_final_checkpoint.model")  # doctest: +SKIP
+        >>> save_checkpoint("synapse", model)  # doctest: +SKIP
+    """
+    path = Path(path)
+    tensors = _read_pickle(path)
+    if isinstance(model_or_preset, nn.Module):
+        if overrides:
+            raise ValueError(
+                f"load_published: {', '.join(overrides)} cannot change a model that is already "
+                f"built; pass a preset's name instead."
+            )
+        _load_state(_unwrapped(model_or_preset), tensors, "load_published", path)
+        return model_or_preset
+    preset = model_or_preset or next(iter(_fitting_presets(tensors, **overrides)), None)
+    if preset is None:
+        raise ValueError(
+            f"load_published: {path} fits no preset.{_advice(tensors)} Pass the model or the "
+            f"preset that it was trained with."
+        )
+    model = UNETRPP.from_preset(preset, **{**_channels(tensors), **overrides})
+    _load_state(model, tensors, "load_published", path)
+    return model.to(map_location).eval()
+
+
+def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if folder.is_file():
+        raise ValueError(
+            f"load_checkpoint: {folder} is a file; a checkpoint is a folder with {WEIGHTS} and "
+            f"{CONFIG}. load_published reads files of the published code."
+        )
+    for file in (folder, folder / CONFIG, folder / WEIGHTS):
+        if not file.exists():
+            raise FileNotFoundError(
+                f"load_checkpoint: {file} is missing; a checkpoint is a folder with {WEIGHTS} and "
+                f"{CONFIG}."
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"load_checkpoint: {folder / CONFIG} is truncated or no JSON ({error})."
+        ) from error
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt", device=device) as stream:
+            metadata = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_checkpoint: {folder / WEIGHTS} is truncated or no safetensors file ({error})."
+        ) from error
+    if not isinstance(config, dict) or not {"name", "args"} <= set(config.get("model", ())):
+        raise ValueError(
+            f'load_checkpoint: {folder / CONFIG} must hold {{"model": {{"name", "args"}}}}, as '
+            f"save_checkpoint writes it."
+        )
+    config_id = config.pop("config_id", None)
+    if config_id is not None and config_id != metadata.get("config_id", config_id):
+        config = json.loads(metadata["config"])
+    return config, tensors
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a file of torch.save, `module.` removed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"load_published: {path} is missing.")
+    try:
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise _unreadable(path, error) from error
+        raise ValueError(
+            f"load_published: {path} holds {refused[1]}, which is neither a tensor nor a number; "
+            f"unpickling it could run code, so the file is refused. If you trust its source, save "
+            f"it again with its state_dict alone."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise _unreadable(path, error) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(
+            f"load_published: {path} holds no state dict; expected one, alone or under "
+            f'"state_dict".'
+        )
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"load_published: {path} is truncated or no torch checkpoint ({reason}).")
+
+
+def _numpy_numbers() -> list:
+    """Return what a pickled numpy number refers to; its module was renamed in numpy 2."""
+    import numpy
+
+    scalar = numpy.float64(0).__reduce__()[0]
+    dtypes = [numpy.dtype(code) for code in "?bhilqBHILQefd"]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        numpy.dtype,
+        *{type(dtype) for dtype in dtypes},
+    ]
+
+
+def _load_state(model: nn.Module, tensors: dict[str, Tensor], caller: str, source: Path) -> None:
+    """Load strictly; a tensor that the model shares may be stored once or, if equal, twice."""
+    tensors = dict(tensors)
+    for key, first in _aliases(model).items():
+        if key not in tensors and first in tensors:
+            tensors[key] = tensors[first]
+        elif first not in tensors and key in tensors:
+            tensors[first] = tensors[key]
+        elif key in tensors and not torch.equal(tensors[key], tensors[first]):
+            raise ValueError(
+                f"{caller}: {source} holds different tensors {first} and {key}, which the model "
+                f'shares; it was trained with separate ones. Build the model with epa_kind="split".'
+            )
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in tensors.items()}
+    problems = {
+        "missing": [key for key in own if key not in given],
+        "unexpected": [key for key in given if key not in own],
+        "of another shape": [
+            f"{key} {given[key]} instead of {own[key]}"
+            for key in own
+            if key in given and own[key] != given[key]
+        ],
+    }
+    if any(problems.values()):
+        listed = "".join(
+            f"\n  {len(keys)} {what}: {_abridged(keys)}" for what, keys in problems.items() if keys
+        )
+        raise ValueError(f"{caller}: {source} does not fit the model:{listed}\n{_advice(tensors)}")
+    model.load_state_dict(tensors)
+
+
+def _abridged(items: list[str], limit: int = 5) -> str:
+    more = f", ... and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _advice(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sentence that says which preset the tensors fit."""
+    fitting = _fitting_presets(tensors)
+    if fitting:
+        return f" The file fits preset {' or '.join(map(repr, fitting))}."
+    fitting = _fitting_presets(tensors, any_size=True)
+    if not fitting:
+        return " The file fits no preset."
+    counts = [value.shape[1] for key, value in tensors.items() if key.endswith("pos_embed")]
+    return (
+        f" The file fits preset {' or '.join(map(repr, fitting))} at another img_size, one with "
+        f"{counts[0]} tokens in stage 1: build the model with the img_size it was trained at, "
+        f"then use resize_tokens."
+    )
+
+
+def _fitting_presets(
+    tensors: Mapping[str, Tensor], *, any_size: bool = False, **overrides: Any
+) -> list[str]:
+    """Return the presets whose state dict has the names and shapes of `tensors`."""
+
+    def shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {
+            key: None if any_size and key.endswith(_PER_TOKEN) else tuple(value.shape)
+            for key, value in state.items()
+        }
+
+    wanted = shapes(tensors)
+    fitting = []
+    for preset in PRESETS:
+        arguments = {**_channels(tensors), **overrides}
+        try:
+            with torch.device("meta"):
+                model = UNETRPP.from_preset(preset, **arguments)
+        except ValueError:
+            # An img_size that is passed need not be legal for every preset.
+            continue
+        if shapes(model.state_dict()) == wanted:
+            fitting.append(preset)
+    return fitting
+
+
+def _channels(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the numbers of input channels and of classes that the tensors were made for."""
+    found = {}
+    if "encoder1.conv1.conv.weight" in tensors:
+        found["in_channels"] = tensors["encoder1.conv1.conv.weight"].shape[1]
+    if "out1.conv.conv.weight" in tensors:
+        found["out_channels"] = tensors["out1.conv.conv.weight"].shape[0]
+    return found
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return, for every parameter name that repeats another one's tensor, that other name."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), key) != key:
+            aliases[key] = first[id(parameter)]
+    return aliases
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """Yield a path to write to; then flush it to disk and rename it to `file`, or remove it."""
+    # A fixed name, so that what a killed process left is overwritten and never piles up.
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        with open(partial, "r+b") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
