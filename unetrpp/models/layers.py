@@ -27,7 +27,7 @@ Triple = tuple[int, int, int]
 
 
 def named_conv(module: nn.Module) -> nn.Sequential:
-    """Wrap a convolution so that its weight is called `conv.weight`, as in the published ones."""
+    """Wrap a convolution so that its weight has the published name, `conv.weight`."""
     return nn.Sequential(OrderedDict(conv=module))
 
 
