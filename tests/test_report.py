@@ -152,6 +152,48 @@ def test_worst_median_and_best_case_are_shown(run):
     assert near.sum() > 100
 
 
+def test_held_out_cases_are_predicted_and_scored_once(tmp_path):
+    """A run folder as training leaves it; image and label of a case have different names."""
+    pytest.importorskip("monai")
+    import yaml
+
+    import unetrpp
+    from unetrpp.checkpoint import save_checkpoint
+    from unetrpp.data import Preprocessing
+
+    data, run = tmp_path / "data", tmp_path / "run"
+    run.mkdir()
+    listed = []
+    for name in ("a", "b", "c"):
+        values = np.random.default_rng(ord(name)).normal(size=(20, 24, 18)).astype(np.float32)
+        for file, volume in ((f"scan_{name}", values), (f"truth_{name}", np.uint8(values > 1))):
+            path = data / f"{file}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
+        listed.append({"image": f"scan_{name}.nii.gz", "label": f"truth_{name}.nii.gz"})
+    labels = {"background": 0, "bright": 1}
+    description = {"channel_names": {"0": "MR"}, "labels": labels, "training": listed}
+    (data / "dataset.json").write_text(json.dumps(description))
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": str(data)}))
+    split = {"training": ["scan_b"], "validation": ["scan_a", "scan_c"]}
+    (run / "plan.json").write_text(json.dumps({"plan": {}, "split": split}))
+    preprocessing = Preprocessing(["MR"], ["zscore"], [None], None, [32, 32, 32], labels)
+    model = unetrpp.create_model("unetrpp", preset="tiny")
+    extra = {"preprocessing": preprocessing.to_dict(), "labels": labels}
+    save_checkpoint(run / "best", model, extra)
+
+    source = write_report(run).read_text()
+    rows = json.loads((run / "validation" / "scores.json").read_text())["rows"]
+    assert [(row["case"], row["class"]) for row in rows] == [
+        ("scan_a", "bright"),
+        ("scan_c", "bright"),
+    ]
+    assert len(pictures(source)) == 2
+    written = (run / "validation" / "scores.json").stat().st_mtime_ns
+    write_report(run)
+    assert (run / "validation" / "scores.json").stat().st_mtime_ns == written, "not done twice"
+
+
 def test_report_of_a_run_with_nothing_yet(tmp_path):
     (tmp_path / "run").mkdir()
     file = write_report(tmp_path / "run", output=tmp_path / "elsewhere" / "report.html")
