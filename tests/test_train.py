@@ -231,6 +231,23 @@ def test_nothing_is_overwritten_unasked(data, uninterrupted, tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16-mixed"}, "bf16-mixed needs a CUDA device"),
+        ({"minutes": 1.0}, "--steps or --minutes, not both"),
+        ({"data": None}, "needs --data DIR"),
+        ({"fold": 7}, "fold must lie in 0..3"),
+        ({"preset": "huge"}, "preset must be one of"),
+    ],
+)
+def test_wrong_options_are_explained_before_anything_is_written(data, tmp_path, options, message):
+    values = {"data": data, "output": tmp_path / "run", "steps": 1, **SMALL, **options}
+    with pytest.raises(ValueError, match=message):
+        run_train(TrainConfig(**values))
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_refuses_other_settings(uninterrupted, tmp_path):
     with pytest.raises(ValueError, match="learning_rate cannot change"):
         run_train(TrainConfig(resume=uninterrupted, learning_rate=0.5))

@@ -120,6 +120,8 @@ class _Run:
             check_folder(self.folder, config.overwrite)
         self._load_data()
         self._build_model()
+        if not config.resume and self.main:
+            self._start_folder()
 
     def say(self, text: str) -> None:
         """Print on the main process only, around a progress bar."""
@@ -171,8 +173,6 @@ class _Run:
             }
             for reason in self.plan.reasons:
                 self.say(f"  {reason}")
-            if self.main:
-                self._start_folder()
         self.say(f"{len(training)} cases to train on, {len(held_out)} held out for validation")
         self.held_out = held_out
         self.patches = TrainingPatches(
@@ -209,6 +209,9 @@ class _Run:
         config = self.config
         torch.manual_seed(config.seed)
         self.model = unetrpp.create_model(**self.plan.model, deep_supervision=True)
+        if self.fabric.device.type == "cpu":
+            # A step takes 0.85 times as long as with channels first (32x48x32, one thread).
+            self.model.to(memory_format=torch.channels_last_3d)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.say(
             f"{parameters / 1e6:.2f} M parameters, on {self.fabric.device} in {config.precision}"
@@ -353,6 +356,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         image = batch["image"].to(self.fabric.device, non_blocking=True)  # (B, C, *patch)
+        if self.fabric.device.type == "cpu":
+            image = image.contiguous(memory_format=torch.channels_last_3d)
         label = batch["label"].to(self.fabric.device, non_blocking=True)  # (B, 1, *patch)
         self.network.train()
         loss = deep_supervision_loss(self.network(image), label)

@@ -40,7 +40,7 @@ class TrainConfig:
         seed: Seed of weights, samples, augmentation and dropout.
         accelerator: cpu, cuda, mps, or auto for the best there is.
         devices: Number of processes, one device each.
-        precision: 32-true, bf16-mixed, or auto (bf16-mixed where the hardware is fast at it).
+        precision: 32-true, bf16-mixed (CUDA only), or auto: bf16-mixed where possible.
         workers: Loader processes; 0 prepares patches between steps; auto if not given.
         cache: Number of cases kept in memory, preprocessed; all if not given.
         report: Write report.html at the end.
@@ -105,7 +105,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """Fill in what the recipe and the machine decide where the user did not.
 
     Raises:
-        ValueError: no data or output folder, or both steps and minutes.
+        ValueError: no data or output folder, both steps and minutes, or bf16 without a GPU.
     """
     import torch
 
@@ -118,11 +118,15 @@ def resolved(config: TrainConfig) -> TrainConfig:
         recipe.pop("steps", None)
         recipe.pop("minutes", None)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     if config.precision == "auto":
-        on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
-        # In bf16, a CPU with matrix units (AMX) takes 0.6 times as long for a step as in float32.
-        matrix_unit = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
-        chosen["precision"] = "bf16-mixed" if on_gpu or matrix_unit else "32-true"
+        chosen["precision"] = "bf16-mixed" if on_gpu else "32-true"
+    elif config.precision == "bf16-mixed" and not on_gpu:
+        # torch 2.13 with AMX, channels 8 -> 4 at 8x128x128: NaN, or a segmentation fault.
+        raise ValueError(
+            "precision bf16-mixed needs a CUDA device: on CPUs the weight gradient of a 1x1x1 "
+            "convolution is wrong in bfloat16 for some sizes (oneDNN); use --precision 32-true"
+        )
     return replace(config, **chosen)
 
 
