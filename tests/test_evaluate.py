@@ -206,6 +206,9 @@ def test_evaluate_pairs_two_files_and_reads_decathlon_names(tmp_path, maps):
     result = run_evaluate(first, second, tmp_path / "out", names=names, quiet=True)
     assert [row["class"] for row in result.rows] == ["liver", "spleen"]
     assert result.rows[1]["dice"] == 1
+    save(tmp_path / "c", "other.nii.gz", reference)
+    with pytest.raises(FileNotFoundError, match="has the name of one"):
+        run_evaluate(first.parent, tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         run_evaluate(tmp_path / "nowhere", second)
     with pytest.raises(FileNotFoundError, match="holds no"):

@@ -175,7 +175,7 @@ def run_evaluate(
         Rows, summary and failures.
 
     Raises:
-        FileNotFoundError: a path does not exist or holds no NIfTI file.
+        FileNotFoundError: a path does not exist or holds no NIfTI file, or no two names agree.
         ValueError: names is not a dataset.json, or a folder holds a case twice.
     """
     predictions, labels = Path(predictions), Path(labels)
@@ -188,6 +188,11 @@ def run_evaluate(
     else:
         pairs = {c: (predicted[c], references[c]) for c in references if c in predicted}
         unmatched = sorted(set(predicted) - set(references))
+        if not pairs:
+            raise FileNotFoundError(
+                f"run_evaluate: no file in {predictions} has the name of one in {labels} "
+                f"({next(iter(predicted))} ... against {next(iter(references))} ...)"
+            )
         if not only_predicted:
             for case in sorted(set(references) - set(predicted)):
                 failures[str(references[case])] = (
@@ -253,7 +258,7 @@ def evaluate_pairs(
         if result.unmatched:
             print(f"not scored, no reference: {', '.join(result.unmatched)}")
         for name, reason in result.failures.items():
-            print(f"FAILED {name}: {reason}")
+            print(f"FAILED {reason}" if name in reason else f"FAILED {name}: {reason}")
         print(
             f"{len(result.files)} cases scored, {len(result.failures)} failed; scores in {output}"
         )

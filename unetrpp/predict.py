@@ -217,7 +217,8 @@ def run_predict(
         _write_record(folder / "prediction.json", result, checkpoint, config, options)
     if not quiet:
         for name, reason in result.failures.items():
-            print(f"FAILED {name}: {reason}")
+            # Most reasons name the file themselves.
+            print(f"FAILED {reason}" if name in reason else f"FAILED {name}: {reason}")
         seconds = sum(result.seconds.values())
         print(
             f"{len(result.outputs)} volumes predicted in {seconds:.1f} s, "

@@ -318,7 +318,7 @@ def _case_table(rows: Sequence[Mapping]) -> str:
 
 def _failures(scores: Mapping) -> str:
     items = "".join(
-        f"<li><b>{html.escape(name)}</b>: {html.escape(reason)}</li>"
+        f"<li>{'' if name in reason else f'<b>{html.escape(name)}</b>: '}{html.escape(reason)}</li>"
         for name, reason in scores.get("failures", {}).items()
     )
     return f"<p class='note'>Not scored:</p><ul>{items}</ul>" if items else ""
