@@ -28,7 +28,7 @@ from .rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
 
 # Elements of a tile's (B, H, tile, P) map. On a CPU the few that live at once fit a second-level
 # cache; on an accelerator the tile only bounds memory.
-TILE_ELEMENTS = {"cpu": 2**18, "other": 2**24}
+TILE_ELEMENTS = {"cpu": 2**19, "other": 2**24}
 
 
 def _tiles(num_tokens: int, elements_per_token: int, device: torch.device) -> Iterator[slice]:
