@@ -37,16 +37,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
     c0, c1, c2, c3 = counter
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # The 64-bit product wraps in int64; shift, then mask, reads its high word unsigned.
+        # A product wraps in int64; its high word counts once the bits above 32 are masked, its low
+        # word keeps its upper bits, which the next round's mask or the last one takes off.
         product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _MASK) ^ c1 ^ key0,
-            product1 & _MASK,
-            ((product0 >> 32) & _MASK) ^ c3 ^ key1,
-            product0 & _MASK,
-        )
+        c0, c1 = ((product1 >> 32) ^ (c1 ^ key0)) & _MASK, product1
+        c2, c3 = ((product0 >> 32) ^ (c3 ^ key1)) & _MASK, product0
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def threshold(p: float) -> int:
@@ -75,10 +72,11 @@ def dropout_multiplier(
     words = philox(
         (group, row & _MASK, (row >> 32) & _MASK, torch.full_like(group, map_index)), seed
     )
-    words = torch.stack(words, dim=-1)  # (..., groups, 4)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-3)[..., :columns]
     cut = threshold(p)
-    return (halves >= cut).to(dtype) * (65536 / (65536 - cut))
+    # Both halves compare as they lie in their word: w >> 16 >= cut as w >= cut << 16.
+    keep = [half >= c for w in words for half, c in ((w & 0xFFFF, cut), (w, cut << 16))]
+    keep = torch.stack(keep, dim=-1).flatten(-2)[..., :columns]
+    return keep.to(dtype) * (65536 / (65536 - cut))
 
 
 def draw_seed(device: torch.device) -> Tensor:
