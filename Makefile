@@ -3,7 +3,9 @@
 # make bench  environment, install, the benchmarks
 # make lint   environment, style checks
 #
-# PYTHON=python3.12 takes another interpreter, VENV=DIR another place for the environment.
+# PYTHON=python3.12 takes another interpreter, VENV=DIR another place for the environment,
+# TORCH_INDEX=URL another index for torch alone: on a machine without a GPU that of its CPU builds,
+# several gigabytes smaller (see pytorch.org, Get Started).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,10 +32,10 @@ lint: $(VENV)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 
-# torch first and alone: a plain `torch` may resolve to a build of several gigabytes.
+# torch first and alone, so that its index serves nothing else.
 $(VENV): constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	touch $(VENV)
 
 clean:

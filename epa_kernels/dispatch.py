@@ -76,11 +76,13 @@ class use_backend:
         global _forced
         if name is not None:
             check_backend("use_backend", name)
-        self._previous = _forced
+        self._name, self._previous = name, _forced
         _forced = name
 
     def __enter__(self) -> None:
-        pass
+        # Again, so that one object serves several blocks.
+        global _forced
+        _forced = self._name
 
     def __exit__(self, *_: object) -> None:
         global _forced

@@ -1,8 +1,10 @@
 import os
 
-import torch
-
-# One thread a worker under pytest-xdist: the tensors are small, and threads that wait for each
-# other on busy cores cost more than they compute.
+# One thread a worker under pytest-xdist, in its child processes too: threads that wait for each
+# other on busy cores cost more than they compute. Set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

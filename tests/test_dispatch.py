@@ -56,6 +56,11 @@ def test_use_backend_holds_in_its_block_or_from_now_on():
             assert dispatch.select("paired_attention", X) == "two_pass"
         assert dispatch.select("paired_attention", X) == "reference"
     assert dispatch.select("paired_attention", X) == "two_pass"
+    block = epa_kernels.use_backend("reference")
+    for _ in range(2):
+        with block:
+            assert dispatch.select("paired_attention", X) == "reference"
+        assert dispatch.select("paired_attention", X) == "two_pass"
     epa_kernels.use_backend("reference")
     try:
         assert dispatch.select("paired_attention", X) == "reference"
