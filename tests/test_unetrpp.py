@@ -95,17 +95,8 @@ def test_btcv_is_synapse():
     assert btcv.config == synapse.config
 
 
-@pytest.mark.parametrize(
-    ("variant", "backend"),
-    [
-        ("synapse", "two_pass"),
-        ("synapse", "reference"),
-        ("acdc", "two_pass"),
-        # The other pairs add no code path: kinds and backends are crossed in the block test.
-        ("lung", "two_pass"),
-        ("tumor", "reference"),
-    ],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_model_matches_golden(variant, backend):
     outputs, metadata = golden.load(f"model_{variant}.safetensors")
     model = UNETRPP.from_preset(variant, deep_supervision=True).eval()
@@ -187,7 +178,13 @@ def soft_dice_and_cross_entropy(logits, target, classes):
     return functional.cross_entropy(logits, target) - dice[1:].mean()
 
 
-def test_training_matches_golden_in_float64():
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "losses_compared"),
+    # The spec's own steps two and three follow from its first gradient, which is compared.
+    [("two_pass", 3), ("reference", 1)],
+)
+def test_training_matches_golden_in_float64(backend, losses_compared):
     published = golden.load("train_synapse.json")
     setting, expected = published["config"], published["float64"]
     model = UNETRPP.from_preset(
@@ -205,9 +202,9 @@ def test_training_matches_golden_in_float64():
         outputs = zip(model(x), targets, strict=True)
         return [soft_dice_and_cross_entropy(logits, target, 14) for logits, target in outputs]
 
-    for step in range(2):
-        # The second loss needs no gradient: it tells whether the first step was right.
-        with torch.set_grad_enabled(step == 0), use_backend("two_pass"):
+    for step in range(losses_compared):
+        # The last loss needs no gradient: it tells whether the steps before were right.
+        with torch.set_grad_enabled(step in (0, losses_compared - 2)), use_backend(backend):
             per_output = losses()
             loss = sum(
                 weight * part
@@ -217,14 +214,18 @@ def test_training_matches_golden_in_float64():
         assert [p.item() for p in per_output] == pytest.approx(
             expected["loss_per_output"][step], rel=1e-10
         )
-        if step == 0:
+        if loss.requires_grad:
+            model.zero_grad()
             loss.backward()
+            norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+            assert norm.item() == pytest.approx(expected["grad_norms"][step], rel=1e-9)
+            torch.optim.SGD(model.parameters(), lr=setting["lr"]).step()
+        if step == 0:
             gradients = {key: p.grad for key, p in model.named_parameters()}
             assert set(gradients) == set(published["first_step_grad"])
             for key, gradient in gradients.items():
                 norm = published["first_step_grad"][key]["l2"]
                 assert gradient.norm().item() == pytest.approx(norm, rel=1e-9), key
-            torch.optim.SGD(model.parameters(), lr=setting["lr"]).step()
 
 
 @pytest.mark.parametrize(
