@@ -152,8 +152,9 @@ def test_worst_median_and_best_case_are_shown(run):
     assert near.sum() > 100
 
 
-def test_held_out_cases_are_predicted_and_scored_once(tmp_path):
-    """A run folder as training leaves it; image and label of a case have different names."""
+@pytest.mark.parametrize("channels", [["MR"], ["T1", "FLAIR"]], ids=["one", "two"])
+def test_held_out_cases_are_predicted_and_scored_once(tmp_path, channels):
+    """A run folder as training leaves it; no file's name tells case and channel by a pattern."""
     pytest.importorskip("monai")
     import yaml
 
@@ -166,19 +167,24 @@ def test_held_out_cases_are_predicted_and_scored_once(tmp_path):
     listed = []
     for name in ("a", "b", "c"):
         values = np.random.default_rng(ord(name)).normal(size=(20, 24, 18)).astype(np.float32)
-        for file, volume in ((f"scan_{name}", values), (f"truth_{name}", np.uint8(values > 1))):
-            path = data / f"{file}.nii.gz"
-            path.parent.mkdir(exist_ok=True)
-            nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
-        listed.append({"image": f"scan_{name}.nii.gz", "label": f"truth_{name}.nii.gz"})
+        images = [f"scan_{name}", f"{name}_flair"][: len(channels)]
+        volumes = {**dict.fromkeys(images, values), f"truth_{name}": np.uint8(values > 1)}
+        data.mkdir(exist_ok=True)
+        for file, volume in volumes.items():
+            nib.save(nib.Nifti1Image(volume, np.eye(4)), data / f"{file}.nii.gz")
+        images = [f"{image}.nii.gz" for image in images]
+        image = images if len(channels) > 1 else images[0]
+        listed.append({"image": image, "label": f"truth_{name}.nii.gz"})
     labels = {"background": 0, "bright": 1}
-    description = {"channel_names": {"0": "MR"}, "labels": labels, "training": listed}
+    named = {str(index): channel for index, channel in enumerate(channels)}
+    description = {"channel_names": named, "labels": labels, "training": listed}
     (data / "dataset.json").write_text(json.dumps(description))
     (run / "config.yaml").write_text(yaml.safe_dump({"data": str(data)}))
     split = {"training": ["scan_b"], "validation": ["scan_a", "scan_c"]}
     (run / "plan.json").write_text(json.dumps({"plan": {}, "split": split}))
-    preprocessing = Preprocessing(["MR"], ["zscore"], [None], None, [32, 32, 32], labels)
-    model = unetrpp.create_model("unetrpp", preset="tiny")
+    kinds, nothing = ["zscore"] * len(channels), [None] * len(channels)
+    preprocessing = Preprocessing(channels, kinds, nothing, None, [32, 32, 32], labels)
+    model = unetrpp.create_model("unetrpp", preset="tiny", in_channels=len(channels))
     extra = {"preprocessing": preprocessing.to_dict(), "labels": labels}
     save_checkpoint(run / "best", model, extra)
 

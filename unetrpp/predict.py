@@ -1,8 +1,9 @@
 """Trained network and volumes of any size -> label maps on the volumes' own grids.
 
   predict_volume   (1, C, X, Y, Z) -> class probabilities (1, K, X, Y, Z), by sliding window
-  run_predict      NIfTI files -> preprocessing of the checkpoint -> predict_volume
+  predict_cases    Case objects -> preprocessing of the checkpoint -> predict_volume
                    -> probabilities back on the file's grid -> arg-max -> NIfTI
+  run_predict      NIfTI files and folders, grouped into Case objects -> predict_cases
 
 Relies on unetrpp.data for reading and preprocessing, so that a volume is seen exactly as in
 training, and on MONAI for the sliding window and for undoing orientation and spacing.
@@ -15,9 +16,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +28,7 @@ import torch
 if TYPE_CHECKING:
     from unetrpp.data import Case, Preprocessing
 
-__all__ = ["Prediction", "predict_volume", "run_predict"]
+__all__ = ["Prediction", "predict_cases", "predict_volume", "run_predict"]
 
 
 @torch.no_grad()
@@ -113,7 +114,7 @@ def predict_volume(
 
 @dataclass
 class Prediction:
-    """What `run_predict` did.
+    """What `run_predict` or `predict_cases` did.
 
     Attributes:
         outputs: case name to the label map that was written.
@@ -170,16 +171,73 @@ def run_predict(
         ValueError: two inputs would be written to the same place, an output would replace an
             input, or the device is unknown.
     """
+    from unetrpp.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(checkpoint)
+    failures: dict[str, str] = {}
+    channels = len(loaded[1]["preprocessing"]["channels"])
+    cases = _collect([Path(path) for path in inputs], channels, failures)
+    return predict_cases(
+        cases,
+        output,
+        checkpoint,
+        overlap=overlap,
+        mirror=mirror,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        overwrite=overwrite,
+        quiet=quiet,
+        loaded=loaded,
+        failures=failures,
+    )
+
+
+def predict_cases(
+    cases: Sequence[Case],
+    output: Path,
+    checkpoint: Path,
+    *,
+    overlap: float = 0.5,
+    mirror: bool = False,
+    batch_size: int = 2,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    overwrite: bool = False,
+    quiet: bool = False,
+    loaded: tuple[torch.nn.Module, dict] | None = None,
+    failures: Mapping[str, str] | None = None,
+) -> Prediction:
+    """Segment cases whose files are known, whatever the files' names; see `run_predict`.
+
+    Args:
+        cases: what `unetrpp.data.find_cases` returns; the labels are not read.
+        output: folder for the label maps, NAME.nii.gz each; or the name of one, for one case.
+        checkpoint: checkpoint folder of a training run.
+        overlap, mirror, batch_size, device, precision, overwrite, quiet: as in `run_predict`.
+        loaded: what `load_checkpoint` returned for the checkpoint, if it was read already.
+        failures: what is known to have failed already, to be reported with the rest.
+
+    Returns:
+        Outputs, failures and timing, as `run_predict`.
+
+    Raises:
+        ValueError: two cases would be written to the same place, an output would replace an
+            input, or the device is unknown.
+    """
     from tqdm import tqdm
 
     from unetrpp.checkpoint import load_checkpoint
     from unetrpp.data import Preprocessing
 
-    result = Prediction()
+    result = Prediction(failures=dict(failures or {}))
     torch_device = _device(device)
-    model, config = load_checkpoint(checkpoint)
+    model, config = loaded or load_checkpoint(checkpoint)
     preprocessing = Preprocessing.from_dict(config["preprocessing"])
-    cases = _collect([Path(path) for path in inputs], len(preprocessing.channels), result.failures)
+    cases = [
+        replace(case, images=tuple(Path(image).absolute() for image in case.images), label=None)
+        for case in cases
+    ]
     targets = _targets(cases, Path(output))
     model.to(torch_device)
 

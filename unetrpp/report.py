@@ -110,7 +110,7 @@ def score_validation(run: Path) -> Path | None:
     """
     from unetrpp.data import find_cases
     from unetrpp.evaluate import evaluate_pairs
-    from unetrpp.predict import run_predict
+    from unetrpp.predict import predict_cases
 
     run = Path(run)
     folder, best = run / "validation", run / "best" / "model.safetensors"
@@ -121,15 +121,11 @@ def score_validation(run: Path) -> Path | None:
     scores = folder / "scores.json"
     if scores.is_file() and scores.stat().st_mtime >= best.stat().st_mtime:
         return folder
-    # By file, not by name: dataset.json may pair an image with a label of another name.
+    # As dataset.json lists them: no file's name need say which case or channel it belongs to.
     cases = [case for case in find_cases(data) if case.name in held_out]
-    labels = {case.images[0].absolute(): case.label for case in cases}
-    images = [image for case in cases for image in case.images]
-    predicted = run_predict(images, folder, run / "best", overwrite=True)
-    pairs = {
-        name: (predicted.outputs[name], labels[files[0]])
-        for name, files in predicted.inputs.items()
-    }
+    predicted = predict_cases(cases, folder, run / "best", overwrite=True)
+    labels = {case.name: case.label for case in cases}
+    pairs = {name: (file, labels[name]) for name, file in predicted.outputs.items()}
     named = _read_json(run / "best" / "config.json")["preprocessing"]["labels"]
     classes = {name: value for name, value in named.items() if value}
     evaluate_pairs(pairs, folder, classes=classes, failures=predicted.failures)
