@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra 'train'")
 pytest.importorskip("jsonargparse", reason="needs the extra 'train'")
 
+import unetrpp  # noqa: E402
 from unetrpp import cli, train  # noqa: E402
 
 
@@ -40,7 +41,6 @@ def test_overview_is_quick_and_names_every_command():
 
 @pytest.mark.parametrize("name", ["train", "predict", "evaluate", "report", "info", "demo"])
 def test_every_option_has_a_line_of_help(name, capsys):
-    pytest.importorskip(f"unetrpp.{name}") if name != "info" else None
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     assert stop.value.code == 0
@@ -107,6 +107,39 @@ def test_user_errors_are_one_sentence_and_code_1(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     with pytest.raises(FileNotFoundError):
         cli.main(["train", "--data", str(tmp_path), "-o", str(tmp_path / "run"), "--debug"])
+
+
+@pytest.mark.parametrize("package", ["jsonargparse", "safetensors", "monai.inferers"])
+def test_missing_package_is_said_with_the_extra_that_brings_it(package, monkeypatch, capsys):
+    def train(parser):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", ("", train))
+    assert cli.main(["train"]) == 1
+    message = capsys.readouterr().err
+    assert f"needs {package.partition('.')[0]}, which is not installed" in message
+    assert message.endswith("pip install 'epa-kernels[train]'\n")
+    with pytest.raises(ModuleNotFoundError, match="No module named"):
+        cli.main(["train", "--debug"])
+
+
+def test_missing_package_of_a_lazy_name_is_said(monkeypatch):
+    monkeypatch.delitem(sys.modules, "unetrpp.checkpoint", raising=False)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r"load_published needs safetensors.*\[train\]"):
+        _ = unetrpp.load_published
+
+
+def test_broken_import_of_our_own_keeps_its_message(monkeypatch, capsys):
+    def train(parser):
+        import unetrpp.nowhere  # noqa: F401
+
+    monkeypatch.setitem(cli.COMMANDS, "train", ("", train))
+    assert cli.main(["train"]) == 1
+    assert "No module named 'unetrpp.nowhere'" in capsys.readouterr().err
+    monkeypatch.setitem(unetrpp._HOMES, "load_published", "nowhere")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'unetrpp.nowhere'"):
+        _ = unetrpp.load_published
 
 
 def test_wrong_usage_is_code_2(capsys):

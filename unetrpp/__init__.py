@@ -4,6 +4,7 @@ Importing this package costs nothing: torch and the networks are loaded at the f
 """
 
 import importlib
+import sys
 from typing import Any
 
 __all__ = [
@@ -20,7 +21,25 @@ _HOMES = {"UNETRPP": "models", "create_model": "models"}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES.get(name, 'checkpoint')}", __name__), name)
+    try:
+        home = importlib.import_module(f".{_HOMES.get(name, 'checkpoint')}", __name__)
+    except ModuleNotFoundError as error:
+        if _is_of_an_extra(error):
+            raise ModuleNotFoundError(_remedy(error, name), name=error.name) from error
+        raise
+    return getattr(home, name)
+
+
+def _is_of_an_extra(error: ModuleNotFoundError) -> bool:
+    """Whether what is missing is another package, not a part of this one, torch or Python."""
+    package = (error.name or "").partition(".")[0]
+    ours = package in ("unetrpp", "epa_kernels", "torch")
+    return bool(package) and not ours and package not in sys.stdlib_module_names
+
+
+def _remedy(error: ModuleNotFoundError, name: str) -> str:
+    package = (error.name or "").partition(".")[0]
+    return f"{name} needs {package}, which is not installed: pip install 'epa-kernels[train]'"
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from unetrpp import _is_of_an_extra, _remedy
+
 __all__ = ["info", "main"]
 
 _EPILOG = "Options of a command: unetrpp COMMAND --help"
@@ -227,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and _is_of_an_extra(error):
+            print(f"unetrpp: {_remedy(error, f'unetrpp {name}')}", file=sys.stderr)
+            return 1
         print(f"unetrpp {name}: {_sentence(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
