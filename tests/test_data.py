@@ -160,6 +160,27 @@ def test_volumes_are_turned_to_slices_first_and_back(tmp_path):
     np.testing.assert_allclose(back.affine, flipped, atol=1e-4)
 
 
+def test_only_volumes_of_another_spacing_are_resampled_and_all_lead_back(tmp_path):
+    image = image_of((12, 14, 10))
+    for size, resampled in ((1.0, False), (1.005, False), (0.5, True)):
+        path = save(tmp_path / f"{size}.nii.gz", image, np.diag([size, size, size, 1.0]))
+        case = Case("a", (path,), save(tmp_path / "l.nii.gz", (image > 100).astype(np.uint8)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the label's affine
+            plain = volumes.load_case(case, preprocessing())
+            plan = preprocessing(spacing=[1.0, 1.0, 1.0])
+            transforms = volumes.inference_transforms(plan)
+            item = volumes.load_case(case, plan, transforms)
+        for key in ("image", "label"):
+            if resampled:
+                assert item[key].shape == (1, 6, 8, 6)
+            else:
+                assert torch.equal(item[key].as_tensor(), plain[key].as_tensor())
+        back = transforms.inverse({"image": item["image"]})["image"]
+        assert back.shape == (1, 12, 14, 10)
+        np.testing.assert_allclose(back.affine, np.diag([size, size, size, 1.0]), atol=1e-6)
+
+
 def test_ct_is_clipped_and_scaled_with_training_statistics(case):
     measured = volumes.foreground_intensity([case], preprocessing())
     inside = nibabel.load(case.images[0]).get_fdata()[nibabel.load(case.label).get_fdata() > 0]

@@ -333,6 +333,14 @@ def test_ct_gets_training_statistics_and_big_volumes_a_smaller_patch(tmp_path):
     )
 
 
+def test_the_training_spacing_is_kept_unless_declined(tmp_path):
+    make_data(tmp_path, 2)
+    arguments = (find_cases(tmp_path), read_dataset_info(tmp_path))
+    # Also where no training volume needs resampling: another scanner's volumes may.
+    assert propose(*arguments, on_gpu=False).preprocessing.spacing == [1.0, 1.0, 1.0]
+    assert propose(*arguments, on_gpu=False, spacing=[0, 0, 0]).preprocessing.spacing is None
+
+
 def test_illegal_patch_names_multiples_and_the_nearest_size(data):
     with pytest.raises(ValueError, match="multiple of 16x16x16; nearest legal size 16x32x16"):
         propose(
@@ -351,6 +359,6 @@ def test_hippocampus_plan_covers_the_median_volume():
     cases = find_cases(HIPPOCAMPUS)
     assert len(cases) == 208
     plan = propose(cases, read_dataset_info(HIPPOCAMPUS), on_gpu=False)
-    assert plan.preprocessing.spacing is None
+    assert plan.preprocessing.spacing == pytest.approx([1.0, 1.0, 1.0])
     assert plan.model["out_channels"] == 3
     assert all(size >= 32 for size in plan.preprocessing.patch_size)

@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 ORIENTATION = "SPL"
+# A voxel size that differs by less, relatively, is the same: nothing is interpolated.
+SAME_SPACING = 0.01
 _DATASET_JSON_HINT = (
     'the smallest dataset.json is {"channel_names": {"0": "MRI"}, "labels": {"background": 0, '
     '"lesion": 1}, "file_ending": ".nii.gz"}, beside imagesTr/NAME_0000.nii.gz and '
@@ -79,7 +81,8 @@ class Preprocessing:
             z-score with its mean and deviation) or "zscore" (with the volume's own; voxels that are
             exactly zero stay out of the statistics where they are more than a quarter).
         intensity: per channel {"lower", "upper", "mean", "std"} for "ct", None for "zscore".
-        spacing: voxel size in mm to resample to, in SPL order; None leaves volumes as they are.
+        spacing: voxel size in mm to resample to, in SPL order; a volume within 1 % of it stays as
+            it is, and with None every volume does.
         patch_size: network input in voxels, in SPL order.
         labels: value by name, background included.
     """
@@ -333,6 +336,26 @@ class _Normalize:
         return item
 
 
+class _Resample(mt.Spacingd):
+    """Spacingd that leaves a volume within `SAME_SPACING` of the target untouched, both ways."""
+
+    def __init__(self, keys: Sequence[str], pixdim: Sequence[float], **options):
+        super().__init__(keys, pixdim, **options)
+        self.target = list(pixdim)
+
+    def __call__(self, data: dict, lazy: bool | None = None) -> dict:
+        # Image and label share one affine, so they are resampled both or neither.
+        if np.allclose(data["image"].pixdim, self.target, rtol=SAME_SPACING, atol=0):
+            return data
+        return super().__call__(data, lazy)
+
+    def inverse(self, data: dict) -> dict:
+        done = data["image"].applied_operations
+        if not done or done[-1]["class"] != "SpatialResample":
+            return data
+        return super().inverse(data)
+
+
 class InOrder:
     """Run steps in order, without Compose's wrapping of every error in "applying transform"."""
 
@@ -349,8 +372,8 @@ def inference_transforms(preprocessing: Preprocessing) -> mt.Compose:
     """Return Case -> {"image" (C,S,P,L), "label" (1,S,P,L) if any, "name"}, nothing random.
 
     Steps: read and check, turn to SPL, resample to `preprocessing.spacing` (linear; labels
-    nearest), normalise. Images are MetaTensors that remember the turn and the resampling, so
-    `monai.transforms.Invertd` or `Compose.inverse` lead back to the file's grid.
+    nearest) unless within 1 % of it, normalise. Images are MetaTensors that remember the turn and
+    the resampling, so `monai.transforms.Invertd` or `Compose.inverse` lead back to the file's grid.
     """
     keys = ["image", "label"]
     steps: list = [
@@ -360,9 +383,9 @@ def inference_transforms(preprocessing: Preprocessing) -> mt.Compose:
     ]
     if preprocessing.spacing is not None:
         steps.append(
-            mt.Spacingd(
+            _Resample(
                 keys,
-                pixdim=preprocessing.spacing,
+                preprocessing.spacing,
                 mode=("bilinear", "nearest"),
                 padding_mode="border",
                 allow_missing_keys=True,

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from unetrpp.data import Case, DatasetInfo, Preprocessing, foreground_intensity, volume_geometry
+from unetrpp.data import (
+    SAME_SPACING,
+    Case,
+    DatasetInfo,
+    Preprocessing,
+    foreground_intensity,
+    volume_geometry,
+)
 
 __all__ = ["Plan", "propose"]
 
@@ -92,7 +99,8 @@ def propose(
     target, reason = _spacing(spacings, spacing)
     reasons.append(reason)
     if target is not None:
-        sizes = sizes * spacings / np.array(target)
+        resampled = ~np.isclose(spacings, target, rtol=SAME_SPACING, atol=0).all(1, keepdims=True)
+        sizes = np.where(resampled, sizes * spacings / np.array(target), sizes)
     median = np.median(sizes, axis=0)
 
     budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
@@ -181,9 +189,10 @@ def _spacing(spacings: np.ndarray, given: Sequence[float] | None) -> tuple[list 
                 f"spacing must be three positive numbers in mm, or 0 0 0 for none, got {given}"
             )
         return (given if any(given) else None), "spacing: given"
-    if np.allclose(spacings, median, rtol=0.01):
-        return None, f"no resampling: every volume has spacing {_by(median.round(3))} mm already"
-    return [float(v) for v in median], f"resample to the median spacing {_by(median.round(3))} mm"
+    target = [float(value) for value in median]
+    if np.allclose(spacings, median, rtol=SAME_SPACING, atol=0):
+        return target, f"spacing {_by(median.round(3))} mm: that of every training volume already"
+    return target, f"resample to the median spacing {_by(median.round(3))} mm"
 
 
 def _patch_and_strides(
