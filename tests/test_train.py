@@ -305,6 +305,32 @@ def test_learning_rates_of_both_recipes():
     assert published == pytest.approx([0.01, 0.01, 0.01 * 0.999**0.9])
 
 
+def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
+    from unetrpp import create_model
+
+    model = create_model(
+        "unetrpp",
+        in_channels=1,
+        out_channels=2,
+        img_size=SMALL["patch_size"],
+        strides=SMALL["strides"],
+        preset="tiny",
+        **SMALL["model_args"],
+    )
+    options = {"learning_rate": 0.1, "weight_decay": 0.5}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = training._optimizer(model, TrainConfig(**options)).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0)
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    temperatures = {i for i, name in names.items() if "temperature" in name}
+    assert temperatures and temperatures <= {id(parameter) for parameter in kept["params"]}
+    others = [p for p in kept["params"] if id(p) not in temperatures]
+    assert others and all(parameter.ndim <= 1 for parameter in others)
+    published = TrainConfig(recipe="published", **options)
+    (group,) = training._optimizer(model, published).param_groups
+    assert group["weight_decay"] == 0.5 and len(group["params"]) == len(names)
+
+
 @pytest.mark.parametrize(
     ("shape", "patch", "stem"),
     [

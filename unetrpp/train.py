@@ -70,6 +70,26 @@ def learning_rate_at(step: int, total: int | None, peak: float, recipe: str) -> 
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 
+def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with decay on all parameters (published), or AdamW with decay on weights only (short)."""
+    if config.recipe == "published":
+        return torch.optim.SGD(
+            model.parameters(),
+            config.learning_rate,
+            momentum=0.99,
+            nesterov=True,
+            weight_decay=config.weight_decay,
+        )
+    # Decay pulls a norm's scale or a temperature (H, 1, 1) towards zero, where it means nothing.
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        (kept if parameter.ndim <= 1 or "temperature" in name else decayed).append(parameter)
+    groups = [{"params": decayed}, {"params": kept, "weight_decay": 0}]
+    return torch.optim.AdamW(
+        groups, config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
 class _StepSampler(torch.utils.data.Sampler):
     """Sample numbers of this process, batch by batch, from a step on."""
 
@@ -216,23 +236,7 @@ class _Run:
         self.say(
             f"{parameters / 1e6:.2f} M parameters, on {self.fabric.device} in {config.precision}"
         )
-        if config.recipe == "published":
-            optimizer = torch.optim.SGD(
-                self.model.parameters(),
-                config.learning_rate,
-                momentum=0.99,
-                nesterov=True,
-                weight_decay=config.weight_decay,
-            )
-        else:
-            # Decay pulls a norm's scale or a temperature towards zero, where it means nothing.
-            groups = [
-                {"params": [p for p in self.model.parameters() if p.ndim > 1]},
-                {"params": [p for p in self.model.parameters() if p.ndim <= 1], "weight_decay": 0},
-            ]
-            optimizer = torch.optim.AdamW(
-                groups, config.learning_rate, weight_decay=config.weight_decay, fused=True
-            )
+        optimizer = _optimizer(self.model, config)
         self.step, self.total, self.best, self.elapsed = 0, config.steps, -1.0, 0.0
         state = None
         if config.resume and (self.folder / "resume.pt").is_file():
