@@ -109,6 +109,7 @@ def test_report_is_complete_and_self_contained(run):
     source = file.read_text()
     assert not re.search(r"@import|url\((?!#)|<script|<link", source)
     text = " ".join(page.text)
+    assert "chosen by its Dice" not in text, "these cases were not held out to choose by"
     scores = json.loads((run / "scores" / "scores.json").read_text())
     for expected in (
         "A & B", "mind the <gap>", "<b>left</b> & co", "patch 16 because of <something>",
@@ -195,6 +196,7 @@ def test_held_out_cases_are_predicted_and_scored_once(tmp_path, channels):
         ("scan_c", "bright"),
     ]
     assert len(pictures(source)) == 2
+    assert "chosen by its Dice on these same held-out cases" in source
     written = (run / "validation" / "scores.json").stat().st_mtime_ns
     write_report(run)
     assert (run / "validation" / "scores.json").stat().st_mtime_ns == written, "not done twice"

@@ -5,6 +5,9 @@
 
 The distance is computed twice: in voxels and with the conventions of the published tables, so that
 numbers can be compared with those, and in millimetres, which is what a reader usually wants.
+
+A training run chooses RUN/best by its Dice on the held-out cases: scores of RUN/best on those same
+cases are somewhat too good, and only cases that played no part in the run give an unbiased figure.
 """
 
 from __future__ import annotations

@@ -30,6 +30,10 @@ PALETTE = ("#ff8a3d", "#2f9bff", "#2fbf71", "#e84fa4", "#9b7bff", "#1fb8c4", "#e
 # matplotlib draws with these, the page then replaces them by its own colours.
 INK, GRID = "#010203", "#030201"
 PICTURE_BACKGROUND = "#101214"
+CHOSEN_ON_THEM = (
+    "The checkpoint best/ was chosen by its Dice on these same held-out cases, so the scores here "
+    "are somewhat too good; cases that played no part in training or choice give an unbiased one."
+)
 SCORES = (("dice", "Dice", 4), ("hd95_voxels", "HD95 voxels", 2), ("hd95_mm", "HD95 mm", 2))
 
 
@@ -44,7 +48,8 @@ def write_report(
     """Write a self-contained HTML report of a training run.
 
     Whatever is missing (no curves yet, no scores, volumes that have moved) is left out, and the
-    report says so.
+    report says so. RUN/best was chosen by its Dice on the held-out cases: where those are the
+    scored ones, the report says that too.
 
     Args:
         run: Folder of a training run.
@@ -76,6 +81,7 @@ def write_report(
 
     sections = [
         _tiles(steps, validations, scores, prediction),
+        _choice(scores, prediction, plan),
         _section("Training", _curves(steps, validations)),
         _section("Scores", _score_tables(scores)),
         _section("Pictures", _pictures(scores, prediction)),
@@ -103,7 +109,8 @@ def write_report(
 def score_validation(run: Path) -> Path | None:
     """Predict the held-out cases of a run with RUN/best and score them into RUN/validation.
 
-    Done anew only if RUN/best is newer than the scores.
+    Done anew only if RUN/best is newer than the scores. RUN/best was chosen by its Dice on these
+    very cases, so the scores are somewhat too good; see `write_report`.
 
     Returns:
         RUN/validation, or None where the run has no checkpoint, no split or no readable data yet.
@@ -190,6 +197,14 @@ def _tiles(
         for name, value, detail in tiles
     )
     return f"<div class='tiles'>{cells}</div>"
+
+
+def _choice(scores: Mapping, prediction: Mapping, plan: Mapping) -> str:
+    """Says so where the scored checkpoint was chosen by its score on the scored cases."""
+    held_out = set(plan.get("split", {}).get("validation", []))
+    scored = {row["case"] for row in scores.get("rows", [])}
+    by_best = Path(prediction.get("checkpoint", "")).name == "best"
+    return f"<p class='note'>{CHOSEN_ON_THEM}</p>" if by_best and scored & held_out else ""
 
 
 def _curves(steps: Sequence[Mapping], validations: Sequence[Mapping]) -> str:
