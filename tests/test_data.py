@@ -232,7 +232,7 @@ def test_split_is_disjoint_complete_and_repeatable():
 def patches(case, augmentation, **changes):
     plan = preprocessing(**changes)
     transforms = train_transforms(plan, augmentation, mirror=True)
-    return TrainingPatches([case, case], transforms, batch_size=3, seed=5)
+    return TrainingPatches([case, case], transforms, batch_size=3, seed=5, foreground=1 / 3)
 
 
 def test_a_sample_is_a_function_of_its_number(case):
@@ -270,6 +270,26 @@ def test_forced_samples_hold_foreground(tmp_path):
     held = [bool(samples[i]["label"].any()) for i in range(12)]
     assert all(held[2::3])
     assert sum(held) <= 5
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_the_share_of_forced_samples_is_the_wanted_one(case, batch_size, monkeypatch):
+    transforms = train_transforms(preprocessing(), "none")
+    samples = TrainingPatches([case], transforms, batch_size=batch_size, seed=5, foreground=0.33)
+
+    class Seen:
+        def set_random_state(self, seed):
+            return lambda item: item["forced"]
+
+    monkeypatch.setattr(samples, "random_part", Seen())
+    count = 1200 // batch_size * batch_size
+    forced = np.array([samples[i] for i in range(count)])
+    assert abs(forced.mean() - 0.33) < 0.04
+    assert forced.tolist() == [samples[i] for i in range(count)]
+    always, sometimes = divmod(batch_size * 0.33, 1)
+    by_place = forced.reshape(-1, batch_size).mean(0)[::-1]
+    assert (by_place[: int(always)] == 1).all() and (by_place[int(always) + 1 :] == 0).all()
+    assert abs(by_place[int(always)] - sometimes) < 0.1
 
 
 def test_augmentation_keeps_label_values_and_size(case):
