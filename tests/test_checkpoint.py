@@ -178,6 +178,10 @@ def test_truncated_or_missing_file_is_named(name, folder):
 def test_wrong_place_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is missing; a checkpoint is a folder"):
         load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"config.json is missing; .* Did you mean .*best\?"
+    ):
+        load_checkpoint(folder.parent)
     with pytest.raises(ValueError, match="is a file; .*load_published reads"):
         load_checkpoint(folder / "model.safetensors")
     (folder / "config.json").write_text('{"architectures": ["Bert"]}')

@@ -12,6 +12,7 @@ import torch
 nib = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
+from unetrpp import predict  # noqa: E402
 from unetrpp.data import Preprocessing  # noqa: E402
 from unetrpp.predict import predict_volume, run_predict  # noqa: E402
 
@@ -298,6 +299,21 @@ def test_nothing_is_overwritten(tmp_path, checkpoint):
     again = run_predict([one], target, folder, quiet=True)
     assert "overwrite" in again.failures[str(one)]
     assert not run_predict([one], target, folder, overwrite=True, quiet=True).failures
+
+
+def test_overlap_is_checked_once_before_anything_is_done(tmp_path, checkpoint):
+    folder = checkpoint(Thresholds(0.0))
+    source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))
+    with pytest.raises(ValueError, match="run_predict: overlap .* got 1.5"):
+        run_predict([source], tmp_path / "out", folder, overlap=1.5, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_auto_takes_the_gpu_there_is(monkeypatch):
+    for cuda, mps, expected in ((1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=cuda: bool(found))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda found=mps: bool(found))
+        assert predict._device("auto").type == expected
 
 
 def test_failed_write_leaves_nothing_behind(tmp_path, checkpoint, monkeypatch):

@@ -184,9 +184,11 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
         )
     for file in (folder, folder / CONFIG, folder / WEIGHTS):
         if not file.exists():
+            inner = folder / "best"
+            hint = f" Did you mean {inner}?" if (inner / WEIGHTS).is_file() else ""
             raise FileNotFoundError(
                 f"load_checkpoint: {file} is missing; a checkpoint is a folder with {WEIGHTS} and "
-                f"{CONFIG}."
+                f"{CONFIG}.{hint}"
             )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

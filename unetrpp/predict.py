@@ -73,8 +73,7 @@ def predict_volume(
         raise ValueError(
             f"predict_volume: image must be one volume (1, C, X, Y, Z), got {tuple(image.shape)}"
         )
-    if not 0 <= overlap < 1:
-        raise ValueError(f"predict_volume: overlap must be at least 0 and below 1, got {overlap}")
+    _check_overlap("predict_volume", overlap)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     axes = (2, 3, 4)
     flips = [f for n in range(4) for f in itertools.combinations(axes, n)] if mirror else [()]
@@ -110,6 +109,13 @@ def predict_volume(
         )
     finally:
         model.train(was_training)
+
+
+def _check_overlap(function: str, overlap: float) -> None:
+    if not 0 <= overlap < 1:
+        raise ValueError(
+            f"{function}: overlap must be at least 0 and below 1, got {overlap}; 0.5 is usual"
+        )
 
 
 @dataclass
@@ -169,10 +175,11 @@ def run_predict(
     Raises:
         FileNotFoundError: no input at all.
         ValueError: two inputs would be written to the same place, an output would replace an
-            input, or the device is unknown.
+            input, overlap is out of range, or the device is unknown.
     """
     from unetrpp.checkpoint import load_checkpoint
 
+    _check_overlap("run_predict", overlap)
     loaded = load_checkpoint(checkpoint)
     failures: dict[str, str] = {}
     channels = len(loaded[1]["preprocessing"]["channels"])
@@ -223,13 +230,14 @@ def predict_cases(
 
     Raises:
         ValueError: two cases would be written to the same place, an output would replace an
-            input, or the device is unknown.
+            input, overlap is out of range, or the device is unknown.
     """
     from tqdm import tqdm
 
     from unetrpp.checkpoint import load_checkpoint
     from unetrpp.data import Preprocessing
 
+    _check_overlap("predict_cases", overlap)
     result = Prediction(failures=dict(failures or {}))
     torch_device = _device(device)
     model, config = loaded or load_checkpoint(checkpoint)
@@ -286,8 +294,9 @@ def predict_cases(
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":  # in the order in which training chooses
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
