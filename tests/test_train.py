@@ -248,6 +248,18 @@ def test_wrong_options_are_explained_before_anything_is_written(data, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_saved_models_have_one_output_and_the_weights_of_all_heads(uninterrupted):
+    from unetrpp.checkpoint import load_checkpoint
+
+    image = torch.zeros(1, 1, 16, 16, 16)
+    for name in ("best", "last"):
+        model, config = load_checkpoint(uninterrupted / name)
+        assert config["model"]["args"]["deep_supervision"] is False
+        assert model(image).shape == (1, 2, 16, 16, 16)
+        model, _ = load_checkpoint(uninterrupted / name, deep_supervision=True)
+        assert len(model(image)) == 3
+
+
 def test_resume_refuses_other_settings(uninterrupted, tmp_path):
     with pytest.raises(ValueError, match="learning_rate cannot change"):
         run_train(TrainConfig(resume=uninterrupted, learning_rate=0.5))

@@ -414,13 +414,21 @@ class _Run:
 
     def _validate(self) -> None:
         """Score the held-out cases by sliding window; write last/ and, if it is one, best/."""
+        model = self.average.module if self.average is not None else self.model
+        # Scored and saved as it predicts, with one output; the file has the other heads' weights.
+        model.deep_supervision = False
+        try:
+            self._score_and_save(model)
+        finally:
+            model.deep_supervision = True
+
+    def _score_and_save(self, model: torch.nn.Module) -> None:
         from unetrpp.checkpoint import save_checkpoint
         from unetrpp.data import load_case
         from unetrpp.evaluate import dice_per_class
         from unetrpp.predict import predict_volume
 
         preprocessing = self.plan.preprocessing
-        model = self.average.module if self.average is not None else self.model
         classes = {name: value for name, value in preprocessing.labels.items() if value}
         half = self.config.precision == "bf16-mixed"
         scores = torch.zeros(len(self.held_out), len(classes), device=self.fabric.device)
