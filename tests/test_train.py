@@ -260,6 +260,15 @@ def test_saved_models_have_one_output_and_the_weights_of_all_heads(uninterrupted
         assert len(model(image)) == 3
 
 
+def test_resume_refuses_bf16_without_a_gpu(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("32-true", "bf16-mixed"))
+    with pytest.raises(ValueError, match="bf16-mixed needs a CUDA device.*resume it on a GPU"):
+        run_train(TrainConfig(resume=run, accelerator="cpu"))
+
+
 def test_resume_refuses_other_settings(uninterrupted, tmp_path):
     with pytest.raises(ValueError, match="learning_rate cannot change"):
         run_train(TrainConfig(resume=uninterrupted, learning_rate=0.5))

@@ -107,8 +107,6 @@ def resolved(config: TrainConfig) -> TrainConfig:
     Raises:
         ValueError: no data or output folder, both steps and minutes, or bf16 without a GPU.
     """
-    import torch
-
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
     if config.minutes is not None and config.steps is not None:
@@ -118,20 +116,34 @@ def resolved(config: TrainConfig) -> TrainConfig:
         recipe.pop("steps", None)
         recipe.pop("minutes", None)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
-    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     if config.precision == "auto":
-        chosen["precision"] = "bf16-mixed" if on_gpu else "32-true"
-    elif config.precision == "bf16-mixed" and not on_gpu:
-        # torch 2.13 with AMX, channels 8 -> 4 at 8x128x128: NaN, or a segmentation fault.
-        raise ValueError(
-            "precision bf16-mixed needs a CUDA device: on CPUs the weight gradient of a 1x1x1 "
-            "convolution is wrong in bfloat16 for some sizes (oneDNN); use --precision 32-true"
-        )
+        chosen["precision"] = "bf16-mixed" if _on_gpu(config) else "32-true"
+    _check_precision(config, "use --precision 32-true")
     return replace(config, **chosen)
 
 
+def _on_gpu(config: TrainConfig) -> bool:
+    import torch
+
+    return config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def _check_precision(config: TrainConfig, remedy: str) -> None:
+    if config.precision == "bf16-mixed" and not _on_gpu(config):
+        # torch 2.13 with AMX, channels 8 -> 4 at 8x128x128: NaN, or a segmentation fault.
+        raise ValueError(
+            "precision bf16-mixed needs a CUDA device: on CPUs the weight gradient of a 1x1x1 "
+            f"convolution is wrong in bfloat16 for some sizes (oneDNN); {remedy}"
+        )
+
+
 def resumed(config: TrainConfig) -> TrainConfig:
-    """The run folder's own configuration, with what may change taken from the caller."""
+    """The run folder's own configuration, with what may change taken from the caller.
+
+    Raises:
+        FileNotFoundError: no run there. ValueError: another setting than may change, or bf16
+        without a GPU.
+    """
     import yaml
 
     folder = Path(config.resume)
@@ -153,4 +165,6 @@ def resumed(config: TrainConfig) -> TrainConfig:
     given = {key: value for key, value in given.items() if key in RESUMABLE}
     values = {**stored, **given, "output": folder, "resume": folder}
     values["data"] = Path(values["data"])
-    return TrainConfig(**values)
+    config = TrainConfig(**values)
+    _check_precision(config, f"the run in {folder} was started with it, so resume it on a GPU")
+    return config
