@@ -107,6 +107,41 @@ def test_bad_dataset_json_is_explained(tmp_path, content, message):
         volumes.read_dataset_info(tmp_path)
 
 
+def listed(root: Path, *images: str) -> Path:
+    """dataset.json of two channels that lists the images, all with one label map."""
+    save(root / "labelsTr/l.nii.gz", np.ones((8, 8, 8), np.uint8))
+    content = {
+        "modality": {"0": "T1", "1": "T2"},
+        "labels": {"0": "background", "1": "lesion"},
+        "training": [{"image": image, "label": "labelsTr/l.nii.gz"} for image in images],
+    }
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
+
+
+def test_two_cases_of_one_name_are_refused(tmp_path):
+    names = [f"imagesTr/{folder}/t1.nii.gz" for folder in "ab"]
+    for name in names:
+        save(tmp_path / name, image_of((8, 8, 8)))
+    with pytest.raises(ValueError, match=r"named t1: .*a/t1.nii.gz and .*b/t1.nii.gz; .*rename"):
+        volumes.find_cases(listed(tmp_path, *names))
+
+
+def test_nnunet_v1_lists_names_without_channel_numbers(tmp_path):
+    for name in ("la_003_0000", "la_003_0001", "la_0031_0000"):
+        save(tmp_path / f"imagesTr/{name}.nii.gz", image_of((8, 8, 8)))
+    (case,) = volumes.find_cases(listed(tmp_path, "./imagesTr/la_003.nii.gz"))
+    assert case.name == "la_003"
+    assert [path.name for path in case.images] == ["la_003_0000.nii.gz", "la_003_0001.nii.gz"]
+    with pytest.raises(FileNotFoundError, match="la_004.nii.gz"):
+        volumes.find_cases(listed(tmp_path, "imagesTr/la_004.nii.gz"))
+
+
+def test_tiny_voxels_are_not_singular(tmp_path):
+    path = save(tmp_path / "t.nii.gz", image_of((8, 8, 8)), np.diag([5e-4, 5e-4, 5e-4, 1]))
+    assert volumes.load_case(Case("t", (path,)), preprocessing())["image"].shape == (1, 8, 8, 8)
+
+
 def test_missing_dataset_json_shows_the_smallest_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="smallest dataset.json"):
         volumes.find_cases(tmp_path)

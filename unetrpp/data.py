@@ -11,6 +11,7 @@ the depth-first order of SimpleITK arrays, in which the published variants were 
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import warnings
@@ -151,12 +152,13 @@ def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
     """List the cases of DATA, sorted by name.
 
     Files named in dataset.json ("training": [{"image", "label"}], "test": [...]) are taken as they
-    are listed; else imagesTr/NAME_0000.nii.gz, _0001, ... with labelsTr/NAME.nii.gz (nnU-Net), or
-    imagesTr/NAME.nii.gz (Decathlon) are found by name. Test cases lie in imagesTs, without labels.
+    are listed (nnU-Net v1: NAME.nii.gz for NAME_0000.nii.gz, ...); else imagesTr/NAME_0000.nii.gz,
+    _0001, ... with labelsTr/NAME.nii.gz (nnU-Net), or imagesTr/NAME.nii.gz (Decathlon) are found by
+    name. Test cases lie in imagesTs, without labels.
 
     Raises:
-        FileNotFoundError: a file is missing, or no case was found. ValueError: unknown split, or
-        the number of channel files differs from dataset.json.
+        FileNotFoundError: a file is missing, or no case was found. ValueError: unknown split, two
+        cases of one name, or the number of channel files differs from dataset.json.
     """
     if split not in ("train", "test"):
         raise ValueError(f"find_cases: split must be 'train' or 'test', got {split!r}")
@@ -172,7 +174,12 @@ def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
             images = item["image"] if isinstance(item["image"], list) else [item["image"]]
             name = Path(images[0]).name.removesuffix(info.file_ending)
             label = data_dir / item["label"] if "label" in item else None
-            cases.append(Case(name, tuple(data_dir / image for image in images), label))
+            paths = [data_dir / image for image in images]
+            if len(paths) == 1 and not paths[0].exists():
+                # nnU-Net v1 lists NAME.nii.gz for the files NAME_0000.nii.gz, NAME_0001.nii.gz, ...
+                pattern = f"{glob.escape(name)}_[0-9][0-9][0-9][0-9]{info.file_ending}"
+                paths = sorted(paths[0].parent.glob(pattern)) or paths
+            cases.append(Case(name, tuple(paths), label))
     else:
         folder = data_dir / ("imagesTr" if split == "train" else "imagesTs")
         by_name: dict[str, list[Path]] = {}
@@ -187,6 +194,14 @@ def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
     missing = [str(p) for case in cases for p in (*case.images, case.label) if p and not p.exists()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} file(s) missing, the first: {missing[0]}")
+    named: dict[str, Case] = {}
+    for case in cases:
+        other = named.setdefault(case.name, case)
+        if other is not case:
+            raise ValueError(
+                f"two {split} cases are named {case.name}: {other.images[0]} and {case.images[0]}; "
+                "names must differ, rename one of them"
+            )
     if not cases:
         raise FileNotFoundError(f"no {split} case found in {data_dir}; {_DATASET_JSON_HINT}")
     for case in cases:
@@ -261,7 +276,9 @@ class _ReadCase:
             count = int((~torch.isfinite(image)).sum())
             raise ValueError(f"{path} holds {count} NaN or infinite voxels; repair it first")
         affine = np.asarray(image.affine, dtype=float)[:3, :3]
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-9:
+        # Against the volume of a voxel, which may be tiny: 0.5 um are 5e-4 mm.
+        volume = np.prod(np.linalg.norm(affine, axis=0))
+        if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-6 * volume:
             raise ValueError(f"{path} has a singular affine, so its axes have no direction")
         return image
 
