@@ -269,7 +269,61 @@ def test_resume_refuses_bf16_without_a_gpu(uninterrupted, tmp_path):
         run_train(TrainConfig(resume=run, accelerator="cpu"))
 
 
+def test_a_failing_report_does_not_fail_the_training(data, tmp_path, monkeypatch, capsys):
+    from unetrpp import report
+
+    def broken(run):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(report, "write_report", broken)
+    run = tmp_path / "run"
+    result = run_train(TrainConfig(data=data, output=run, steps=1, **{**SMALL, "report": True}))
+    assert result["steps"] == 1
+    printed = capsys.readouterr().out
+    assert "no fonts" in printed and f"unetrpp report {run}" in printed
+
+
+def test_half_a_line_of_metrics_is_dropped(tmp_path):
+    from unetrpp.run_folder import Metrics
+
+    whole = '{"step": 1, "loss": 0.5}\n'
+    half = '{"step": 2, "val_dice_per_class": {"box": 0.5}'
+    (tmp_path / "metrics.jsonl").write_text(whole + half)
+    Metrics(tmp_path, 2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+def test_a_measured_total_outlives_a_kill(data, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    step = training._Run._train_step
+
+    def killed(self, batch):
+        if self.step == training.MEASURED_STEPS:
+            raise MemoryError
+        return step(self, batch)
+
+    monkeypatch.setattr(training._Run, "_train_step", killed)
+    with pytest.raises(MemoryError):
+        run_train(TrainConfig(data=data, output=run, minutes=1, validate_every=10**6, **SMALL))
+    assert torch.load(run / "resume.pt", weights_only=True)["total"] > training.MEASURED_STEPS
+
+
+def test_the_data_folder_is_stored_absolute(data, tmp_path, monkeypatch, capsys):
+    import yaml
+
+    monkeypatch.chdir(data.parent)
+    run = tmp_path / "run"
+    run_train(TrainConfig(data=Path(data.name), output=run, steps=1, **SMALL))
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"] == str(data)
+    monkeypatch.chdir(tmp_path)
+    (run / "resume.pt").unlink()
+    run_train(TrainConfig(resume=run))
+    assert "no resume.pt: starting again at step 0" in capsys.readouterr().out
+
+
 def test_resume_refuses_other_settings(uninterrupted, tmp_path):
+    with pytest.raises(ValueError, match="takes no other --output"):
+        run_train(TrainConfig(resume=uninterrupted, output=tmp_path / "other"))
     with pytest.raises(ValueError, match="learning_rate cannot change"):
         run_train(TrainConfig(resume=uninterrupted, learning_rate=0.5))
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):

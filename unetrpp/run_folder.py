@@ -18,8 +18,11 @@ class Metrics:
         path = folder / "metrics.jsonl"
         kept = []
         for line in path.read_text().splitlines() if path.is_file() else []:
-            # A killed run may leave half a line.
-            if line.endswith("}") and json.loads(line)["step"] <= start:
+            try:
+                step = json.loads(line)["step"]
+            except json.JSONDecodeError:
+                continue  # a killed run may leave half a line
+            if step <= start:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
         self.file = open(path, "a")

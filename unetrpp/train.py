@@ -255,6 +255,8 @@ class _Run:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.say(f"resumed after step {self.step}")
+        elif config.resume:
+            self.say("no resume.pt: starting again at step 0")
 
     @torch.no_grad()
     def _average_weights(self, averages: list, values: list, _) -> None:
@@ -309,7 +311,13 @@ class _Run:
         if self.main and self.config.report:
             from unetrpp.report import write_report
 
-            self.say(f"report: {write_report(self.folder)}")
+            try:
+                self.say(f"report: {write_report(self.folder)}")
+            except Exception as error:  # the training itself is done and saved
+                self.say(
+                    f"the training is finished, but its report could not be written: {error}; "
+                    f"write it later with: unetrpp report {self.folder}"
+                )
         return {
             "best_dice": self.best,
             "steps": self.step,
@@ -329,13 +337,16 @@ class _Run:
                 self.metrics.write(record)
                 self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 self.bar.update()
-            if self.total is None and len(durations) == MEASURED_STEPS:
+            planned = self.total is None and len(durations) == MEASURED_STEPS
+            if planned:
                 self._plan_steps(float(np.median(durations[2:])))
             due = self._validation_is_due()
             if due:
                 self._validate()
             stopped = self._agreed_signal()
-            if due or stopped or time.perf_counter() - saved >= 60 * self.config.save_minutes:
+            late = time.perf_counter() - saved >= 60 * self.config.save_minutes
+            # Also once the total is known, which a killed run could not measure alike again.
+            if due or planned or stopped or late:
                 self._save_resume()
                 saved = time.perf_counter()
             if stopped:

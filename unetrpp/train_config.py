@@ -119,6 +119,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if config.precision == "auto":
         chosen["precision"] = "bf16-mixed" if _on_gpu(config) else "32-true"
     _check_precision(config, "use --precision 32-true")
+    # Absolute, because a run may be resumed from another folder.
+    chosen["data"] = Path(config.data).absolute()
     return replace(config, **chosen)
 
 
@@ -141,14 +143,19 @@ def resumed(config: TrainConfig) -> TrainConfig:
     """The run folder's own configuration, with what may change taken from the caller.
 
     Raises:
-        FileNotFoundError: no run there. ValueError: another setting than may change, or bf16
-        without a GPU.
+        FileNotFoundError: no run there. ValueError: another setting than may change, another
+        output folder, or bf16 without a GPU.
     """
     import yaml
 
     folder = Path(config.resume)
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume: {folder}/config.yaml is missing")
+    if config.output is not None and Path(config.output).resolve() != folder.resolve():
+        raise ValueError(
+            f"--resume {folder} goes on in that folder, so it takes no other --output, got "
+            f"{config.output}; leave it out, or copy the run there and resume the copy"
+        )
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     default = asdict(TrainConfig())
     given = {
@@ -164,7 +171,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
         )
     given = {key: value for key, value in given.items() if key in RESUMABLE}
     values = {**stored, **given, "output": folder, "resume": folder}
-    values["data"] = Path(values["data"])
+    values["data"] = Path(values["data"]).absolute()
     config = TrainConfig(**values)
     _check_precision(config, f"the run in {folder} was started with it, so resume it on a GPU")
     return config
