@@ -239,6 +239,24 @@ def test_published_checkpoint_loads(model, tmp_path, prefix, numpy_one):
     assert_same(model, into)
 
 
+@pytest.mark.parametrize("numpy_one", [False, True], ids=["numpy2", "numpy1"])
+@pytest.mark.parametrize("dtype", ["f4", ">f8", "i8", "?", "u1"])
+def test_numeric_arrays_beside_the_weights_are_read(model, tmp_path, dtype, numpy_one):
+    if numpy_one and np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        pytest.skip(f"numpy {np.__version__} writes these names anyway")
+    more = {"curves": np.arange(6).reshape(2, 3).astype(dtype), "none": np.zeros((0, 2), dtype)}
+    file = published(model.state_dict(), tmp_path / "m.model", numpy_one=numpy_one, **more)
+    assert_same(model, load_published(file))
+
+
+@pytest.mark.parametrize("values", [[1, None], ["a", "b"]], ids=["object", "text"])
+def test_other_arrays_are_refused(model, tmp_path, values):
+    more = {"curves": np.array(values)}
+    file = published(model.state_dict(), tmp_path / "m.model", **more)
+    with pytest.raises(ValueError, match="load_published: .*m.model"):
+        load_published(file)
+
+
 def test_bare_state_dict_loads(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     assert_same(model, load_published(tmp_path / "weights.pt", "tiny"))
@@ -291,6 +309,9 @@ def test_mismatch_lists_keys_and_names_the_preset(tmp_path):
         "of another shape: encoder1.conv1.conv.weight (6, 1, 3, 3, 3) instead of (8, 1," in message
     )
     assert "The file fits no preset." in message
+    with pytest.raises(ValueError) as caught:
+        load_published(file)
+    assert str(caught.value).count("fits no preset") == 1 and "  " not in str(caught.value)
 
     fitting = published(UNETRPP.from_preset("tiny").state_dict(), tmp_path / "tiny.model")
     with pytest.raises(ValueError, match="The file fits preset 'tiny'."):
@@ -348,6 +369,10 @@ def test_unreadable_published_file_is_named(model, tmp_path):
     torch.save({"epoch": 3}, file)
     with pytest.raises(ValueError, match="m.model holds no state dict"):
         load_published(file)
+    for content in ({"state_dict": [1]}, {"state_dict": None}, {"state_dict": {3: torch.ones(1)}}):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match="m.model holds no state dict"):
+            load_published(file)
     torch.save([1, 2], file)
     with pytest.raises(ValueError, match="m.model holds no state dict"):
         load_published(file)

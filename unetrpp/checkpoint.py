@@ -131,8 +131,8 @@ def load_published(
     """Load a checkpoint of the published UNETR++ code (`.model`, `.pt`), without running its code.
 
     The file is a pickle: {"epoch", "state_dict", "optimizer_state_dict", "plot_stuff", ...}, or a
-    state dict alone. Only tensors, Python's plain types and numpy's numbers are unpickled;
-    everything else is refused. The prefix `module.` of multi-GPU runs is removed.
+    state dict alone. Only tensors, Python's plain types, numpy's numbers and arrays of them are
+    unpickled; everything else is refused. The prefix `module.` of multi-GPU runs is removed.
 
     Args:
         path: the file.
@@ -167,9 +167,10 @@ def load_published(
         return model_or_preset
     preset = model_or_preset or next(iter(_fitting_presets(tensors, **overrides)), None)
     if preset is None:
+        advice = _advice(tensors, otherwise="")
         raise ValueError(
-            f"load_published: {path} fits no preset.{_advice(tensors)} Pass the model or the "
-            f"preset that it was trained with."
+            f"load_published: {path} fits no preset. {advice + ' ' if advice else ''}Pass the "
+            f"model or the preset that it was trained with."
         )
     model = UNETRPP.from_preset(preset, **{**_channels(tensors), **overrides})
     _load_state(model, tensors, "load_published", path)
@@ -220,7 +221,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"load_published: {path} is missing.")
     try:
-        with torch.serialization.safe_globals(_numpy_numbers()):
+        with torch.serialization.safe_globals(_numpy_values()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -231,14 +232,21 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"unpickling it could run code, so the file is refused. If you trust its source, save "
             f"it again with its state_dict alone."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way
         raise _unreadable(path, error) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    state = state if isinstance(state, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(
             f"load_published: {path} holds no state dict; expected one, alone or under "
             f'"state_dict".'
+        )
+    unnamed = [key for key in state if not isinstance(key, str)]
+    if unnamed:
+        raise ValueError(
+            f"load_published: {path} holds no state dict, whose keys are names: it has the key "
+            f"{unnamed[0]!r}; save the model's state_dict() again."
         )
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -248,15 +256,41 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"load_published: {path} is truncated or no torch checkpoint ({reason}).")
 
 
-def _numpy_numbers() -> list:
-    """Return what a pickled numpy number refers to; its module was renamed in numpy 2."""
+def _numpy_values() -> list:
+    """Return what a pickled numpy number or numeric array refers to, under its pickled name.
+
+    The module was renamed in numpy 2. An array is built by a class of our own, which takes its
+    content only if that is plain numbers.
+    """
     import numpy
+
+    class NumericArray(numpy.ndarray):
+        def __setstate__(self, state):
+            dtype = state[2]
+            if not isinstance(dtype, numpy.dtype) or dtype.kind not in "biuf":
+                raise pickle.UnpicklingError(f"numpy array of {dtype}, which is no plain number")
+            super().__setstate__(state)
+
+    def reconstruct(kind, shape, dtype):
+        # What numpy itself writes there; the state that follows brings shape and type.
+        if (kind, shape, dtype) != (NumericArray, (0,), b"b"):
+            raise pickle.UnpicklingError(f"numpy array built from {kind}, {shape}, {dtype}")
+        return NumericArray((0,), numpy.int8)
+
+    def no_bytes():  # the content of an empty array
+        return b""
 
     scalar = numpy.float64(0).__reduce__()[0]
     dtypes = [numpy.dtype(code) for code in "?bhilqBHILQefd"]
     return [
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+        (NumericArray, "numpy.ndarray"),
+        NumericArray,
+        (no_bytes, "builtins.bytes"),
+        (no_bytes, "__builtin__.bytes"),
         numpy.dtype,
         *{type(dtype) for dtype in dtypes},
     ]
@@ -299,17 +333,17 @@ def _abridged(items: list[str], limit: int = 5) -> str:
     return ", ".join(items[:limit]) + more
 
 
-def _advice(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sentence that says which preset the tensors fit."""
+def _advice(tensors: Mapping[str, Tensor], otherwise: str = "The file fits no preset.") -> str:
+    """Return the sentence that says which preset the tensors fit, or `otherwise` if none."""
     fitting = _fitting_presets(tensors)
     if fitting:
-        return f" The file fits preset {' or '.join(map(repr, fitting))}."
+        return f"The file fits preset {' or '.join(map(repr, fitting))}."
     fitting = _fitting_presets(tensors, any_size=True)
     if not fitting:
-        return " The file fits no preset."
+        return otherwise
     counts = [value.shape[1] for key, value in tensors.items() if key.endswith("pos_embed")]
     return (
-        f" The file fits preset {' or '.join(map(repr, fitting))} at another img_size, one with "
+        f"The file fits preset {' or '.join(map(repr, fitting))} at another img_size, one with "
         f"{counts[0]} tokens in stage 1: build the model with the img_size it was trained at, "
         f"then use resize_tokens."
     )
