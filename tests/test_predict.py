@@ -301,6 +301,35 @@ def test_nothing_is_overwritten(tmp_path, checkpoint):
     assert not run_predict([one], target, folder, overwrite=True, quiet=True).failures
 
 
+@pytest.mark.parametrize("codes", ["RAS", "SLA"])
+def test_saved_network_labels_an_oblique_anisotropic_file_on_its_grid(tmp_path, codes):
+    """Nothing replaced: save_checkpoint, load_checkpoint, resampling and a real network."""
+    from unetrpp.checkpoint import save_checkpoint
+    from unetrpp.models import UNETRPP
+
+    torch.manual_seed(0)
+    model = UNETRPP.from_preset("tiny", out_channels=3).eval()
+    with torch.no_grad():
+        # The random weights choose between classes 0 and 1 only.
+        model.state_dict()["out1.conv.conv.bias"].copy_(torch.tensor([0.0, 0.0, -1e3]))
+    labels = {"background": 0, "one": 1, "two": 2}
+    preprocessing = Preprocessing(["MR"], ["zscore"], [None], [2.0, 0.8, 1.1], [32, 32, 32], labels)
+    extra = {"preprocessing": preprocessing.to_dict(), "labels": labels}
+    folder = save_checkpoint(tmp_path / "run" / "best", model, extra)
+    values = smooth((40, 37, 15))
+    source = save(tmp_path / "case.nii.gz", values, oblique((0.7, 0.9, 2.4), codes), codes=(2, 1))
+    result = run_predict([source], tmp_path / "out", folder, device="cpu", quiet=True)
+    assert not result.failures
+    original, written = nib.load(source), nib.load(result.outputs["case"])
+    assert written.shape == original.shape
+    np.testing.assert_array_equal(written.affine, original.affine)
+    for entry in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "quatern_b"):
+        assert written.header[entry].tobytes() == original.header[entry].tobytes(), entry
+    assert written.header.get_zooms() == original.header.get_zooms()
+    found = np.asarray(written.dataobj)
+    assert set(np.unique(found)) == {0, 1}
+
+
 def test_overlap_is_checked_once_before_anything_is_done(tmp_path, checkpoint):
     folder = checkpoint(Thresholds(0.0))
     source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))
