@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import assert_as_accurate, make_layer, run_layer
+from cases import assert_as_accurate, kept_for_backward, make_layer, run_layer
 
 from epa_kernels import dispatch
 
@@ -66,19 +66,3 @@ def bench_paired_attention(setting, direction, backend, benchmark):
         return
     x = x.clone().requires_grad_()
     benchmark(lambda: layer(x).backward(gy))
-
-
-def kept_for_backward(layer, x):
-    """Bytes of the storages that autograd saves in one forward pass, parameters excluded."""
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x.requires_grad_())
-    return sum(kept.values())

@@ -84,3 +84,19 @@ def assert_as_accurate(kernel, same_dtype, exact):
             name,
             cosine,
         )
+
+
+def kept_for_backward(layer, x):
+    """Bytes of the storages that autograd saves in one forward pass, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x.requires_grad_())
+    return sum(kept.values())

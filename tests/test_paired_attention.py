@@ -14,6 +14,7 @@ from cases import (
     LAYOUTS,
     SHAPES,
     assert_as_accurate,
+    kept_for_backward,
     make_layer,
     relative_l2,
     run_layer,
@@ -280,21 +281,9 @@ def test_two_pass_keeps_x_and_little_else_for_backward():
     """Stage 1 of Synapse, B = 2, dropout on: the definition keeps 360 MB, x itself is 8 MB."""
     layer = epa_kernels.EPA(32768, 32, 64, 4, False, 0.15, 0.15)
     x = torch.randn(2, 32768, 32, requires_grad=True)
-    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with (
-        epa_kernels.use_backend("two_pass"),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-    ):
-        layer(x)
-    assert x.nbytes <= sum(kept.values()) <= x.nbytes + 2**20
+    with epa_kernels.use_backend("two_pass"):
+        kept = kept_for_backward(layer, x)
+    assert x.nbytes <= kept <= x.nbytes + 2**20
 
 
 def test_two_pass_materialises_nothing_of_size_n_by_p(small_tiles):
