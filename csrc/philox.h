@@ -1,0 +1,35 @@
+// Random bits for attention dropout: Philox4x32-10. epa_kernels/rng.py is the specification.
+//
+//   counter (column / 8, row mod 2^32, row / 2^32, map), key = seed; eight 16-bit halves a counter
+//   keep = half >= threshold = round(p * 65536), multiplier = 65536 / (65536 - threshold)
+#pragma once
+#include <cstdint>
+
+namespace epa {
+
+constexpr uint32_t CHANNEL_MAP = 0, SPATIAL_MAP = 1;
+constexpr int64_t COLUMNS_PER_COUNTER = 8;
+constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57;
+constexpr uint32_t PHILOX_W0 = 0x9E3779B9, PHILOX_W1 = 0xBB67AE85;
+
+// The eight halves of one counter, column by column.
+static inline void philox(uint64_t seed, uint64_t row, uint32_t group, uint32_t map,
+                          uint16_t halves[8]) {
+  uint32_t c[4] = {group, (uint32_t)row, (uint32_t)(row >> 32), map};
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = (uint64_t)c[0] * PHILOX_M0, product1 = (uint64_t)c[2] * PHILOX_M1;
+    const uint32_t next[4] = {(uint32_t)(product1 >> 32) ^ c[1] ^ k0, (uint32_t)product1,
+                              (uint32_t)(product0 >> 32) ^ c[3] ^ k1, (uint32_t)product0};
+    for (int i = 0; i < 4; ++i) c[i] = next[i];
+    k0 += PHILOX_W0, k1 += PHILOX_W1;
+  }
+  for (int i = 0; i < 4; ++i) {
+    halves[2 * i] = (uint16_t)c[i];
+    halves[2 * i + 1] = (uint16_t)(c[i] >> 16);
+  }
+}
+
+static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536 - threshold); }
+
+} // namespace epa
