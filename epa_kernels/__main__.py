@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from . import __version__, dispatch
+from . import __version__, dispatch, native
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
         f"epa-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
     print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"CPU kernels: {native.describe()}")
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")

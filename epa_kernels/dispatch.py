@@ -1,7 +1,8 @@
 """Which backend runs: one table, one order, every reason.
 
-    CPU, CUDA and any other tensor   two_pass
-    under export                     reference, since a graph of plain operators runs anywhere
+    CPU tensor                  cpp, where it was built; else two_pass
+    CUDA and any other tensor   two_pass
+    under export                reference, since a graph of plain operators runs anywhere
 
 A backend that is forced, by `use_backend`, the environment variable EPA_KERNELS_BACKEND or the
 `backend` argument, never falls back: it runs or raises with every reason why it cannot.
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import cpp, ops, reference
 
 OPS = ("paired_attention", "spatial_attention", "channel_attention")
 
@@ -40,16 +41,17 @@ def _no_reason(*_: object) -> list[str]:
     return []
 
 
-def _two_pass_not_chosen() -> list[str]:
+def _exporting() -> list[str]:
     return ["export in progress: the graph would hold a custom operator"] if _is_exporting() else []
 
 
 BACKENDS = {
-    "two_pass": Backend(ops.register("two_pass"), _no_reason, _two_pass_not_chosen),
+    "cpp": Backend(ops.register("cpp", "CPU"), cpp.why_not, _exporting),
+    "two_pass": Backend(ops.register("two_pass"), _no_reason, _exporting),
     "reference": Backend({name: getattr(reference, name) for name in OPS}, _no_reason, _no_reason),
 }
 # First that can run wins; a device type that is not listed takes the last row.
-ORDER = {"other": ("two_pass", "reference")}
+ORDER = {"cpu": ("cpp", "two_pass", "reference"), "other": ("two_pass", "reference")}
 
 _forced: str | None = os.environ.get("EPA_KERNELS_BACKEND") or None
 
@@ -66,7 +68,7 @@ class use_backend:
     block. The setting is one per process, shared by its threads.
 
     Args:
-        name: "two_pass", "reference", or None for automatic choice.
+        name: "cpp", "two_pass", "reference", or None for automatic choice.
 
     Raises:
         ValueError: no such backend.

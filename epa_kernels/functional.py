@@ -70,10 +70,14 @@ def _seed_for(function: str, x: Tensor, dropout_p: float, seed: Tensor | None) -
     return seed
 
 
+def _autocasts(device_type: str) -> bool:
+    return is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Activations in the autocast dtype, as nn.Linear takes them; float64 is left alone."""
     device_type = tensors[0].device.type
-    if not (is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not _autocasts(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -84,7 +88,7 @@ def _to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _run(op: str, backend: str | None, *tensors: Tensor | None, **options) -> Tensor:
     run = dispatch.BACKENDS[dispatch.select(op, tensors[0], backend)].functions[op]
     device_type = tensors[0].device.type
-    if not is_autocast_available(device_type):
+    if not _autocasts(device_type):
         return run(*tensors, **options)
     # Inside, dtypes are chosen explicitly.
     with torch.autocast(device_type, enabled=False):

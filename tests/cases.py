@@ -7,7 +7,7 @@ import torch
 import epa_kernels
 
 # Backends beside the spec that run here; a new one is tested by being named here.
-FUSED_BACKENDS = ("two_pass",)
+FUSED_BACKENDS = ("two_pass", "cpp")
 BACKENDS = ("reference", *FUSED_BACKENDS)
 KINDS = ("shared", "split", "sum")
 LAYOUTS = ("official", "tokens")
@@ -22,6 +22,9 @@ SHAPES = (
     (2, 300, 130, 1, 7),
     (1, 1031, 10, 5, 17),
 )
+
+# Draws that errors are gathered over; the error in half precision is the rounding of the result.
+DRAWS = {torch.float32: 24, torch.bfloat16: 2, torch.float16: 2}
 
 
 def shape_id(shape):
@@ -64,26 +67,47 @@ def relative_l2(value, expected):
     return ((value - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
-def assert_as_accurate(kernel, same_dtype, exact):
-    """error(kernel) <= 2 error(spec in the same dtype) + 4 ulp of the largest value, max and RMS.
+class Errors:
+    """Errors of a kernel and of the spec in the same dtype, both against the spec in float64.
 
-    Every error is against the spec in float64. The cosine keeps a missing term of a gradient from
-    hiding in a large tolerance.
+    Gathered over draws, because the error of a handful of numbers in a single one, and the largest
+    of errors with heavy tails, is luck: within 2 of the definition's over many draws, 3.5 in one.
     """
-    for name, truth in exact.items():
-        ulp = torch.finfo(kernel[name].dtype).eps * truth.abs().max().double()
-        error = (kernel[name].double() - truth).abs()
-        allowed = (same_dtype[name].double() - truth).abs()
-        assert error.max() <= 2 * allowed.max() + 4 * ulp, (name, error.max(), allowed.max())
-        rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-        assert rms <= 2 * allowed_rms + 4 * ulp, (name, rms, allowed_rms)
-        cosine = torch.cosine_similarity(
-            kernel[name].double().flatten(), truth.flatten(), dim=0, eps=1e-300
-        )
-        assert cosine >= 0.9999 or truth.norm() <= 4 * ulp * math.sqrt(truth.numel()), (
-            name,
-            cosine,
-        )
+
+    FEWEST = 16  # numbers whose error is a statistic
+
+    def __init__(self):
+        self.draws = {}  # tensor's name -> list of (kernel's, same dtype's, exact), flat
+
+    def add(self, kernel, same_dtype, exact):
+        for name, truth in exact.items():
+            draw = tuple(t.detach().flatten() for t in (kernel[name], same_dtype[name], truth))
+            self.draws.setdefault(name, []).append(draw)
+
+    def check(self):
+        """error(kernel) <= 2 error(spec) + 4 ulp of the largest value, max and RMS, each tensor.
+
+        Fewer than FEWEST numbers are held by the cosine alone. It keeps a missing term of a
+        gradient from hiding in a large tolerance.
+        """
+        for name, draws in self.draws.items():
+            kernel, same_dtype, truth = (torch.cat(column) for column in zip(*draws, strict=True))
+            ulp = torch.finfo(kernel.dtype).eps * truth.abs().max().double()
+            error, allowed = ((t.double() - truth).abs() for t in (kernel, same_dtype))
+            if truth.numel() >= self.FEWEST:
+                worst = allowed.max()
+                assert error.max() <= 2 * worst + 4 * ulp, (name, error.max(), worst)
+                rms, allowed_rms = (t.square().mean().sqrt() for t in (error, allowed))
+                assert rms <= 2 * allowed_rms + 4 * ulp, (name, rms, allowed_rms)
+            cosine = torch.cosine_similarity(kernel.double(), truth, dim=0, eps=1e-300)
+            assert cosine >= 0.9999 or not truth.any(), (name, cosine)
+
+
+def assert_as_accurate(kernel, same_dtype, exact):
+    """`Errors` of a single draw."""
+    errors = Errors()
+    errors.add(kernel, same_dtype, exact)
+    errors.check()
 
 
 def kept_for_backward(layer, x):

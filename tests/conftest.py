@@ -1,10 +1,36 @@
 import os
 
+import pytest
+
 # One thread a worker under pytest-xdist, in its child processes too: threads that wait for each
 # other on busy cores cost more than they compute. Set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def other_folder(tmp_path_factory):
+    """Run in a folder of its own: here, child processes would import the sources, not the install."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def backend_runs(request):
+    """Skip a test of a backend that cannot run here (on its dtype), with the backend's reasons."""
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    if "backend" not in params:
+        return
+    import torch
+
+    from epa_kernels import dispatch
+
+    x = torch.empty(0, dtype=params.get("dtype", torch.float32))
+    if reasons := dispatch.BACKENDS[params["backend"]].why_not("paired_attention", x):
+        pytest.skip("; ".join(reasons))

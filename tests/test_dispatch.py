@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import epa_kernels
-from epa_kernels import dispatch
+from epa_kernels import dispatch, native
+
+needs_module = pytest.mark.skipif(native.module is None, reason=str(native.missing))
 
 
 @pytest.fixture
@@ -20,7 +22,14 @@ def picky(monkeypatch):
         lambda: [],
     )
     monkeypatch.setitem(dispatch.BACKENDS, "picky", backend)
-    monkeypatch.setitem(dispatch.ORDER, "other", ("picky", "two_pass", "reference"))
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("picky", "two_pass", "reference"))
+
+
+@pytest.fixture
+def no_module(monkeypatch):
+    """As where nothing could be compiled."""
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "missing", "the extension is not there (no compiler)")
 
 
 def run_python(code, **environment):
@@ -30,6 +39,7 @@ def run_python(code, **environment):
 
 
 X = torch.zeros(1, 8, 4)
+FASTEST = "two_pass" if native.module is None else "cpp"
 
 
 def test_fastest_that_can_run_is_chosen(picky):
@@ -55,19 +65,19 @@ def test_use_backend_holds_in_its_block_or_from_now_on():
         with epa_kernels.use_backend("two_pass"):
             assert dispatch.select("paired_attention", X) == "two_pass"
         assert dispatch.select("paired_attention", X) == "reference"
-    assert dispatch.select("paired_attention", X) == "two_pass"
+    assert dispatch.select("paired_attention", X) == FASTEST
     block = epa_kernels.use_backend("reference")
     for _ in range(2):
         with block:
             assert dispatch.select("paired_attention", X) == "reference"
-        assert dispatch.select("paired_attention", X) == "two_pass"
+        assert dispatch.select("paired_attention", X) == FASTEST
     epa_kernels.use_backend("reference")
     try:
         assert dispatch.select("paired_attention", X) == "reference"
         assert dispatch.select("paired_attention", X, backend="two_pass") == "two_pass"
     finally:
         epa_kernels.use_backend(None)
-    assert dispatch.select("paired_attention", X) == "two_pass"
+    assert dispatch.select("paired_attention", X) == FASTEST
 
 
 @pytest.mark.parametrize(
@@ -79,9 +89,9 @@ def test_use_backend_holds_in_its_block_or_from_now_on():
     ),
 )
 def test_unknown_backend_is_refused_with_the_names(call):
-    with pytest.raises(ValueError, match="must be one of two_pass, reference, got 'cudnn'"):
+    with pytest.raises(ValueError, match="must be one of cpp, two_pass, reference, got 'cudnn'"):
         call()
-    assert dispatch.select("paired_attention", X) == "two_pass"
+    assert dispatch.select("paired_attention", X) == FASTEST
 
 
 def test_environment_variable_forces_a_backend():
@@ -102,6 +112,47 @@ def test_explain_prints_every_backend_with_its_reasons(picky, capsys):
     assert "reference  can run" in printed
     with pytest.raises(ValueError, match="op must be one of"):
         epa_kernels.explain("attention", X)
+
+
+def test_without_the_module_the_next_backend_is_chosen_and_the_reason_printed(no_module, capsys):
+    assert dispatch.select("paired_attention", X) == "two_pass"
+    epa_kernels.explain("paired_attention", X)
+    printed = capsys.readouterr().out
+    assert "cpp        cannot run: the extension is not there (no compiler)" in printed
+    assert "two_pass   runs" in printed
+    with pytest.raises(RuntimeError, match="'cpp' was forced but cannot run: the extension is not"):
+        dispatch.select("paired_attention", X, backend="cpp")
+
+
+def test_cpp_gives_every_reason_at_once(no_module):
+    with pytest.raises(RuntimeError) as error:
+        dispatch.select("paired_attention", X.to("meta", torch.int32), backend="cpp")
+    for part in ("not there", "x is on meta", "dtype torch.int32 is none of torch.float32"):
+        assert part in str(error.value)
+
+
+def test_order_falls_to_other_where_a_device_has_no_row():
+    assert dispatch.select("paired_attention", X.to("meta")) == "two_pass"
+
+
+@needs_module
+def test_environment_variable_chooses_the_instruction_set():
+    code = "from epa_kernels import native; print(native.isa)"
+    isas = native.module.isas().split(",")
+    for isa in isas:
+        result = run_python(code, EPA_KERNELS_ISA=isa)
+        assert result.stdout.strip() == isa, result.stderr
+    assert run_python(code, EPA_KERNELS_ISA="").stdout.strip() == isas[0]
+    result = run_python(code, EPA_KERNELS_ISA="mmx")
+    rule = f"ValueError: EPA_KERNELS_ISA must be one of {native.module.isas()} on this processor"
+    assert rule in result.stderr and "'mmx'" in result.stderr
+
+
+def test_child_processes_import_the_package_that_is_tested():
+    code = "import epa_kernels, unetrpp; print(epa_kernels.__file__, unetrpp.__file__)"
+    import unetrpp
+
+    assert run_python(code).stdout.split() == [epa_kernels.__file__, unetrpp.__file__]
 
 
 def test_module_prints_versions_and_table():

@@ -9,11 +9,12 @@ import pytest
 import torch
 from cases import (
     BACKENDS,
+    DRAWS,
     FUSED_BACKENDS,
     KINDS,
     LAYOUTS,
     SHAPES,
-    assert_as_accurate,
+    Errors,
     kept_for_backward,
     make_layer,
     relative_l2,
@@ -85,15 +86,28 @@ def test_golden(name, backend):
         found |= {f"grad.{key}": gradient for key, gradient in result.items()}
         assert found.keys() == published.keys()
         for key, value in found.items():
-            error = relative_l2(value, expected[key])
+            pair = [t.double().flatten() for t in (value, expected[key])]
+            error = relative_l2(*pair)
             if dtype == torch.float64:
                 assert error <= 1e-6, key
-            elif value.numel() > 16:
+            elif value.numel() >= Errors.FEWEST:
                 assert error <= 2 * published[key], key
-            else:
-                # The error of a handful of numbers, the H temperatures, is no statistic: it is
-                # held to the worst of the published code's.
-                assert error <= 2 * max(published.values()), key
+            else:  # in one file luck, see `Errors`; test_golden_temperatures holds them over all
+                assert torch.cosine_similarity(*pair, dim=0) >= 0.9999, key
+
+
+@pytest.mark.parametrize("key", ("temperature", "temperature2"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_temperatures(backend, key):
+    """Over all files the float32 error of these few numbers is at most twice the published."""
+    found = published = 0
+    for name in GOLDEN:
+        expected, metadata = golden.load(f"{name}.safetensors")
+        layer, x, gy = golden_layer(metadata)
+        result = run_layer(layer, x, gy, backend=backend, dtype=torch.float32)
+        found += relative_l2(result[key], expected[f"grad.{key}"]) ** 2
+        published += metadata["fp32_vs_fp64"][f"grad.{key}"][1] ** 2
+    assert found <= 4 * published, (math.sqrt(found), math.sqrt(published))
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
@@ -114,22 +128,24 @@ def test_matches_spec_in_float64(backend, shape, kind, layout, dropout, small_ti
         assert (found[name] - truth).abs().max() <= 1e-11 * scale, name
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", DRAWS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=shape_id)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_low_precision_is_as_accurate_as_spec(backend, shape, kind, dtype, small_tiles):
     B, N, C, _, _ = shape
-    generator = torch.Generator().manual_seed(2)
-    x, gy = (strided(B, N, C, dtype=dtype, generator=generator) for _ in range(2))
-    layer = make_layer(shape, kind)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(parameter.to(dtype))
-    exact = run_layer(layer, x, gy, backend="reference", dtype=torch.float64)
-    same_dtype = run_layer(layer, x, gy, backend="reference", dtype=dtype)
-    found = run_layer(layer, x, gy, backend=backend, dtype=dtype)
-    assert_as_accurate(found, same_dtype, exact)
+    errors = Errors()
+    for draw in range(DRAWS[dtype]):
+        generator = torch.Generator().manual_seed(draw)
+        x, gy = (strided(B, N, C, dtype=dtype, generator=generator) for _ in range(2))
+        layer = make_layer(shape, kind, seed=draw)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(parameter.to(dtype))
+        exact = run_layer(layer, x, gy, backend="reference", dtype=torch.float64)
+        same_dtype = run_layer(layer, x, gy, backend="reference", dtype=dtype)
+        errors.add(run_layer(layer, x, gy, backend=backend, dtype=dtype), same_dtype, exact)
+    errors.check()
 
 
 @pytest.mark.parametrize("eps", (1e-1, 1e-2, 1e-3, 1e-4))
@@ -220,7 +236,7 @@ def test_float32_parameters_with_low_precision_input(backend, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", ((1, 9, 4, 2, 3), (2, 5, 8, 2, 3)), ids=("two_pass", "direct"))
+@pytest.mark.parametrize("shape", ((1, 9, 4, 2, 3), (1, 5, 4, 2, 3)), ids=("two_pass", "direct"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend, shape, kind):
     inputs, call = gradcheck_case(shape, kind, backend)

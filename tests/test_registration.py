@@ -13,9 +13,9 @@ def op_of(backend, name):
     return getattr(getattr(torch.ops, f"epa_kernels_{backend}"), name).default
 
 
-def paired_arguments(shape, kind):
+def paired_arguments(shape, kind, dtype):
     B, N, C, H, _ = shape
-    layer = make_layer(shape, kind).float()
+    layer = make_layer(shape, kind).to(dtype)
     linear = {
         "E": (None, None),
         "F": (None, None),
@@ -26,7 +26,7 @@ def paired_arguments(shape, kind):
         if hasattr(layer, name):
             linear[name] = (getattr(layer, name).weight, getattr(layer, name).bias)
     tensors = (
-        torch.randn(B, N, C),
+        torch.randn(B, N, C, dtype=dtype),
         layer.qkvv.weight,
         layer.qkvv.bias,
         *((layer.EF.t(), None) if kind == "sum" else linear["E"]),
@@ -42,18 +42,25 @@ def paired_arguments(shape, kind):
     return (*tensors, torch.tensor(5)), options
 
 
+# What is kept has dtypes of its own beside float32; the traced gradients are compared in float64,
+# because the two ways round differently.
+STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")
+UTILS = {torch.float32: STATIC, torch.float64: (*STATIC, "test_aot_dispatch_dynamic")}
+
+
+@pytest.mark.parametrize("dtype", UTILS)
 @pytest.mark.parametrize(
     "shape", ((2, 50, 32, 4, 8), (2, 130, 32, 4, 8)), ids=("direct", "two_pass")
 )
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
-def test_opcheck_paired_attention(backend, kind, shape):
-    arguments, options = paired_arguments(shape, kind)
-    opcheck(op_of(backend, "paired_attention"), arguments, options)
+def test_opcheck_paired_attention(backend, kind, shape, dtype):
+    arguments, options = paired_arguments(shape, kind, dtype)
+    opcheck(op_of(backend, "paired_attention"), arguments, options, test_utils=UTILS[dtype])
     out = op_of(backend, "paired_attention")(*arguments, **options)
     *inputs, seed = (t if t is None else t.detach() for t in arguments)
     backward = (torch.randn_like(out[0]), *inputs, *(t.detach() for t in out[1:]), seed)
-    opcheck(op_of(backend, "paired_attention_bwd"), backward, options)
+    opcheck(op_of(backend, "paired_attention_bwd"), backward, options, test_utils=UTILS[dtype])
 
 
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))

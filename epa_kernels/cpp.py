@@ -1,0 +1,235 @@
+"""Fused C++ kernels for CPUs, of csrc/cpu: allocation and addresses, nothing else.
+
+Threads are torch's own (`torch.get_num_threads`); a result has the same bits for any number of
+them. The instruction set is the best that the processor has, or the one EPA_KERNELS_ISA names.
+"""
+
+import torch
+from torch import Tensor
+
+from . import native
+from .ops import empty_gradient, mean_dtype, plan
+from .reference import accumulate_dtype
+from .rng import threshold
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_KINDS = {"shared": 0, "split": 1, "sum": 2}
+_LAYOUTS = {"official": 0, "tokens": 1}
+
+
+def why_not(op: str, x: Tensor) -> list[str]:
+    """Every reason why the kernels cannot run `op` on x."""
+    reasons = []
+    if native.missing is not None:
+        reasons.append(native.missing)
+    if x.device.type != "cpu":
+        reasons.append(f"x is on {x.device.type}, the kernels run on the CPU")
+    if x.dtype not in _DTYPES:
+        reasons.append(f"dtype {x.dtype} is none of {', '.join(map(str, _DTYPES))}")
+    elif x.dtype == torch.float16 and native.module and not native.module.has_float16:
+        reasons.append("dtype torch.float16: the compiler of the extension has no _Float16")
+    return reasons
+
+
+def _view(t: Tensor | None) -> tuple[int, ...] | None:
+    """A tensor as the kernels take it: address, dtype, strides in elements."""
+    return None if t is None else (t.data_ptr(), _DTYPES[t.dtype], *t.stride())
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()
+
+
+def _dropout(p: float, seed: Tensor | None) -> tuple[int, int]:
+    """Threshold and seed, 0 and 0 without dropout."""
+    return (threshold(p), int(seed)) if p > 0 else (0, 0)
+
+
+class _Gradients:
+    """Gradients of the parameters; the kernels write densely, in the accumulation dtype."""
+
+    def __init__(self, tensors: list[Tensor | None], like: Tensor, dtype: torch.dtype) -> None:
+        self.results = [empty_gradient(t, like) for t in tensors]
+        self.dense = [
+            None
+            if t is None
+            else result
+            if result.dtype == dtype and result.is_contiguous()
+            else torch.empty(t.shape, dtype=dtype)
+            for t, result in zip(tensors, self.results, strict=True)
+        ]
+
+    def finish(self) -> list[Tensor]:
+        for result, dense in zip(self.results, self.dense, strict=True):
+            if dense is not None and dense is not result:
+                result.copy_(dense)
+        return self.results
+
+
+# paired_attention: which inputs the kernels take as views, and which as dense weights.
+_VIEWS, _WEIGHTS = (0, 3, 5), (1, 2, 4, 6, 7, 8, 9, 10, 11, 12)
+
+
+def _paired_arguments(inputs, seed, kept, num_heads, kind, layout, channel_dropout_p,
+                      spatial_dropout_p):  # fmt: skip
+    """Arguments of the kernels, and the tensors that must outlive the call."""
+    x = inputs[0]
+    B, N, C = x.shape
+    weights = [_dense(inputs[i], accumulate_dtype(x.dtype)) for i in _WEIGHTS]
+    channel_threshold, channel_seed = _dropout(channel_dropout_p, seed)
+    spatial_threshold, spatial_seed = _dropout(spatial_dropout_p, seed)
+    arguments = (
+        (B, N, C, num_heads, inputs[3].shape[0]),
+        _KINDS[kind],
+        _LAYOUTS[layout],
+        plan(N, C) == "direct",
+        (channel_threshold, spatial_threshold),
+        channel_seed or spatial_seed,
+        torch.get_num_threads(),
+        tuple(_view(inputs[i]) for i in _VIEWS),
+        tuple(map(_address, weights)),
+        tuple(map(_address, kept)),
+    )
+    return arguments, weights
+
+
+def paired_attention(*tensors, **options):
+    """Op `paired_attention`, see `ops`."""
+    *inputs, seed = tensors
+    x = inputs[0]
+    B, N, C = x.shape
+    y = x.new_empty(B, N, C)
+    if plan(N, C) == "direct":
+        kept = tuple(x.new_empty(0) for _ in range(3))
+    else:
+        dtype, projections = accumulate_dtype(x.dtype), 1 if inputs[5] is None else 2
+        kept = (
+            x.new_empty(B, C, dtype=mean_dtype(x.device)),
+            x.new_empty(B, C, C, dtype=dtype),
+            x.new_empty(B, projections, inputs[3].shape[0], C, dtype=dtype),
+        )
+    arguments, _alive = _paired_arguments(inputs, seed, kept, **options)
+    native.module.paired_attention_fwd(*arguments, _view(y))
+    return y, *kept
+
+
+def paired_attention_bwd(dy, *tensors, **options):
+    """Op `paired_attention_bwd`, see `ops`."""
+    *inputs, mean, gram, projected, seed = tensors
+    x = inputs[0]
+    dy = dy.contiguous()
+    arguments, _alive = _paired_arguments(inputs, seed, (mean, gram, projected), **options)
+    views = {i: empty_gradient(inputs[i], x) for i in _VIEWS}
+    weights = _Gradients([inputs[i] for i in _WEIGHTS], x, accumulate_dtype(x.dtype))
+    native.module.paired_attention_bwd(
+        *arguments,
+        _view(dy),
+        tuple(None if inputs[i] is None else _view(t) for i, t in views.items()),
+        tuple(map(_address, weights.dense)),
+    )
+    gradients = views | dict(zip(_WEIGHTS, weights.finish(), strict=True))
+    return tuple(gradients[i] for i in range(len(inputs)))
+
+
+def _per_head(temperature: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    return temperature.to(dtype).flatten().expand(num_heads).contiguous()
+
+
+def _temperature_gradient(dtemperature: Tensor, temperature: Tensor) -> Tensor:
+    """From one value a head, in shape and dtype of the temperature."""
+    total = dtemperature.sum() if temperature.numel() == 1 else dtemperature
+    return empty_gradient(temperature, temperature).copy_(total.view_as(temperature))
+
+
+def _spatial_arguments(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p):
+    B, N, H, D = q.shape
+    dropout_threshold, dropout_seed = _dropout(dropout_p, seed)
+    return (
+        (B, N, H, D, k_proj.shape[1]),
+        normalize,
+        dropout_threshold,
+        dropout_seed,
+        torch.get_num_threads(),
+        tuple(map(_view, (q, k_proj, v_proj))),
+        _address(temperature),
+        _address(q_norm),
+    )
+
+
+def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
+    """Op `spatial_attention`, see `ops`."""
+    B, N, H, D = q.shape
+    dtype = accumulate_dtype(q.dtype)
+    out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=dtype)
+    per_head = _per_head(temperature, H, dtype)
+    native.module.spatial_attention_fwd(
+        *_spatial_arguments(q, k_proj, v_proj, per_head, q_norm, seed, normalize, dropout_p),
+        _view(out),
+    )
+    return out, q_norm
+
+
+def spatial_attention_bwd(
+    dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, dropout_p
+):
+    """Op `spatial_attention_bwd`, see `ops`."""
+    per_head = _per_head(temperature, q.shape[2], q_norm.dtype)
+    gradients = tuple(empty_gradient(t, q) for t in (q, k_proj, v_proj))
+    dtemperature = torch.empty_like(per_head)
+    native.module.spatial_attention_bwd(
+        *_spatial_arguments(q, k_proj, v_proj, per_head, q_norm, seed, normalize, dropout_p),
+        _view(dout),
+        tuple(map(_view, gradients)),
+        _address(dtemperature),
+    )
+    return *gradients, _temperature_gradient(dtemperature, temperature)
+
+
+def _channel_arguments(q, k, v, temperature, kept, seed, dropout_p):
+    dropout_threshold, dropout_seed = _dropout(dropout_p, seed)
+    return (
+        tuple(q.shape),
+        dropout_threshold,
+        dropout_seed,
+        torch.get_num_threads(),
+        tuple(map(_view, (q, k, v))),
+        _address(temperature),
+        tuple(map(_address, kept)),
+    )
+
+
+def channel_attention(q, k, v, temperature, seed, *, dropout_p):
+    """Op `channel_attention`, see `ops`."""
+    B, N, H, D = q.shape
+    dtype = accumulate_dtype(q.dtype)
+    out = q.new_empty(B, N, H, D)
+    kept = (
+        q.new_empty(B, H, D, D, dtype=dtype),
+        q.new_empty(B, H, D, dtype=dtype),
+        q.new_empty(B, H, D, dtype=dtype),
+    )
+    per_head = _per_head(temperature, H, dtype)
+    native.module.channel_attention_fwd(
+        *_channel_arguments(q, k, v, per_head, kept, seed, dropout_p), _view(out)
+    )
+    return out, *kept
+
+
+def channel_attention_bwd(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_p):
+    """Op `channel_attention_bwd`, see `ops`."""
+    per_head = _per_head(temperature, q.shape[2], gram.dtype)
+    gradients = tuple(empty_gradient(t, q) for t in (q, k, v))
+    dtemperature = torch.empty_like(per_head)
+    native.module.channel_attention_bwd(
+        *_channel_arguments(q, k, v, per_head, (gram, q_norm, k_norm), seed, dropout_p),
+        _view(dout),
+        tuple(map(_view, gradients)),
+        _address(dtemperature),
+    )
+    return *gradients, _temperature_gradient(dtemperature, temperature)
