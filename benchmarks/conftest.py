@@ -1,16 +1,26 @@
-"""Options of the benchmarks, and the table that ends a run."""
+"""Options of the benchmarks, and the tables that end a run."""
 
-import platform
+from pathlib import Path
 
+import floor
+import report
 import torch
 
 import epa_kernels
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("epa-kernels")
     group.addoption("--batch", type=int, default=1, help="samples a batch, default 1")
     group.addoption("--dropout", type=float, default=0.0, help="of both attention maps, default 0")
+    group.addoption(
+        "--results",
+        type=Path,
+        help="folder for ops.csv, ops.png and model.csv; default benchmarks/results for a run with "
+        "neither -k, --batch nor --dropout, else none",
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -18,31 +28,29 @@ def pytest_terminal_summary(terminalreporter, config):
     if session is None or not session.benchmarks:
         return
     write = terminalreporter.write_line
-    write("")
-    write(
+    batch, dropout = config.getoption("--batch"), config.getoption("--dropout")
+    setting = (
         f"epa-kernels {epa_kernels.__version__}, torch {torch.__version__}, float32, "
-        f"batch {config.getoption('--batch')}, dropout {config.getoption('--dropout')}, "
-        f"{torch.get_num_threads()} threads of {processor()}"
+        f"batch {batch}, dropout {dropout}, "
+        f"{torch.get_num_threads()} threads of {report.processor()}"
     )
-    write("")
-    write("| case | backend | median ms | quartiles | x reference | kept for backward |")
-    write("|---|---|---|---|---|---|")
-    reference = {}
-    for benchmark in session.benchmarks:
-        stats, info = benchmark.stats, benchmark.extra_info
-        reference.setdefault(benchmark.group, stats.median)  # the reference comes first
-        write(
-            f"| {benchmark.group} | {info['backend']} | {stats.median * 1e3:.2f} "
-            f"| {stats.q1 * 1e3:.2f} - {stats.q3 * 1e3:.2f} "
-            f"| {reference[benchmark.group] / stats.median:.2f} "
-            f"| {info['kept_bytes'] / 2**20:.2f} MiB |"
-        )
-
-
-def processor():
-    """The processor's name, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    folder = config.getoption("--results")
+    if folder is None and (batch, dropout) == (1, 0) and "deselected" not in terminalreporter.stats:
+        folder = RESULTS
+    for name, rows in report.collect(session).items():
+        has_floor = all(row.floor_ms is not None for row in rows)
+        write("")
+        write(setting)
+        if has_floor:
+            write(floor.describe())
+        write("")
+        for line in report.markdown(rows):
+            write(line)
+        if folder is None or len({row.backend for row in rows}) == 1:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write_csv(rows, folder / f"{name}.csv")
+        if has_floor:
+            report.plot(rows, setting, folder / f"{name}.png")
+        write("")
+        write(f"written to {folder}")

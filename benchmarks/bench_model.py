@@ -1,0 +1,57 @@
+"""Time of the whole Synapse network: prediction of one patch, and one training step.
+
+Attention is a part of it: convolutions, the same for every backend, are most of the rest. Few
+rounds, since each takes seconds.
+"""
+
+import pytest
+import torch
+from cases import kept_for_backward
+from report import REFERENCE
+
+from epa_kernels import dispatch
+from unetrpp import UNETRPP
+from unetrpp.losses import deep_supervision_loss
+
+BACKENDS = (REFERENCE, *(name for name in dispatch.BACKENDS if name != REFERENCE))
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def setting(request):
+    """Backend, network, a batch of volumes and their labels."""
+    backend, config = request.param, request.config
+    if reasons := dispatch.BACKENDS[backend].why_not("paired_attention", torch.empty(1, 64, 32)):
+        pytest.skip("; ".join(reasons))
+    torch.manual_seed(0)
+    model = UNETRPP.from_preset(
+        "synapse", epa_backend=backend, attention_dropout=config.getoption("--dropout")
+    )
+    x = torch.randn(config.getoption("--batch"), 1, *model.img_size)
+    label = torch.randint(model.config["args"]["out_channels"], x.shape).float()
+    return backend, model, x, label
+
+
+@pytest.mark.parametrize("direction", ("prediction", "training step"))
+def bench_synapse(setting, direction, benchmark):
+    backend, model, x, label = setting
+    training = direction == "training step"
+    model.train(training).deep_supervision = training
+    benchmark.extra_info |= {
+        "case": "synapse",
+        "direction": direction,
+        "backend": backend,
+        "floor_ms": None,
+        "kept_bytes": kept_for_backward(model, x) if training else None,
+    }
+    if not training:
+        with torch.no_grad():
+            benchmark.pedantic(model, (x,), rounds=3, warmup_rounds=1)
+        return
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.99, nesterov=True)
+
+    def step():
+        optimizer.zero_grad()
+        deep_supervision_loss(model(x), label).backward()
+        optimizer.step()
+
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
