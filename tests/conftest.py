@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session", autouse=True)
 def other_folder(tmp_path_factory):
-    """Run in a folder of its own: here, child processes would import the sources, not the install."""
+    """Run elsewhere: here, child processes would import the sources, not what is installed."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("cwd"))
     yield
