@@ -45,7 +45,7 @@ def find_isas() -> dict[str, str]:
     """The flags of each instruction set to compile for; a RuntimeError says why there is none."""
     if SWITCH == "0" or sys.platform == "win32":
         raise RuntimeError("EPA_KERNELS_CPU is 0" if SWITCH == "0" else "they need GCC or Clang")
-    source = "#include <Python.h>\n#include <vector>\n" + ("#include <omp.h>\n" if OPENMP else "")
+    source = "#include <Python.h>\n#include <vector>\n"
     command = shlex.split(f"{CXX} {LANGUAGE} -x c++ -E -dM -")
     try:
         probe = subprocess.run(command, input=source, capture_output=True, text=True)

@@ -147,7 +147,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_openmp") = false;
 #endif
-#ifdef __FLT16_MANT_DIG__
+#ifdef EPA_FLOAT16
   m.attr("has_float16") = true;
 #else
   m.attr("has_float16") = false;

@@ -5,12 +5,19 @@
 //             accumulation dtype of x: double for float64, float for the rest
 //   strides   any for a View, but that the gradient of y is contiguous; T is contiguous
 //   memory    the caller owns all of it; results are written entirely
-//   errors    none: the caller has checked shapes, dtypes and addresses
+//   errors    std::bad_alloc; the caller has checked shapes, dtypes and addresses
 //
 // The definition of each op is epa_kernels/reference.py, the two-pass form is
 // epa_kernels/two_pass.py.
 #pragma once
 #include <cstdint>
+
+// Whether the compiler has float16, and under which name.
+#if defined(__aarch64__)
+#define EPA_FLOAT16 __fp16
+#elif defined(__FLT16_MANT_DIG__)
+#define EPA_FLOAT16 _Float16
+#endif
 
 namespace epa {
 
@@ -108,6 +115,8 @@ struct Kernels {
                                 const ChannelAttentionGradients &);
   Peak (*peak)();
 };
+
+[[noreturn]] void out_of_memory();
 
 // Chooses by name, or the best that this processor runs where name is empty; null if it cannot.
 const Kernels *kernels(const char *isa);

@@ -61,7 +61,7 @@ class _Gradients:
             if t is None
             else result
             if result.dtype == dtype and result.is_contiguous()
-            else torch.empty(t.shape, dtype=dtype)
+            else torch.empty(t.shape, dtype=dtype, device=like.device)
             for t, result in zip(tensors, self.results, strict=True)
         ]
 
@@ -124,7 +124,8 @@ def paired_attention_bwd(dy, *tensors, **options):
     *inputs, mean, gram, projected, seed = tensors
     x = inputs[0]
     dy = dy.contiguous()
-    arguments, _alive = _paired_arguments(inputs, seed, (mean, gram, projected), **options)
+    kept = _dense(mean, mean.dtype), _dense(gram, gram.dtype), _dense(projected, gram.dtype)
+    arguments, _alive = _paired_arguments(inputs, seed, kept, **options)
     views = {i: empty_gradient(inputs[i], x) for i in _VIEWS}
     weights = _Gradients([inputs[i] for i in _WEIGHTS], x, accumulate_dtype(x.dtype))
     native.module.paired_attention_bwd(
@@ -179,6 +180,7 @@ def spatial_attention_bwd(
     dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, dropout_p
 ):
     """Op `spatial_attention_bwd`, see `ops`."""
+    q_norm = q_norm.contiguous()
     per_head = _per_head(temperature, q.shape[2], q_norm.dtype)
     gradients = tuple(empty_gradient(t, q) for t in (q, k_proj, v_proj))
     dtemperature = torch.empty_like(per_head)
@@ -223,6 +225,7 @@ def channel_attention(q, k, v, temperature, seed, *, dropout_p):
 
 def channel_attention_bwd(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_p):
     """Op `channel_attention_bwd`, see `ops`."""
+    gram, q_norm, k_norm = gram.contiguous(), q_norm.contiguous(), k_norm.contiguous()
     per_head = _per_head(temperature, q.shape[2], gram.dtype)
     gradients = tuple(empty_gradient(t, q) for t in (q, k, v))
     dtemperature = torch.empty_like(per_head)

@@ -211,6 +211,8 @@ def paired_attention(
             f"{tuple(proj_k_weight.shape)}; a layer is bound to the token count it was made for."
         )
     P = proj_k_weight.shape[0]
+    if P == 0:
+        raise ValueError(f"{function}: proj_k_weight must have at least one row, got P = 0.")
     if (proj_v_weight is not None) != (kind == "split"):
         raise ValueError(
             f"{function}: kind {kind!r} takes proj_v_weight "

@@ -1,16 +1,26 @@
 """The compiled module of CPU kernels, `_C`, and why it is absent where it is."""
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
-try:
-    from . import _C as module
-
-    missing = None
-except ImportError as error:
-    module = None
+module = None
+missing = None
+_source = Path(__file__).parents[1]
+if find_spec("._C", __package__) is not None:
+    try:
+        from . import _C as module
+    except ImportError as error:
+        missing = f"the extension epa_kernels._C cannot be loaded ({error})"
+elif (_source / "setup.py").is_file():
     missing = (
-        f"the extension epa_kernels._C cannot be loaded ({error}); reinstall with GCC or Clang at "
-        f"hand, EPA_KERNELS_CPU=1 tells what is missing"
+        f"epa_kernels was imported from its sources in {_source}, where the extension is not "
+        f"built; start Python in another folder, or pip install --editable the sources"
+    )
+else:
+    missing = (
+        "the extension epa_kernels._C was not built; reinstall from source with GCC or Clang, "
+        "EPA_KERNELS_CPU=1 pip install tells what is missing"
     )
 
 # The instruction set is one for the process, chosen before the first kernel runs.

@@ -6,8 +6,9 @@ compiled graph names the backend that ran: torch.ops.epa_kernels_<backend>.<op>.
     <op>       inputs, seed, options                       -> result, what is kept for backward
     <op>_bwd   gradient of the result, inputs, kept, seed  -> gradient of each input
 
-An absent optional input has a gradient of size 0 in the op, and None in autograd. A `_bwd` op has
-no derivative of its own: it raises and names the reference backend.
+An absent optional input has a gradient of size 0 in the op, and None in autograd. Other derivatives
+(second, forward-mode, torch.func) raise and name the reference backend. The ops check nothing, as
+`functional` does.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .reference import accumulate_dtype
 
@@ -116,6 +118,10 @@ def _below_autograd(op, keyset, inputs, options):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
 
 
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
+
+
 def _register_autograd(library, op, function: type[torch.autograd.Function]) -> None:
     """What torch.library.register_autograd does, but for its reading of the schema at each call.
 
@@ -123,7 +129,14 @@ def _register_autograd(library, op, function: type[torch.autograd.Function]) -> 
     """
 
     def autograd(keyset, *inputs, **options):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        is_forward = forward_ad._current_level >= 0 and any(map(_has_tangent, inputs))
+        is_backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if is_forward or (is_backward and torch._C._are_functorch_transforms_active()):
+            raise RuntimeError(
+                f"{op._opname}: this backend has neither forward-mode derivatives nor those of "
+                f"torch.func; take them under epa_kernels.use_backend('reference')."
+            )
+        if is_backward:
             return function.apply(keyset, options, *inputs)
         return _below_autograd(op, keyset, inputs, options)
 

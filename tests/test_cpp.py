@@ -2,7 +2,10 @@
 
 import contextlib
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -383,3 +386,37 @@ def test_keeps_x_and_little_else_for_backward():
     layer = epa_kernels.EPA(32768, 32, 64, 4, False, 0.15, 0.15, backend="cpp")
     x = torch.randn(1, 32768, 32, requires_grad=True)
     assert x.nbytes <= kept_for_backward(layer, x) <= x.nbytes + 2**20
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_memory_that_cannot_be_had_is_an_exception(threads):
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("needs Linux")
+    code = f"""
+import resource, torch, epa_kernels
+torch.set_num_threads({threads})
+q, k = torch.zeros(1, 64, 1, 64), torch.zeros(1, 10**6, 1, 64)
+epa_kernels.spatial_attention(q, k[:, :4], k[:, :4], torch.ones(1), backend="cpp")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
+try:
+    epa_kernels.spatial_attention(q, k, k, torch.ones(1), backend="cpp")
+except MemoryError as error:
+    print("caught")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "caught\n", result.stderr
+
+
+def test_kept_tensors_may_have_any_strides():
+    op = torch.ops.epa_kernels_cpp
+    q, k, v, dout = torch.randn(4, 1, 50, 2, 8, generator=torch.Generator().manual_seed(3))
+    temperature = torch.ones(2)
+    out, *kept = op.channel_attention(q, k, v, temperature, None, dropout_p=0.0)
+    turned = [t.mT.contiguous().mT for t in kept]
+    expected, found = (
+        op.channel_attention_bwd(dout, q, k, v, temperature, *t, None, dropout_p=0.0)
+        for t in (kept, turned)
+    )
+    assert not turned[0].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

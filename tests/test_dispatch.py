@@ -1,8 +1,10 @@
 """Choice of the backend, its reasons, and what an import costs."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +137,12 @@ def test_order_falls_to_other_where_a_device_has_no_row():
     assert dispatch.select("paired_attention", X.to("meta")) == "two_pass"
 
 
+@pytest.mark.skipif(os.environ.get("EPA_KERNELS_CPU") != "1", reason="kernels are not demanded")
+def test_kernels_are_there_where_they_are_demanded():
+    """Else all their tests would be skipped, and nobody would know."""
+    assert native.module is not None, native.missing
+
+
 @needs_module
 def test_environment_variable_chooses_the_instruction_set():
     code = "from epa_kernels import native; print(native.isa)"
@@ -153,6 +161,24 @@ def test_child_processes_import_the_package_that_is_tested():
     import unetrpp
 
     assert run_python(code).stdout.split() == [epa_kernels.__file__, unetrpp.__file__]
+
+
+@pytest.mark.parametrize("is_source", (True, False), ids=("sources", "install"))
+def test_reason_for_no_module_tells_sources_from_an_install(tmp_path, monkeypatch, is_source):
+    package = Path(epa_kernels.__file__).parent
+    ignore = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(package, tmp_path / "epa_kernels", ignore=ignore)
+    if is_source:
+        (tmp_path / "setup.py").touch()
+    monkeypatch.chdir(tmp_path)
+    # Without the finder of an editable install, which would find the extension.
+    code = (
+        "import sys; own = [f for f in sys.meta_path if f.__module__.startswith('_frozen')];"
+        "sys.meta_path = own; from epa_kernels import native; print(native.missing)"
+    )
+    missing = run_python(code).stdout
+    rule = f"sources in {tmp_path}" if is_source else "EPA_KERNELS_CPU=1 pip install"
+    assert rule in missing and "circular" not in missing
 
 
 def test_module_prints_versions_and_table():

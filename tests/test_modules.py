@@ -116,6 +116,7 @@ def test_bad_input_is_refused_with_the_rule(call, message):
         ({"kind": "sum"}, "adds the branches: pass None as out_proj_weight"),
         ({"out_proj2_weight": None}, "needs out_proj2_weight"),
         ({"proj_v_bias": torch.ones(5)}, "proj_v_bias was given without"),
+        ({"proj_k_weight": torch.ones(0, 20)}, "at least one row"),
         ({"num_heads": 3}, "num_heads must divide the 8 channels"),
         ({"temperature": torch.ones(4)}, "temperature must have shape"),
         ({"channel_dropout_p": -0.1}, r"channel_dropout_p must be in \[0, 1\)"),

@@ -189,3 +189,26 @@ def test_frozen_inputs_get_no_gradient(backend):
     assert layer.qkvv.weight.grad is not None
     with torch.no_grad():
         assert not layer(x).requires_grad
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_other_derivatives_name_the_reference_backend(backend):
+    """A tangent that got lost would be a derivative of zero."""
+    layer = make_layer((1, 20, 8, 2, 4))
+    x = torch.randn(1, 20, 8, dtype=torch.float64)
+
+    def dual(t):
+        with torch.autograd.forward_ad.dual_level():
+            y = layer(torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)))
+            return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+    for derivative in (
+        dual,
+        lambda t: torch.func.jvp(layer, (t,), (torch.ones_like(t),))[1],
+        torch.func.grad(lambda t: layer(t).square().sum()),
+    ):
+        with epa_kernels.use_backend("reference"):
+            assert derivative(x).abs().sum() > 0
+        with epa_kernels.use_backend(backend):
+            with pytest.raises(RuntimeError, match="neither forward-mode.*'reference'"):
+                derivative(x)

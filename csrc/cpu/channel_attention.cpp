@@ -104,8 +104,8 @@ template <class T> void forward(const ChannelAttention &a, View out) {
     const T *total = totals + b * size;
     unpack(matrix(static_cast<T *>(a.gram) + b * C * a.D, a.D, 1), total, stride, C, a.D);
     for (int64_t i = 0; i < C; ++i) {
-      static_cast<T *>(a.q_norm)[b * C + i] = std::sqrt(total[C * stride + i]);
-      static_cast<T *>(a.k_norm)[b * C + i] = std::sqrt(total[C * stride + C_padded + i]);
+      static_cast<T *>(a.q_norm)[b * C + i] = square_root(total[C * stride + i]);
+      static_cast<T *>(a.k_norm)[b * C + i] = square_root(total[C * stride + C_padded + i]);
     }
   }
   channel.find_attention();

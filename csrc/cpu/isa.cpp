@@ -1,5 +1,9 @@
 // Which instruction set runs: the sources beside this one, compiled once for each, chosen here.
 #include <cstring>
+#include <new>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "../kernels.h"
 
@@ -37,12 +41,20 @@ struct Isa {
   const Kernels *kernels;
 };
 
+#if defined(__x86_64__)
+// Not every compiler's check knows the name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & (1u << 29));
+}
+#endif
+
 // Best first. The compiler's check includes that the operating system saves the registers.
 const Isa *all(int *count) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                               __builtin_cpu_supports("f16c");
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   static const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -57,6 +69,8 @@ const Isa *all(int *count) {
 }
 
 } // namespace
+
+void out_of_memory() { throw std::bad_alloc(); }
 
 const Kernels *kernels(const char *isa) {
   int count;

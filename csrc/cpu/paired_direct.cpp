@@ -80,7 +80,7 @@ template <class T> struct Direct {
               width, true);
       for (int64_t i = first; i < first + rows && i < 2 * C; ++i) {
         const T *row = part(b, 0) + i * width;
-        const T norm = std::sqrt(dot<T>(row, row, width));
+        const T norm = square_root(dot<T>(row, row, width));
         T *norms = i < C ? q_norm : k_norm;
         norms[b * C + i % C] = norm < T(NORM_EPS) ? T(NORM_EPS) : norm;
       }

@@ -54,7 +54,7 @@ template <class T> Mix<T> mix_fwd(Layer<T> &layer, const Summary<T> &summary, bo
   const auto norm_of = [&](const T *gram_row, const T *weight_row, double mean) {
     // Rounding may leave a vanishing square just below zero. A NaN stays.
     const T centred = dot<T>(gram_row, weight_row, C);
-    const T norm = std::sqrt((centred < 0 ? T(0) : centred) + N * T(mean) * T(mean));
+    const T norm = square_root((centred < 0 ? T(0) : centred) + N * T(mean) * T(mean));
     return norm < T(NORM_EPS) ? T(NORM_EPS) : norm;
   };
   const double cost = 2. * C * C + 2. * C * P;

@@ -124,7 +124,7 @@ template <class T> void summary_fwd(Layer<T> &layer) {
       layer.a.mean[b * C + c] = mean;
       for (int64_t t = 0; t < chunks; ++t)
         deltas[(b * chunks + t) * stride + c] =
-            T((means_b[t * C + c] - mean) * std::sqrt(count_of(t)));
+            T((means_b[t * C + c] - mean) * square_root(count_of(t)));
     }
     T *total = totals + b * size;
     add_parts(total, parts + b * chunks * size, chunks, size, layer.a.threads);

@@ -5,7 +5,6 @@
 // Nothing here may use inline functions or templates of the standard library: the linker keeps one
 // copy of those, and it could be one with instructions that the processor lacks.
 #pragma once
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -61,6 +60,9 @@ template <class T> static inline void store(T *p, Vector<T> v) {
 template <class T> static inline Vector<T> broadcast(T x) { return x - Vector<T>{}; }
 // NaN in b is kept, NaN in a is not.
 template <class V> static inline V maximum(V a, V b) { return a > b ? a : b; }
+
+static inline float square_root(float x) { return __builtin_sqrtf(x); }
+static inline double square_root(double x) { return __builtin_sqrt(x); }
 
 template <class T> constexpr T minimum(T a, T b) { return a < b ? a : b; }
 template <class T> constexpr T round_up(T n, T multiple) {

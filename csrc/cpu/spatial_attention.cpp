@@ -56,7 +56,7 @@ template <class T> struct Spatial {
       for (int64_t i = 0; i < C; ++i) {
         T square = 0;
         for (int64_t part = 0; part < chunks; ++part) square += parts[(b * chunks + part) * C + i];
-        q_norm[b * C + i] = std::sqrt(square);
+        q_norm[b * C + i] = square_root(square);
       }
   }
 

@@ -7,8 +7,8 @@ namespace {
 struct BFloat16 {
   uint16_t bits;
 };
-#ifdef __FLT16_MANT_DIG__
-typedef _Float16 Float16;
+#ifdef EPA_FLOAT16
+typedef EPA_FLOAT16 Float16;
 #endif
 
 // As many elements of a storage type as a vector of T has lanes, wherever they lie.
@@ -16,10 +16,15 @@ template <class S, class T> struct Stored {
   typedef S type __attribute__((vector_size(LANES<T> * sizeof(S)), aligned(sizeof(S)), may_alias));
 };
 
-template <class T> T widen(T x) { return x; }
-template <class T> Vector<T> load_wide(const T *p) { return load(p); }
-template <class T> void store_narrow(T *p, Vector<T> v) { store(p, v); }
-template <class T> void store_narrow(T *p, T x) { *p = x; }
+// Overloads, no templates: those would be tried on the two types below, which have no vectors.
+float widen(float x) { return x; }
+double widen(double x) { return x; }
+Vector<float> load_wide(const float *p) { return load(p); }
+Vector<double> load_wide(const double *p) { return load(p); }
+void store_narrow(float *p, Vector<float> v) { store(p, v); }
+void store_narrow(double *p, Vector<double> v) { store(p, v); }
+void store_narrow(float *p, float x) { *p = x; }
+void store_narrow(double *p, double x) { *p = x; }
 
 float widen(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -46,7 +51,7 @@ void store_narrow(BFloat16 *p, float x) {
                                          : (bits >> 16) | 0x40);
 }
 
-#ifdef __FLT16_MANT_DIG__
+#ifdef EPA_FLOAT16
 float widen(Float16 x) { return static_cast<float>(x); }
 Vector<float> load_wide(const Float16 *p) {
   const auto stored = *reinterpret_cast<const typename Stored<Float16, float>::type *>(p);
@@ -261,7 +266,7 @@ void pack(T *to, int64_t stride, const Matrix &from, int64_t rows, int64_t colum
   } else {
     if (from.dtype == Dtype::float32) run(static_cast<const float *>(from.data));
     if (from.dtype == Dtype::bfloat16) run(static_cast<const BFloat16 *>(from.data));
-#ifdef __FLT16_MANT_DIG__
+#ifdef EPA_FLOAT16
     if (from.dtype == Dtype::float16) run(static_cast<const Float16 *>(from.data));
 #endif
   }
@@ -277,7 +282,7 @@ void unpack(const Matrix &to, const T *from, int64_t stride, int64_t rows, int64
   } else {
     if (to.dtype == Dtype::float32) run(static_cast<float *>(to.data));
     if (to.dtype == Dtype::bfloat16) run(static_cast<BFloat16 *>(to.data));
-#ifdef __FLT16_MANT_DIG__
+#ifdef EPA_FLOAT16
     if (to.dtype == Dtype::float16) run(static_cast<Float16 *>(to.data));
 #endif
   }

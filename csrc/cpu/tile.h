@@ -7,9 +7,6 @@
 // the same bits for any number of threads.
 #pragma once
 #include <cstdlib>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "simd.h"
 
@@ -37,7 +34,7 @@ public:
       }
     const int64_t size = round_up<int64_t>(bytes > SMALLEST ? bytes : SMALLEST, SMALLEST);
     Block *block = static_cast<Block *>(std::aligned_alloc(64, size));
-    if (!block) std::abort(); // there is nothing left to compute with
+    if (!block) out_of_memory();
     block->bytes = size;
     return block;
   }
@@ -111,22 +108,29 @@ private:
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr double GRAIN = 1 << 17;
 
-// f(index, scratch) for index in [0, count); cost: multiply-adds of one index.
+// f(index, scratch) for index in [0, count); cost: multiply-adds of one index. The one exception
+// that there is, no memory, may not leave a parallel region: it is thrown again after it.
 template <class F> static void parallel_for(int64_t count, double cost, int threads, const F &f) {
 #ifdef _OPENMP
   const double grains = count * cost / GRAIN;
   int team = static_cast<int>(minimum<int64_t>(threads, count));
   if (grains < team) team = static_cast<int>(grains);
   if (team > 1) {
-#pragma omp parallel num_threads(team)
+    bool failed = false;
+#pragma omp parallel num_threads(team) reduction(|| : failed)
     {
       Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t index = 0; index < count; ++index) {
-        f(index, scratch);
+        try {
+          f(index, scratch);
+        } catch (...) {
+          failed = true;
+        }
         scratch.reset();
       }
     }
+    if (failed) out_of_memory();
     return;
   }
 #endif
@@ -161,7 +165,6 @@ template <class T> static inline Matrix matrix(T *data, int64_t row, int64_t col
 }
 
 // A Matrix and a Factor go by reference: a copy would wait for every store before it.
-//
 static inline Matrix turned(const Matrix &m) { return {m.data, m.dtype, m.column, m.row}; }
 
 // to[r * stride + c] = from(r, c) for all rows and columns, and 0 up to column `width`.
