@@ -45,7 +45,7 @@ def bench_synapse(setting, direction, benchmark):
     }
     if not training:
         with torch.no_grad():
-            benchmark.pedantic(model, (x,), rounds=3, warmup_rounds=1)
+            benchmark.pedantic(model, (x,), rounds=7, warmup_rounds=1)
         return
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.99, nesterov=True)
 
@@ -54,4 +54,4 @@ def bench_synapse(setting, direction, benchmark):
         deep_supervision_loss(model(x), label).backward()
         optimizer.step()
 
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(step, rounds=7, warmup_rounds=1)
