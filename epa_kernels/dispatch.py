@@ -1,7 +1,7 @@
 """Which backend runs: one table, one order, every reason.
 
     CPU tensor                  cpp, where it was built; else two_pass
-    CUDA and any other tensor   two_pass
+    CUDA and any other tensor   two_pass; on CUDA, triton where it is forced
     under export                reference, since a graph of plain operators runs anywhere
 
 A backend that is forced, by `use_backend`, the environment variable EPA_KERNELS_BACKEND or the
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpp, ops, reference
+from . import cpp, ops, reference, triton
 
 OPS = ("paired_attention", "spatial_attention", "channel_attention")
 
@@ -45,13 +45,22 @@ def _exporting() -> list[str]:
     return ["export in progress: the graph would hold a custom operator"] if _is_exporting() else []
 
 
+def _untried() -> list[str]:
+    return [*_exporting(), "it has not run on a GPU yet, so it is chosen only by force"]
+
+
 BACKENDS = {
     "cpp": Backend(ops.register("cpp", "CPU"), cpp.why_not, _exporting),
+    "triton": Backend(ops.register("triton"), triton.why_not, _untried),
     "two_pass": Backend(ops.register("two_pass"), _no_reason, _exporting),
     "reference": Backend({name: getattr(reference, name) for name in OPS}, _no_reason, _no_reason),
 }
 # First that can run wins; a device type that is not listed takes the last row.
-ORDER = {"cpu": ("cpp", "two_pass", "reference"), "other": ("two_pass", "reference")}
+ORDER = {
+    "cpu": ("cpp", "two_pass", "reference"),
+    "cuda": ("triton", "two_pass", "reference"),
+    "other": ("two_pass", "reference"),
+}
 
 _forced: str | None = os.environ.get("EPA_KERNELS_BACKEND") or None
 
@@ -68,7 +77,7 @@ class use_backend:
     block. The setting is one per process, shared by its threads.
 
     Args:
-        name: "cpp", "two_pass", "reference", or None for automatic choice.
+        name: "cpp", "triton", "two_pass", "reference", or None for automatic choice.
 
     Raises:
         ValueError: no such backend.

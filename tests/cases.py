@@ -2,13 +2,16 @@
 
 import math
 
+import pytest
 import torch
 
 import epa_kernels
 
 # Backends beside the spec that run here; a new one is tested by being named here.
-FUSED_BACKENDS = ("two_pass", "cpp")
+FUSED_BACKENDS = ("two_pass", "cpp", "triton")
 BACKENDS = ("reference", *FUSED_BACKENDS)
+# Without the one that Triton's interpreter runs, for tests of a hundred calls or large shapes.
+COMPILED_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
 KINDS = ("shared", "split", "sum")
 LAYOUTS = ("official", "tokens")
 
@@ -23,12 +26,29 @@ SHAPES = (
     (1, 1031, 10, 5, 17),
 )
 
+# Triton's interpreter takes milliseconds a program: few heads and tiles. C a power of two that
+# divides N; other C; N = 1; D = 2.
+INTERPRETED_SHAPES = ((1, 160, 32, 2, 33), (1, 63, 40, 2, 5), (2, 1, 6, 2, 3), (1, 130, 10, 5, 17))
+
 # Draws that errors are gathered over; the error in half precision is the rounding of the result.
 DRAWS = {torch.float32: 24, torch.bfloat16: 2, torch.float16: 2}
 
 
 def shape_id(shape):
     return "B{}N{}C{}H{}P{}".format(*shape)
+
+
+def backend_shapes(shapes=SHAPES, interpreted=INTERPRETED_SHAPES):
+    """Every pair of a fused backend and a shape, for parametrize("backend, shape", ...)."""
+    return [
+        pytest.param(backend, shape, id=f"{backend}-{shape_id(shape)}")
+        for backend in FUSED_BACKENDS
+        for shape in (interpreted if backend == "triton" else shapes)
+    ]
+
+
+def draws(dtype, backend):
+    return range(DRAWS[dtype] // 3 if backend == "triton" and DRAWS[dtype] > 2 else DRAWS[dtype])
 
 
 def strided(*shape, dtype, generator):

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import pytest
@@ -6,6 +7,22 @@ import pytest
 # other on busy cores cost more than they compute. Set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# The Triton kernels run in Python on CPU tensors. Set before triton is imported, too.
+os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter():
+    """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
+    if importlib.util.find_spec("triton"):
+        import triton_interpreter
+
+        from epa_kernels.triton import configs
+
+        triton_interpreter.repair()
+        configs.MAX_CHUNKS, configs.MERGE_ROWS, configs.SUM_BLOCK = 2, 64, 8192
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -91,7 +91,9 @@ def test_use_backend_holds_in_its_block_or_from_now_on():
     ),
 )
 def test_unknown_backend_is_refused_with_the_names(call):
-    with pytest.raises(ValueError, match="must be one of cpp, two_pass, reference, got 'cudnn'"):
+    with pytest.raises(
+        ValueError, match="must be one of cpp, triton, two_pass, reference, got 'cudnn'"
+    ):
         call()
     assert dispatch.select("paired_attention", X) == FASTEST
 

@@ -1,0 +1,225 @@
+"""Channel attention: kernels and launches.
+
+forward   channel_gram, channel_mix, channel_forward
+backward  channel_gram, channel_mix_backward, channel_backward
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..ops import empty_gradient
+from ..reference import accumulate_dtype
+from ..rng import threshold
+from .configs import block, chunks, precision
+from .primitives import (
+    channel_map,
+    clamp_norm,
+    dot,
+    dropout_multiplier,
+    load_rows,
+    per_norm,
+    softmax_backward,
+    store_rows,
+)
+from .spatial import per_head, temperature_gradient
+
+
+@triton.jit
+def channel_gram(
+    q, q_b, q_n, q_h, q_d, k, k_b, k_n, k_h, k_d, sums, N, chunk,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, NORMS: tl.constexpr, T: tl.constexpr,
+    BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q^T k of a chunk, and with NORMS the sums of squares: sums (B, H, chunks, D*D [+ 2 D])."""
+    SIZE: tl.constexpr = D * D + 2 * D if NORMS else D * D
+    chunks, index, h = tl.num_programs(0), tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    in_d = d < D
+    first = index.to(tl.int64) * chunk
+    stop = tl.minimum(first + chunk, N)
+    gram = tl.zeros((BD, BD), ACC)
+    q_square, k_square = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    for start in range(first, stop, T):
+        n = start + tl.arange(0, T)
+        q_tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, n < stop, in_d)
+        k_tile = load_rows(k + b * k_b + h * k_h, k_n, k_d, n, d, n < stop, in_d)
+        gram = dot(tl.trans(q_tile), k_tile, gram, PRECISION)
+        if NORMS:
+            q_square += tl.sum(q_tile.to(ACC) * q_tile.to(ACC), 0)
+            k_square += tl.sum(k_tile.to(ACC) * k_tile.to(ACC), 0)
+    sums += ((b * H + h) * chunks + index) * SIZE
+    store_rows(sums, D, 1, d, d, in_d, in_d, gram)
+    if NORMS:
+        tl.store(sums + D * D + d, q_square, mask=in_d)
+        tl.store(sums + D * D + D + d, k_square, mask=in_d)
+
+
+@triton.jit
+def channel_mix(
+    sums, count, temperature, temperature_h, seed, gram, q_norm, k_norm, attention, cut,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Of one head: gram and attention (B, H, D, D), norms (B, H, D)."""
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = b * H + h
+    d = tl.arange(0, BD)
+    in_d = d < D
+    products = tl.zeros((BD, BD), ACC)
+    q_square, k_square = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    sums += head * count * (D * D + 2 * D)
+    for _ in range(0, count):
+        products += load_rows(sums, D, 1, d, d, in_d, in_d)
+        q_square += tl.load(sums + D * D + d, mask=in_d, other=0.0)
+        k_square += tl.load(sums + D * D + D + d, mask=in_d, other=0.0)
+        sums += D * D + 2 * D
+    q_length, k_length = clamp_norm(q_square), clamp_norm(k_square)
+    tl.store(q_norm + head * D + d, q_length, mask=in_d)
+    tl.store(k_norm + head * D + d, k_length, mask=in_d)
+    store_rows(gram + head * D * D, D, 1, d, d, in_d, in_d, products)
+    t = tl.load(temperature + h * temperature_h).to(ACC)
+    weights, _, _ = channel_map(products, q_length, k_length, t, D)
+    if DROPOUT:
+        weights *= dropout_multiplier(seed, head * D + d, BD, cut, 0, ACC)
+    store_rows(attention + head * D * D, D, 1, d, d, in_d, in_d, weights)
+
+
+@triton.jit
+def channel_forward(
+    v, v_b, v_n, v_h, v_d, attention, out, N,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (B, N, H, D) = v A^T of one tile of a head."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    d = tl.arange(0, BD)
+    in_n, in_d = n < N, d < D
+    tile = load_rows(v + b * v_b + h * v_h, v_n, v_d, n, d, in_n, in_d)
+    weights = load_rows(attention + (b * H + h) * D * D, D, 1, d, d, in_d, in_d).to(tile.dtype)
+    result = dot(tile, tl.trans(weights), tl.zeros((T, BD), ACC), PRECISION)
+    store_rows(out + b * N * H * D + h * D, H * D, 1, n, d, in_n, in_d, result)
+
+
+@triton.jit
+def channel_mix_backward(
+    sums, count, gram, q_norm, k_norm, temperature, temperature_h, seed,
+    attention, ddots, dq_norm, dk_norm, dtemperature, cut,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Of one head: attention again, gradients of <q_i, k_j>, d|q|/|q|, d|k|/|k| and temperature."""
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = b * H + h
+    d = tl.arange(0, BD)
+    in_d = d < D
+    dattention = tl.zeros((BD, BD), ACC)
+    sums += head * count * D * D
+    for _ in range(0, count):
+        dattention += load_rows(sums, D, 1, d, d, in_d, in_d)
+        sums += D * D
+    products = load_rows(gram + head * D * D, D, 1, d, d, in_d, in_d)
+    q_length = tl.load(q_norm + head * D + d, mask=in_d, other=1.0)
+    k_length = tl.load(k_norm + head * D + d, mask=in_d, other=1.0)
+    t = tl.load(temperature + h * temperature_h).to(ACC)
+    softmax, cosine, norms = channel_map(products, q_length, k_length, t, D)
+    weights = softmax
+    if DROPOUT:
+        multiplier = dropout_multiplier(seed, head * D + d, BD, cut, 0, ACC)
+        weights = softmax * multiplier
+        dattention *= multiplier
+    store_rows(attention + head * D * D, D, 1, d, d, in_d, in_d, weights)
+    dlogits = tl.where(in_d[:, None], softmax_backward(softmax, dattention), 0.0)
+    tl.store(dtemperature + head, tl.sum(tl.sum(dlogits * cosine, 1), 0))
+    dcosine = t * dlogits
+    store_rows(ddots + head * D * D, D, 1, d, d, in_d, in_d, dcosine / norms)
+    along = dcosine * cosine
+    tl.store(dq_norm + head * D + d, per_norm(tl.sum(along, 1), q_length), mask=in_d)
+    tl.store(dk_norm + head * D + d, per_norm(tl.sum(along, 0), k_length), mask=in_d)
+
+
+@triton.jit
+def channel_backward(
+    dout, g_b, g_n, g_h, g_d, q, q_b, q_n, q_h, q_d, k, k_b, k_n, k_h, k_d,
+    attention, ddots, dq_norm, dk_norm,
+    dq, dq_b, dq_n, dq_h, dq_d, dk, dk_b, dk_n, dk_h, dk_d, dv, dv_b, dv_n, dv_h, dv_d, N,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq = k ddots^T + q d|q|/|q|, dk = q ddots + k d|k|/|k|, dv = dout A of one tile of a head."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = b * H + h
+    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    d = tl.arange(0, BD)
+    in_n, in_d = n < N, d < D
+    q_tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
+    k_tile = load_rows(k + b * k_b + h * k_h, k_n, k_d, n, d, in_n, in_d)
+    tile = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
+    weights = load_rows(attention + head * D * D, D, 1, d, d, in_d, in_d).to(tile.dtype)
+    # In the accumulation dtype: of the order of 1/N, it would underflow in float16.
+    ddot = load_rows(ddots + head * D * D, D, 1, d, d, in_d, in_d)
+    q_wide, k_wide = q_tile.to(ACC), k_tile.to(ACC)
+    factor = tl.load(dq_norm + head * D + d, mask=in_d, other=0.0)
+    result = dot(k_wide, tl.trans(ddot), q_wide * factor[None, :], PRECISION)
+    store_rows(dq + b * dq_b + h * dq_h, dq_n, dq_d, n, d, in_n, in_d, result)
+    factor = tl.load(dk_norm + head * D + d, mask=in_d, other=0.0)
+    result = dot(q_wide, ddot, k_wide * factor[None, :], PRECISION)
+    store_rows(dk + b * dk_b + h * dk_h, dk_n, dk_d, n, d, in_n, in_d, result)
+    result = dot(tile, weights, tl.zeros((T, BD), ACC), PRECISION)
+    store_rows(dv + b * dv_b + h * dv_h, dv_n, dv_d, n, d, in_n, in_d, result)
+
+
+def _common(q):
+    B, N, H, D = q.shape
+    acc = tl.float64 if q.dtype == torch.float64 else tl.float32
+    return {"H": H, "D": D, "ACC": acc, "BD": block(D)}, {"T": 64, "PRECISION": precision(q)}
+
+
+def forward(q, k, v, temperature, seed, *, dropout_p):
+    """Op `channel_attention`, see `ops`."""
+    B, N, H, D = q.shape
+    common, tiles = _common(q)
+    count, size = chunks(N, tiles["T"])
+    dtype = accumulate_dtype(q.dtype)
+    sums = q.new_empty(B, H, count, D * D + 2 * D, dtype=dtype)
+    channel_gram[(count, H, B)](
+        q, *q.stride(), k, *k.stride(), sums, N, size, NORMS=True, **common, **tiles
+    )
+    gram, attention = (q.new_empty(B, H, D, D, dtype=dtype) for _ in range(2))
+    q_norm, k_norm = (q.new_empty(B, H, D, dtype=dtype) for _ in range(2))
+    channel_mix[(H, B)](
+        sums, count, *per_head(temperature), seed, gram, q_norm, k_norm, attention,
+        threshold(dropout_p), DROPOUT=dropout_p > 0, **common,
+    )  # fmt: skip
+    out = q.new_empty(B, N, H, D)
+    channel_forward[(triton.cdiv(N, tiles["T"]), H, B)](
+        v, *v.stride(), attention, out, N, **common, **tiles
+    )
+    return out, gram, q_norm, k_norm
+
+
+def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_p):
+    """Op `channel_attention_bwd`, see `ops`."""
+    B, N, H, D = q.shape
+    common, tiles = _common(q)
+    count, size = chunks(N, tiles["T"])
+    sums = gram.new_empty(B, H, count, D, D)
+    channel_gram[(count, H, B)](
+        dout, *dout.stride(), v, *v.stride(), sums, N, size, NORMS=False, **common, **tiles
+    )
+    attention, ddots = torch.empty_like(gram), torch.empty_like(gram)
+    dq_norm, dk_norm = torch.empty_like(q_norm), torch.empty_like(k_norm)
+    dtemperature = gram.new_empty(B, H)
+    channel_mix_backward[(H, B)](
+        sums, count, gram, q_norm, k_norm, *per_head(temperature), seed,
+        attention, ddots, dq_norm, dk_norm, dtemperature, threshold(dropout_p),
+        DROPOUT=dropout_p > 0, **common,
+    )  # fmt: skip
+    dq, dk, dv = (empty_gradient(t, q) for t in (q, k, v))
+    if q.dtype in (torch.bfloat16, torch.float16):
+        tiles["PRECISION"] = "tf32"  # keeps all that q and k have
+    channel_backward[(triton.cdiv(N, tiles["T"]), H, B)](
+        dout, *dout.stride(), q, *q.stride(), k, *k.stride(), attention, ddots, dq_norm, dk_norm,
+        dq, *dq.stride(), dk, *dk.stride(), dv, *dv.stride(), N, **common, **tiles,
+    )  # fmt: skip
+    return dq, dk, dv, temperature_gradient(dtemperature, temperature)

@@ -1,0 +1,972 @@
+"""Kernels of paired attention, two passes over the tokens forward and backward; see `two_pass`.
+
+    forward   summary, merge, mix, output
+    backward  mix, output_backward, sum_chunks, mix_backward, gather, summary_backward
+
+Tokens are cut into chunks by shape alone. A program leaves its sums over one chunk in a workspace,
+and the next kernel adds them in their order: the result depends on nothing but the input.
+
+What a program of an output pass does with out_s and its gradient, MODE:
+
+    rows    layout "official", T a multiple of C that divides N: the tile's (T, D) is T/C * D whole
+            rows of out_s', projected on the spot
+    tokens  layout "tokens", projected on the spot, all heads in one program
+    flat    any other "official" shape: out_s' and its gradient go through memory
+    sum     kind "sum", layout "official": y = out_s' here, the channel branch is added afterwards
+    add     kind "sum", layout "tokens"
+
+The logits are (scale * q) k_proj^T with scale = temperature2 / |q|: q, not k_proj, takes the scale,
+since a channel that is zero has a scale of 1e12, which no float16 holds, and 0 times it is 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LOG2E,
+    channel_map,
+    clamp_norm,
+    dot,
+    dropout_multiplier,
+    exp2_rows,
+    load_rows,
+    per_norm,
+    softmax_backward,
+    store_rows,
+)
+
+
+@triton.jit
+def summary(
+    x, x_b, x_n, x_c, proj_k, proj_k_p, proj_k_n, proj_v, proj_v_p, proj_v_n, means, sums,
+    N, chunk,
+    C: tl.constexpr, P: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Chunk's mean, centred gram and E x; a program has one block of rows and of columns of each.
+
+    means (B, chunks, C) float64;  sums (B, chunks, C*C + J*P*C)
+    """
+    COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    PROJ_BLOCKS: tl.constexpr = (P + BP - 1) // BP
+    chunks, index, b = tl.num_programs(0), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    row_block, column_block = tl.program_id(1) // COLUMN_BLOCKS, tl.program_id(1) % COLUMN_BLOCKS
+    first = index.to(tl.int64) * chunk
+    stop = tl.minimum(first + chunk, N)
+
+    columns = column_block * BC + tl.arange(0, BC)
+    in_columns = columns < C
+    rows = row_block * BC + tl.arange(0, BC)
+    in_rows = rows < C
+    proj_block = row_block % PROJ_BLOCKS
+    p = proj_block * BP + tl.arange(0, BP)
+    in_p = p < P
+    is_gram = row_block < COLUMN_BLOCKS
+    is_proj = row_block < J * PROJ_BLOCKS
+    x += b * x_b
+    # Differences to one token are exact where tokens are nearly constant.
+    token = tl.load(x + first * x_n + columns * x_c, mask=in_columns, other=0.0).to(ACC)
+    row_token = tl.load(x + first * x_n + rows * x_c, mask=in_rows, other=0.0).to(ACC)
+    mean, row_mean = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC)
+    gram, projected = tl.zeros((BC, BC), ACC), tl.zeros((BP, BC), ACC)
+    before = 0
+    for start in range(first, stop, T):
+        n = start + tl.arange(0, T)
+        inside = n < stop
+        tile = load_rows(x, x_n, x_c, n, columns, inside, in_columns)
+        if is_gram:
+            count = tl.minimum(stop - start, T).to(tl.int32)
+            mask = inside[:, None]
+            centred = tl.where(mask, tile.to(ACC) - token[None, :], 0.0)
+            offset = tl.sum(centred, 0) / count
+            centred = tl.where(mask, centred - offset[None, :], 0.0)
+            if COLUMN_BLOCKS == 1:
+                row_centred, row_offset = centred, offset
+            else:
+                row_tile = load_rows(x, x_n, x_c, n, rows, inside, in_rows)
+                row_centred = tl.where(mask, row_tile.to(ACC) - row_token[None, :], 0.0)
+                row_offset = tl.sum(row_centred, 0) / count
+                row_centred = tl.where(mask, row_centred - row_offset[None, :], 0.0)
+            # Chan's formula: from the means of the tokens so far and of the tile to the joint one.
+            share = count.to(ACC) / (before + count)
+            delta, row_delta = offset - mean, row_offset - row_mean
+            mean += delta * share
+            row_mean += row_delta * share
+            gram += row_delta[:, None] * delta[None, :] * (share * before)
+            gram = dot(
+                tl.trans(row_centred).to(tile.dtype), centred.to(tile.dtype), gram, PRECISION
+            )
+            before += count
+        if is_proj:
+            if J == 1 or row_block < PROJ_BLOCKS:
+                e = load_rows(proj_k, proj_k_p, proj_k_n, p, n, in_p, inside).to(tile.dtype)
+            else:
+                e = load_rows(proj_v, proj_v_p, proj_v_n, p, n, in_p, inside).to(tile.dtype)
+            projected = dot(e, tile, projected, PRECISION)
+
+    sums += (b * chunks + index) * (C * C + J * P * C)
+    if is_gram:
+        store_rows(sums, C, 1, rows, columns, in_rows, in_columns, gram)
+        if row_block == 0:
+            value = token.to(tl.float64) + mean.to(tl.float64)
+            tl.store(means + (b * chunks + index) * C + columns, value, mask=in_columns)
+    if is_proj:
+        target = sums + C * C + (row_block // PROJ_BLOCKS) * P * C
+        store_rows(target, C, 1, p, columns, in_p, in_columns, projected)
+
+
+@triton.jit
+def merge(
+    means, sums, mean, gram, projected, N, chunk, chunks,
+    C: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Sums over chunks: mean (B, C) float64, gram (B, C, C), projected (B, ROWS, C), ROWS = J*P."""
+    GRAM_BLOCKS: tl.constexpr = (C + BM - 1) // BM
+    b, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    is_gram = block < GRAM_BLOCKS
+    rows = tl.where(is_gram, block, block - GRAM_BLOCKS) * BM + tl.arange(0, BM)
+    in_rows = rows < tl.where(is_gram, C, ROWS)
+    means += b * chunks * C
+    sums += b * chunks * (C * C + ROWS * C)
+    row_mean = tl.zeros((BM,), tl.float64)
+    in_gram = in_rows & is_gram
+    for t in range(0, chunks):
+        count = tl.minimum(N - t * chunk, chunk).to(tl.float64)
+        row_mean += tl.load(means + t * C + rows, mask=in_gram, other=0.0) * (count / N)
+    for first in range(0, C, BC):
+        columns = first + tl.arange(0, BC)
+        inside = columns < C
+        column_mean = tl.zeros((BC,), tl.float64)
+        for t in range(0, chunks):
+            count = tl.minimum(N - t * chunk, chunk).to(tl.float64)
+            column_mean += tl.load(means + t * C + columns, mask=inside, other=0.0) * (count / N)
+        total = tl.zeros((BM, BC), ACC)
+        source = sums + tl.where(is_gram, 0, C * C)
+        for t in range(0, chunks):
+            total += load_rows(source, C, 1, rows, columns, in_rows, inside)
+            if is_gram:
+                count = tl.minimum(N - t * chunk, chunk).to(ACC)
+                delta = tl.load(means + t * C + columns, mask=inside, other=0.0) - column_mean
+                row_delta = tl.load(means + t * C + rows, mask=in_gram, other=0.0) - row_mean
+                total += row_delta.to(ACC)[:, None] * delta.to(ACC)[None, :] * count
+            source += C * C + ROWS * C
+        if is_gram:
+            store_rows(gram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
+            if block == 0:
+                tl.store(mean + b * C + columns, column_mean, mask=inside)
+        else:
+            store_rows(projected + b * ROWS * C, C, 1, rows, columns, in_rows, inside, total)
+
+
+@triton.jit
+def mix(
+    mean, gram, projected, row_sums, qkvv_weight, qkvv_bias, proj_k_bias, proj_v_bias,
+    temperature, temperature2, seed,
+    k_proj, v_proj, scale, value_matrix, value_constant,
+    q_gram, k_gram, q_mean, k_mean, q_norm, k_norm, dots,
+    N, cut,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One head of one sample between the passes: `two_pass._Mix`.
+
+    k_proj, v_proj (B, H, P, D);  scale (B, C);  value_matrix (B, C, C) = A Wvc;
+    value_constant (B, C) = A bvc
+    KEEP, for backward: q_gram, k_gram (B, C, C) = Wq M, Wk M;  q_mean, k_mean, q_norm, k_norm
+    (B, C);  dots (B, H, D, D)
+    """
+    D: tl.constexpr = C // H
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BD)
+    in_d = d < D
+    q_weight, k_weight = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
+    vc_weight, vs_weight = qkvv_weight + (2 * H + h) * D * C, qkvv_weight + (3 * H + h) * D * C
+    head = b * C + h * D  # of (B, H, D)
+
+    q_centre, k_centre = tl.zeros((BD,), tl.float64), tl.zeros((BD,), tl.float64)
+    q_square, k_square = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    products = tl.zeros((BD, BD), ACC)
+    for first in range(0, C, BC):
+        columns = first + tl.arange(0, BC)
+        inside = columns < C
+        q_m, k_m = tl.zeros((BD, BC), ACC), tl.zeros((BD, BC), ACC)
+        for other in range(0, C, BC):
+            rows = other + tl.arange(0, BC)
+            block = load_rows(gram + b * C * C, C, 1, rows, columns, rows < C, inside)
+            wq = load_rows(q_weight, C, 1, d, rows, in_d, rows < C).to(ACC)
+            wk = load_rows(k_weight, C, 1, d, rows, in_d, rows < C).to(ACC)
+            q_m, k_m = dot(wq, block, q_m, PRECISION), dot(wk, block, k_m, PRECISION)
+        wq = load_rows(q_weight, C, 1, d, columns, in_d, inside).to(ACC)
+        wk = load_rows(k_weight, C, 1, d, columns, in_d, inside).to(ACC)
+        centre = tl.load(mean + b * C + columns, mask=inside, other=0.0)
+        # In float64: a mean that is small beside the weights would lose its digits.
+        q_centre += tl.sum(wq.to(tl.float64) * centre[None, :], 1)
+        k_centre += tl.sum(wk.to(tl.float64) * centre[None, :], 1)
+        q_square += tl.sum(q_m * wq, 1)
+        k_square += tl.sum(k_m * wk, 1)
+        products = dot(q_m, tl.trans(wk), products, PRECISION)
+        if KEEP:
+            store_rows(q_gram + head * C, C, 1, d, columns, in_d, inside, q_m)
+            store_rows(k_gram + head * C, C, 1, d, columns, in_d, inside, k_m)
+    if qkvv_bias is not None:
+        q_centre += tl.load(qkvv_bias + h * D + d, mask=in_d, other=0.0).to(tl.float64)
+        k_centre += tl.load(qkvv_bias + (H + h) * D + d, mask=in_d, other=0.0).to(tl.float64)
+    q_centre, k_centre = q_centre.to(ACC), k_centre.to(ACC)
+    products += N * q_centre[:, None] * k_centre[None, :]
+    q_length = clamp_norm(tl.where(q_square < 0, 0.0, q_square) + N * q_centre * q_centre)
+    k_length = clamp_norm(tl.where(k_square < 0, 0.0, k_square) + N * k_centre * k_centre)
+    if KEEP:
+        tl.store(q_mean + head + d, q_centre, mask=in_d)
+        tl.store(k_mean + head + d, k_centre, mask=in_d)
+        tl.store(q_norm + head + d, q_length, mask=in_d)
+        tl.store(k_norm + head + d, k_length, mask=in_d)
+        store_rows(dots + (b * H + h) * D * D, D, 1, d, d, in_d, in_d, products)
+
+    attention, _, _ = channel_map(products, q_length, k_length, tl.load(temperature + h).to(ACC), D)
+    if DROPOUT:
+        attention *= dropout_multiplier(seed, (b * H + h) * D + d, BD, cut, 0, ACC)
+    for first in range(0, C, BC):
+        columns = first + tl.arange(0, BC)
+        inside = columns < C
+        block = load_rows(vc_weight, C, 1, d, columns, in_d, inside).to(ACC)
+        block = dot(attention, block, tl.zeros((BD, BC), ACC), PRECISION)
+        store_rows(value_matrix + head * C, C, 1, d, columns, in_d, inside, block)
+    constant = tl.zeros((BD,), ACC)
+    if qkvv_bias is not None:
+        bias = tl.load(qkvv_bias + (2 * H + h) * D + d, mask=in_d, other=0.0).to(ACC)
+        constant += tl.sum(attention * bias[None, :], 1)
+    tl.store(value_constant + head + d, constant, mask=in_d)
+
+    tl.store(scale + head + d, tl.load(temperature2 + h).to(ACC) / q_length, mask=in_d)
+    for first in range(0, P, BP):
+        p = first + tl.arange(0, BP)
+        in_p = p < P
+        k_block, v_block = tl.zeros((BP, BD), ACC), tl.zeros((BP, BD), ACC)
+        for other in range(0, C, BC):
+            columns = other + tl.arange(0, BC)
+            inside = columns < C
+            z = load_rows(projected + b * J * P * C, C, 1, p, columns, in_p, inside)
+            wk = load_rows(k_weight, C, 1, d, columns, in_d, inside).to(ACC)
+            k_block = dot(z, tl.trans(wk), k_block, PRECISION)
+            if J == 2:
+                z = load_rows(projected + (b * J + 1) * P * C, C, 1, p, columns, in_p, inside)
+            wv = load_rows(vs_weight, C, 1, d, columns, in_d, inside).to(ACC)
+            v_block = dot(z, tl.trans(wv), v_block, PRECISION)
+        if qkvv_bias is not None:
+            # sum_n E[p,n] (W x_n + bias) = W z_p + bias sum_n E[p,n]
+            bias = tl.load(qkvv_bias + (H + h) * D + d, mask=in_d, other=0.0).to(ACC)
+            k_block += tl.load(row_sums + p, mask=in_p, other=0.0)[:, None] * bias[None, :]
+            bias = tl.load(qkvv_bias + (3 * H + h) * D + d, mask=in_d, other=0.0).to(ACC)
+            total = tl.load(row_sums + (J - 1) * P + p, mask=in_p, other=0.0)
+            v_block += total[:, None] * bias[None, :]
+        if proj_k_bias is not None:
+            k_block += tl.load(proj_k_bias + p, mask=in_p, other=0.0).to(ACC)[:, None]
+        if proj_v_bias is not None:
+            v_block += tl.load(proj_v_bias + p, mask=in_p, other=0.0).to(ACC)[:, None]
+        offset = (b * H + h) * P * D
+        store_rows(k_proj + offset, D, 1, p, d, in_p, in_d, k_block)
+        store_rows(v_proj + offset, D, 1, p, d, in_p, in_d, v_block)
+
+
+@triton.jit
+def output(
+    x, x_b, x_n, x_c, qkvv_weight, qkvv_bias, k_proj, v_proj, scale, value_matrix, value_constant,
+    out_proj_weight, out_proj_bias, out_proj2_weight, out_proj2_bias, seed, y, out_s,
+    N, cut,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr,
+    MODE: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    BP: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """y (B, N, C) of one tile and HEADS heads; for MODE flat out_s (B, N, C), the flat one.
+
+    O output channels of each branch; a program has ceil(O / groups) of the channel branch's.
+    """
+    D: tl.constexpr = C // H
+    GROUP_ROWS: tl.constexpr = (O * HEADS + H - 1) // H
+    group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * T
+    n = start + tl.arange(0, T)
+    in_n = n < N
+    d = tl.arange(0, BD)
+    in_d = d < D
+    p = tl.arange(0, BP)
+    in_p = p < P
+    o = tl.arange(0, BO)
+    in_o = o < O
+    x += b * x_b
+    y += b * N * C
+    dtype: tl.constexpr = x.dtype.element_ty
+
+    if MODE == "rows" or MODE == "tokens" or MODE == "flat":
+        r = group * GROUP_ROWS + tl.arange(0, BR)
+        in_r = (r < O) & (r < (group + 1) * GROUP_ROWS)
+        y_c = tl.zeros((T, BR), ACC)
+        constant = tl.zeros((BR,), ACC)
+        for first in range(0, C, BC):
+            columns = first + tl.arange(0, BC)
+            inside = columns < C
+            matrix = tl.zeros((BR, BC), ACC)
+            for other in range(0, C, BC):
+                k = other + tl.arange(0, BC)
+                w = load_rows(out_proj2_weight, C, 1, r, k, in_r, k < C).to(ACC)
+                vm = load_rows(value_matrix + b * C * C, C, 1, k, columns, k < C, inside)
+                matrix = dot(w, vm, matrix, PRECISION)
+            tile = load_rows(x, x_n, x_c, n, columns, in_n, inside)
+            y_c = dot(tile, tl.trans(matrix).to(dtype), y_c, PRECISION)
+            if qkvv_bias is not None:
+                w = load_rows(out_proj2_weight, C, 1, r, columns, in_r, inside).to(ACC)
+                vm = tl.load(value_constant + b * C + columns, mask=inside, other=0.0)
+                constant += tl.sum(w * vm[None, :], 1)
+        if out_proj2_bias is not None:
+            constant += tl.load(out_proj2_bias + r, mask=in_r, other=0.0).to(ACC)
+        store_rows(y + O, C, 1, n, r, in_n, in_r, y_c + constant[None, :])
+
+    y_s = tl.zeros((T, BO), ACC)
+    for offset in range(HEADS):
+        h = group * HEADS + offset
+        q = tl.zeros((T, BD), ACC)
+        if MODE == "add":
+            out_c = tl.zeros((T, BD), ACC)
+        for first in range(0, C, BC):
+            columns = first + tl.arange(0, BC)
+            inside = columns < C
+            tile = load_rows(x, x_n, x_c, n, columns, in_n, inside)
+            w = load_rows(qkvv_weight + h * D * C, C, 1, d, columns, in_d, inside)
+            q = dot(tile, tl.trans(w).to(dtype), q, PRECISION)
+            if MODE == "add":
+                vm = value_matrix + (b * C + h * D) * C
+                w = load_rows(vm, C, 1, d, columns, in_d, inside)
+                out_c = dot(tile, tl.trans(w).to(dtype), out_c, PRECISION)
+        if qkvv_bias is not None:
+            q += tl.load(qkvv_bias + h * D + d, mask=in_d, other=0.0).to(ACC)[None, :]
+        q *= (tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0) * LOG2E)[None, :]
+        k = load_rows(k_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
+        v = load_rows(v_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
+        logits = dot(q.to(dtype), tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
+        weights, total = exp2_rows(logits, in_p)
+        if DROPOUT:
+            weights *= dropout_multiplier(seed, (b * H + h) * N + n, BP, cut, 1, ACC)
+        # Divided before the cast: float16 would not hold the sum of a row.
+        out = dot((weights / total[:, None]).to(dtype), v, tl.zeros((T, BD), ACC), PRECISION)
+
+        if MODE == "rows":
+            M: tl.constexpr = T // C
+            rows = tl.reshape(tl.trans(out.to(dtype)), (BD * M, C))
+            w = load_rows(out_proj_weight, C, 1, o, tl.arange(0, C), in_o, tl.arange(0, C) < C)
+            out = dot(rows, tl.trans(w).to(dtype), tl.zeros((BD * M, BO), ACC), PRECISION)
+            if out_proj_bias is not None:
+                out += tl.load(out_proj_bias + o, mask=in_o, other=0.0).to(ACC)[None, :]
+            i = tl.arange(0, BD * M)
+            j = start // C + i % M
+            row = (i // M * H + h).to(tl.int64) * (N // C) + j
+            store_rows(y, C, 1, row, o, (i // M < D) & (j < N // C), in_o, out)
+        elif MODE == "tokens":
+            w = load_rows(out_proj_weight + h * D, C, 1, o, d, in_o, in_d)
+            y_s = dot(out.to(dtype), tl.trans(w).to(dtype), y_s, PRECISION)
+        elif MODE == "add":
+            out += out_c
+            out += tl.load(value_constant + b * C + h * D + d, mask=in_d, other=0.0)[None, :]
+            store_rows(y + h * D, C, 1, n, d, in_n, in_d, out)
+        else:
+            f = (d[None, :] * H + h) * N + n[:, None]
+            if MODE == "sum":
+                out += tl.load(value_constant + b * C + f % C)
+                target = y
+            else:
+                target = out_s + b * N * C
+            tl.store(target + f, out.to(dtype), mask=in_n[:, None] & in_d[None, :])
+    if MODE == "tokens":
+        if out_proj_bias is not None:
+            y_s += tl.load(out_proj_bias + o, mask=in_o, other=0.0).to(ACC)[None, :]
+        store_rows(y, C, 1, n, o, in_n, in_o, y_s)
+
+
+@triton.jit
+def product(
+    a, a_b, a_n, a_k, w, w_b, w_m, w_k, bias, y, y_b, y_n, N,
+    K: tl.constexpr, M: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y (B, N, M) = [y +] a (B, N, K) w (B, M, K)^T + bias (M)."""
+    b = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    in_n, in_m = n < N, m < M
+    total = tl.zeros((T, BM), ACC)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        tile = load_rows(a + b * a_b, a_n, a_k, n, k, in_n, k < K)
+        block = load_rows(w + b * w_b, w_m, w_k, m, k, in_m, k < K).to(tile.dtype)
+        total = dot(tile, tl.trans(block), total, PRECISION)
+    if bias is not None:
+        total += tl.load(bias + m, mask=in_m, other=0.0).to(ACC)[None, :]
+    if ADD:
+        total += load_rows(y + b * y_b, y_n, 1, n, m, in_n, in_m).to(ACC)
+    store_rows(y + b * y_b, y_n, 1, n, m, in_n, in_m, total)
+
+
+@triton.jit
+def output_backward(
+    x, x_b, x_n, x_c, dy, dout, qkvv_weight, mean, q_mean, k_proj, v_proj, scale, out_proj_weight,
+    seed,
+    dq, out_s, sums,
+    N, chunk, cut,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
+    BD: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One head over one chunk: dq (B, N, C), and in sums (B, chunks, H, SIZE), one after the other
+
+        dWq (D, C), dmatrix (ROWS, C), dkeys (P, D), dv_proj (P, D), dlogits (P), dconstant (ROWS),
+        dWo1 (O, C) in MODE rows, (O, D) in MODE tokens, and there dbo1 (O)
+
+    keys are scale * k_proj; dkeys, dWq and dmatrix are sums over centred tokens. For MODE flat,
+    dout (B, N, C) is the gradient of the flat out_s', and out_s gets the latter again. A program
+    has one block of columns of x.
+    """
+    D: tl.constexpr = C // H
+    COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    chunks, index, b = tl.num_programs(0), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    h, block = tl.program_id(1) // COLUMN_BLOCKS, tl.program_id(1) % COLUMN_BLOCKS
+    first_token = index.to(tl.int64) * chunk
+    stop = tl.minimum(first_token + chunk, N)
+    d = tl.arange(0, BD)
+    in_d = d < D
+    p = tl.arange(0, BP)
+    in_p = p < P
+    o = tl.arange(0, BO)
+    in_o = o < O
+    r = tl.arange(0, BR)
+    in_r = (r < ROWS) & (h * ROWS + r < O)
+    own = block * BC + tl.arange(0, BC)
+    in_own = own < C
+    x += b * x_b
+    dy += b * N * C
+    dtype: tl.constexpr = x.dtype.element_ty
+    own_mean = tl.load(mean + b * C + own, mask=in_own, other=0.0).to(ACC)
+    centre = tl.load(q_mean + b * C + h * D + d, mask=in_d, other=0.0)
+    scale = tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0)
+    k = load_rows(k_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
+    v = load_rows(v_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
+
+    dq_weight, dmatrix = tl.zeros((BD, BC), ACC), tl.zeros((BR, BC), ACC)
+    dkeys, dv_proj = tl.zeros((BP, BD), ACC), tl.zeros((BP, BD), ACC)
+    dlogits_sum, dconstant = tl.zeros((BP,), ACC), tl.zeros((BR,), ACC)
+    if MODE == "rows":
+        M: tl.constexpr = T // C
+        BW: tl.constexpr = BO // COLUMN_BLOCKS if BO // COLUMN_BLOCKS > 16 else 16
+        w = block * BW + tl.arange(0, BW)
+        dweight = tl.zeros((BW, C), ACC)
+        dbias = tl.zeros((BO,), ACC)
+    if MODE == "tokens":
+        dweight = tl.zeros((BO, BD), ACC)
+        dbias = tl.zeros((BO,), ACC)
+
+    for start in range(first_token, stop, T):
+        n = start + tl.arange(0, T)
+        in_n = n < stop
+        q_centred, tile = tl.zeros((T, BD), ACC), tl.zeros((T, BC), dtype)
+        for first in range(0, C, BC):
+            columns = first + tl.arange(0, BC)
+            inside = columns < C
+            tile = load_rows(x, x_n, x_c, n, columns, in_n, inside).to(ACC)
+            tile_mean = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
+            tile = tl.where(in_n[:, None], tile - tile_mean[None, :], 0.0).to(dtype)
+            weight = load_rows(qkvv_weight + h * D * C, C, 1, d, columns, in_d, inside)
+            q_centred = dot(tile, tl.trans(weight).to(dtype), q_centred, PRECISION)
+        if COLUMN_BLOCKS > 1:
+            tile = load_rows(x, x_n, x_c, n, own, in_n, in_own).to(ACC)
+            tile = tl.where(in_n[:, None], tile - own_mean[None, :], 0.0).to(dtype)
+        q = ((q_centred + centre[None, :]) * (scale * LOG2E)[None, :]).to(dtype)
+        logits = dot(q, tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
+        weights, total = exp2_rows(logits, in_p)
+        weights /= total[:, None]
+        attention = weights
+        if DROPOUT:
+            multiplier = dropout_multiplier(seed, (b * H + h) * N + n, BP, cut, 1, ACC)
+            attention = weights * multiplier
+        attention = attention.to(dtype)
+
+        if MODE == "rows":
+            i = tl.arange(0, BD * M)
+            j = start // C + i % M
+            row = (i // M * H + h).to(tl.int64) * (N // C) + j
+            in_row = (i // M < D) & (j < N // C)
+            dy_s = load_rows(dy, C, 1, row, o, in_row, in_o)
+            channels = tl.arange(0, C)
+            weight = load_rows(out_proj_weight, C, 1, o, channels, in_o, channels < C).to(dtype)
+            drows = dot(dy_s, weight, tl.zeros((BD * M, C), ACC), PRECISION)
+            dout_s = tl.trans(tl.reshape(drows.to(dtype), (BD, T)))
+            rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
+            rows = tl.reshape(tl.trans(rows), (BD * M, C))
+            dbias += tl.sum(dy_s.to(ACC), 0)
+            if COLUMN_BLOCKS > 1:
+                dy_s = load_rows(dy, C, 1, row, w, in_row, w < O)
+            dweight = dot(tl.trans(dy_s), rows, dweight, PRECISION)
+        elif MODE == "tokens":
+            dy_s = load_rows(dy, C, 1, n, o, in_n, in_o)
+            weight = load_rows(out_proj_weight + h * D, C, 1, o, d, in_o, in_d).to(dtype)
+            dout_s = dot(dy_s, weight, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
+            rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
+            dweight = dot(tl.trans(dy_s), rows, dweight, PRECISION)
+            dbias += tl.sum(dy_s.to(ACC), 0)
+        elif MODE == "add":
+            dout_s = load_rows(dy + h * D, C, 1, n, d, in_n, in_d)
+        else:
+            f = (d[None, :] * H + h) * N + n[:, None]
+            mask = in_n[:, None] & in_d[None, :]
+            dout_s = tl.load(dout + b * N * C + f, mask=mask, other=0.0)
+            if MODE == "flat":
+                rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
+                tl.store(out_s + b * N * C + f, rows, mask=mask)
+
+        dattention = dot(dout_s, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
+        if DROPOUT:
+            dattention *= multiplier
+        dlogits = tl.where(in_n[:, None], softmax_backward(weights, dattention), 0.0)
+        dlogits_sum += tl.sum(dlogits, 0)
+        dlogits = dlogits.to(dtype)
+        dq_tile = dot(dlogits, k, tl.zeros((T, BD), ACC), PRECISION)
+        dq_tile = (dq_tile * scale[None, :]).to(dtype)
+        dkeys = dot(tl.trans(dlogits), q_centred.to(dtype), dkeys, PRECISION)
+        dv_proj = dot(tl.trans(attention), dout_s, dv_proj, PRECISION)
+        dq_weight = dot(tl.trans(dq_tile), tile, dq_weight, PRECISION)
+        dy_c = load_rows(dy + C - O + h * ROWS, C, 1, n, r, in_n, in_r)
+        dmatrix = dot(tl.trans(dy_c), tile, dmatrix, PRECISION)
+        dconstant += tl.sum(dy_c.to(ACC), 0)
+        if block == 0:
+            store_rows(dq + b * N * C + h * D, C, 1, n, d, in_n, in_d, dq_tile)
+
+    sums += ((b * chunks + index) * H + h) * SIZE
+    store_rows(sums, C, 1, d, own, in_d, in_own, dq_weight)
+    sums += D * C
+    store_rows(sums, C, 1, r, own, r < ROWS, in_own, dmatrix)
+    sums += ROWS * C
+    if block == 0:
+        store_rows(sums, D, 1, p, d, in_p, in_d, dkeys)
+        store_rows(sums + P * D, D, 1, p, d, in_p, in_d, dv_proj)
+        tl.store(sums + 2 * P * D + p, dlogits_sum, mask=in_p)
+        tl.store(sums + 2 * P * D + P + r, dconstant, mask=r < ROWS)
+    sums += 2 * P * D + P + ROWS
+    if MODE == "rows":
+        store_rows(sums, C, 1, w, tl.arange(0, C), w < O, tl.arange(0, C) < C, dweight)
+        if block == 0:
+            tl.store(sums + O * C + o, dbias, mask=in_o)
+    if MODE == "tokens":
+        if block == 0:
+            store_rows(sums, D, 1, o, d, in_o, in_d, dweight)
+            tl.store(sums + O * D + o, dbias, mask=in_o)
+
+
+@triton.jit
+def sum_chunks(sums, total, chunks, SIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """(B, chunks, SIZE) -> (B, SIZE)."""
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.zeros((BLOCK,), ACC)
+    for t in range(0, chunks):
+        value += tl.load(sums + (b * chunks + t) * SIZE + i, mask=i < SIZE, other=0.0)
+    tl.store(total + b * SIZE + i, value, mask=i < SIZE)
+
+
+@triton.jit
+def mix_backward(
+    sums, mean, projected, row_sums, qkvv_weight, qkvv_bias, temperature, temperature2,
+    out_proj2_weight, seed, k_proj, value_matrix, value_constant,
+    q_gram, k_gram, q_mean, k_mean, q_norm, k_norm, dots,
+    dqkvv_weight, dqkvv_bias, dout_proj2_weight, dtemperatures, dkv, dkv_sums, dgram_factors,
+    dmeans,
+    N, cut,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, SUM: tl.constexpr, BC: tl.constexpr,
+    BD: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One head of one sample: `two_pass._Mix.backward`. All results in ACC.
+
+    dqkvv_weight (B, 4C, C), dqkvv_bias (B, 4C), dout_proj2_weight (B, O, C): one sample's gradients
+    dtemperatures (B, 2, H)
+    dkv (B, 2, P, C): gradients of k_proj and v_proj
+    dkv_sums (B, H, 4, P): their sums over d, and their products with the biases of k and vs
+    dgram_factors (B, 2, C, C), dmeans (B, 2, C): times Wq and Wk they are the gram's gradient
+    """
+    D: tl.constexpr = C // H
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BD)
+    in_d = d < D
+    o = tl.arange(0, BO)
+    in_o = o < O
+    head = b * C + h * D
+    sample = sums + b * H * SIZE
+    own = sample + h * SIZE
+    q_weight, k_weight = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
+    vc_weight = qkvv_weight + (2 * H + h) * D * C
+    dq_weight, dk_weight = (
+        dqkvv_weight + (b * 4 * C + h * D) * C,
+        dqkvv_weight + (b * 4 * C + C + h * D) * C,
+    )
+    dvc_weight, dvs_weight = dq_weight + 2 * C * C, dq_weight + 3 * C * C
+    dbias = dqkvv_bias + b * 4 * C + h * D
+
+    # Row o of the matrix's gradient lies with head o // ROWS.
+    matrix_rows = sample + (o // ROWS) * SIZE + D * C + (o % ROWS) * C
+    constants = sample + (o // ROWS) * SIZE + D * C + ROWS * C + 2 * P * D + P + o % ROWS
+    dconstant_all = tl.load(constants, mask=in_o, other=0.0)
+    value_const = tl.load(value_constant + head + d, mask=in_d, other=0.0)
+    if SUM:
+        constants = own + D * C + ROWS * C + 2 * P * D + P + d
+        dconstant = tl.load(constants, mask=in_d, other=0.0)
+    else:
+        w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, in_o, in_d).to(ACC)
+        dconstant = tl.sum(w2 * dconstant_all[:, None], 0)
+        dw2 = dconstant_all[:, None] * value_const[None, :]
+
+    q_length = tl.load(q_norm + head + d, mask=in_d, other=1.0)
+    k_length = tl.load(k_norm + head + d, mask=in_d, other=1.0)
+    products = load_rows(dots + (b * H + h) * D * D, D, 1, d, d, in_d, in_d)
+    t = tl.load(temperature + h).to(ACC)
+    softmax, cosine, norms = channel_map(products, q_length, k_length, t, D)
+    attention = softmax
+    if DROPOUT:
+        multiplier = dropout_multiplier(seed, (b * H + h) * D + d, BD, cut, 0, ACC)
+        attention = softmax * multiplier
+    # Rows of the padding have no gradient.
+    attention = tl.where(in_d[:, None], attention, 0.0)
+
+    dattention = tl.zeros((BD, BD), ACC)
+    for first in range(0, C, BC):
+        columns = first + tl.arange(0, BC)
+        inside = columns < C
+        centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
+        if SUM:
+            dvalue = load_rows(own + D * C, C, 1, d, columns, in_d, inside)
+            dvalue += dconstant[:, None] * centre[None, :]
+        else:
+            mask = in_o[:, None] & inside[None, :]
+            dm = tl.load(matrix_rows[:, None] + columns[None, :], mask=mask, other=0.0)
+            dm += dconstant_all[:, None] * centre[None, :]
+            dvalue = dot(tl.trans(w2), dm, tl.zeros((BD, BC), ACC), PRECISION)
+            vm = load_rows(value_matrix + head * C, C, 1, d, columns, in_d, inside)
+            dw2 = dot(dm, tl.trans(vm), dw2, PRECISION)
+        weight = load_rows(vc_weight, C, 1, d, columns, in_d, inside).to(ACC)
+        dattention = dot(dvalue, tl.trans(weight), dattention, PRECISION)
+        block = dot(tl.trans(attention), dvalue, tl.zeros((BD, BC), ACC), PRECISION)
+        store_rows(dvc_weight, C, 1, d, columns, in_d, inside, block)
+    if not SUM:
+        store_rows(dout_proj2_weight + b * O * C + h * D, C, 1, o, d, in_o, in_d, dw2)
+    if qkvv_bias is not None:
+        bias = tl.load(qkvv_bias + (2 * H + h) * D + d, mask=in_d, other=0.0).to(ACC)
+        dattention += dconstant[:, None] * bias[None, :]
+        value = tl.sum(attention * dconstant[:, None], 0)
+        tl.store(dbias + 2 * C + d, value, mask=in_d)
+    if DROPOUT:
+        dattention *= multiplier
+    dlogits = tl.where(in_d[:, None], softmax_backward(softmax, dattention), 0.0)
+    tl.store(dtemperatures + b * 2 * H + h, tl.sum(tl.sum(dlogits * cosine, 1), 0))
+    dcosine = t * dlogits
+    ddots = dcosine / norms
+    dq_norm = per_norm(tl.sum(dcosine * cosine, 1), q_length)
+    dk_norm = per_norm(tl.sum(dcosine * cosine, 0), k_length)
+
+    # Spatial branch: from the gradient of the keys to that of k_proj.
+    t = tl.load(temperature2 + h).to(ACC)
+    q_centre = tl.load(q_mean + head + d, mask=in_d, other=0.0)
+    k_centre = tl.load(k_mean + head + d, mask=in_d, other=0.0)
+    along, dq_total = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    dk_bias, dvs_bias = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    dtemperature2 = tl.zeros((BD,), ACC)
+    source = own + D * C + ROWS * C
+    for first in range(0, P, BP):
+        p = first + tl.arange(0, BP)
+        in_p = p < P
+        projection = load_rows(k_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d)
+        dlogits_p = tl.load(source + 2 * P * D + p, mask=in_p, other=0.0)
+        dkey = load_rows(source, D, 1, p, d, in_p, in_d) + dlogits_p[:, None] * q_centre[None, :]
+        key = projection * (t / q_length)[None, :]
+        dtemperature2 += tl.sum(dkey * projection / q_length[None, :], 0)
+        along += tl.sum(dkey * key, 0)
+        dq_total += tl.sum(dlogits_p[:, None] * key, 0)
+        dk = dkey * (t / q_length)[None, :]
+        dv = load_rows(source + P * D, D, 1, p, d, in_p, in_d)
+        store_rows(dkv + b * 2 * P * C + h * D, C, 1, p, d, in_p, in_d, dk)
+        store_rows(dkv + (b * 2 + 1) * P * C + h * D, C, 1, p, d, in_p, in_d, dv)
+        totals = dkv_sums + (b * H + h) * 4 * P + p
+        tl.store(totals, tl.sum(dk, 1), mask=in_p)
+        tl.store(totals + P, tl.sum(dv, 1), mask=in_p)
+        if qkvv_bias is not None:
+            bias = tl.load(qkvv_bias + (H + h) * D + d, mask=in_d, other=0.0).to(ACC)
+            tl.store(totals + 2 * P, tl.sum(dk * bias[None, :], 1), mask=in_p)
+            bias = tl.load(qkvv_bias + (3 * H + h) * D + d, mask=in_d, other=0.0).to(ACC)
+            tl.store(totals + 3 * P, tl.sum(dv * bias[None, :], 1), mask=in_p)
+            total = tl.load(row_sums + p, mask=in_p, other=0.0)
+            dk_bias += tl.sum(dk * total[:, None], 0)
+            total = tl.load(row_sums + (J - 1) * P + p, mask=in_p, other=0.0)
+            dvs_bias += tl.sum(dv * total[:, None], 0)
+    tl.store(dtemperatures + (b * 2 + 1) * H + h, tl.sum(dtemperature2, 0))
+    dq_norm += per_norm(along, q_length)
+
+    # q_n gets ddots k_n + dq_norm q_n, k_n gets ddots^T q_n + dk_norm k_n: centred part and mean
+    # apart, so that neither cancels against the other.
+    dq_mean = tl.sum(ddots * k_centre[None, :], 1) + dq_norm * q_centre
+    dk_mean = tl.sum(ddots * q_centre[:, None], 0) + dk_norm * k_centre
+    dq_total += N * dq_mean
+    dk_total = N * dk_mean
+    tl.store(dmeans + b * 2 * C + h * D + d, dq_mean, mask=in_d)
+    tl.store(dmeans + (b * 2 + 1) * C + h * D + d, dk_mean, mask=in_d)
+    if qkvv_bias is not None:
+        tl.store(dbias + d, dq_total, mask=in_d)
+        tl.store(dbias + C + d, dk_total + dk_bias, mask=in_d)
+        tl.store(dbias + 3 * C + d, dvs_bias, mask=in_d)
+    for first in range(0, C, BC):
+        columns = first + tl.arange(0, BC)
+        inside = columns < C
+        wq = load_rows(q_weight, C, 1, d, columns, in_d, inside).to(ACC)
+        wk = load_rows(k_weight, C, 1, d, columns, in_d, inside).to(ACC)
+        factor = dot(ddots, wk, dq_norm[:, None] * wq, PRECISION)
+        target = dgram_factors + (b * 2 * C + h * D) * C
+        store_rows(target, C, 1, d, columns, in_d, inside, factor)
+        factor = dot(tl.trans(ddots), wq, dk_norm[:, None] * wk, PRECISION)
+        store_rows(target + C * C, C, 1, d, columns, in_d, inside, factor)
+
+        centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
+        q_m = load_rows(q_gram + head * C, C, 1, d, columns, in_d, inside)
+        k_m = load_rows(k_gram + head * C, C, 1, d, columns, in_d, inside)
+        dwq = load_rows(own, C, 1, d, columns, in_d, inside) + dq_norm[:, None] * q_m
+        dwq = dot(ddots, k_m, dwq + dq_total[:, None] * centre[None, :], PRECISION)
+        store_rows(dq_weight, C, 1, d, columns, in_d, inside, dwq)
+        dwk = dk_norm[:, None] * k_m + dk_total[:, None] * centre[None, :]
+        dwk = dot(tl.trans(ddots), q_m, dwk, PRECISION)
+        dwv = tl.zeros((BD, BC), ACC)
+        for other in range(0, P, BP):
+            p = other + tl.arange(0, BP)
+            in_p = p < P
+            z = load_rows(projected + b * J * P * C, C, 1, p, columns, in_p, inside)
+            dk = load_rows(source, D, 1, p, d, in_p, in_d)
+            dlogits_p = tl.load(source + 2 * P * D + p, mask=in_p, other=0.0)
+            dk = (dk + dlogits_p[:, None] * q_centre[None, :]) * (t / q_length)[None, :]
+            dwk = dot(tl.trans(dk), z, dwk, PRECISION)
+            if J == 2:
+                z = load_rows(projected + (b * J + 1) * P * C, C, 1, p, columns, in_p, inside)
+            dv = load_rows(source + P * D, D, 1, p, d, in_p, in_d)
+            dwv = dot(tl.trans(dv), z, dwv, PRECISION)
+        store_rows(dk_weight, C, 1, d, columns, in_d, inside, dwk)
+        store_rows(dvs_weight, C, 1, d, columns, in_d, inside, dwv)
+
+
+@triton.jit
+def sum_to(
+    source, stride, count, second_stride, second_count, offsets, target, i, inside,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """target[i] = sum of source[offsets] over two axes, in order; nothing without a target."""
+    if target is not None:
+        value = tl.zeros((i.shape[0],), ACC)
+        for first in range(0, count):
+            for second in range(0, second_count):
+                block = source + first * stride + second * second_stride
+                value += tl.load(block + offsets, mask=inside, other=0.0)
+        tl.store(target + i, value.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather(
+    sums, sample_qkvv_weight, sample_qkvv_bias, sample_out_proj2, sample_temperatures, dkv,
+    dkv_sums, dgram_factors, dmeans, qkvv_weight, out_proj2_weight, value_matrix,
+    dgram, dtoken, dprojected, drows, matrix,
+    dqkvv_weight, dqkvv_bias, dproj_k_bias, dproj_v_bias, dtemperature, dtemperature2,
+    dout_proj_weight, dout_proj_bias, dout_proj2_weight, dout_proj2_bias,
+    B,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, MODE: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Over heads: what the last pass needs. Over samples: the gradients of the parameters.
+
+        dgram (B, C, C), dtoken (B, C), dprojected (B, J, P, C), drows (J, P), matrix (B, O, C)
+
+    The second grid axis is what a program makes, the first its block of it.
+    """
+    D: tl.constexpr = C // H
+    BLOCKS: tl.constexpr = (C + BM - 1) // BM
+    P_BLOCKS: tl.constexpr = (P + BM - 1) // BM
+    O_BLOCKS: tl.constexpr = (O + BM - 1) // BM
+    CONSTANTS: tl.constexpr = D * C + ROWS * C + 2 * P * D + P
+    block, section = tl.program_id(0), tl.program_id(1)
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, BM)
+    if section == 0:
+        b = (block // BLOCKS).to(tl.int64)
+        rows = block % BLOCKS * BM + row
+        in_rows = (rows < C) & (b < B)
+        factors = dgram_factors + b * 2 * C * C
+        for first in range(0, C, BC):
+            columns = first + tl.arange(0, BC)
+            inside = columns < C
+            total = tl.zeros((BM, BC), ACC)
+            for other in range(0, 2 * C, BC):
+                k = other + tl.arange(0, BC)
+                factor = load_rows(factors, 1, C, rows, k, in_rows, k < 2 * C)
+                weight = load_rows(qkvv_weight, C, 1, k, columns, k < 2 * C, inside).to(ACC)
+                total = dot(factor, weight, total, PRECISION)
+            store_rows(dgram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
+        token = tl.zeros((BM,), ACC)
+        for other in range(0, 2 * C, BC):
+            k = other + tl.arange(0, BC)
+            inside = (k < 2 * C) & (b < B)
+            means = tl.load(dmeans + b * 2 * C + k, mask=inside, other=0.0)
+            weight = load_rows(qkvv_weight, 1, C, rows, k, in_rows, inside).to(ACC)
+            token += tl.sum(weight * means[None, :], 1)
+        tl.store(dtoken + b * C + rows, token, mask=in_rows)
+    elif section == 1:
+        b = (block // (J * P_BLOCKS)).to(tl.int64)
+        j = block // P_BLOCKS % J
+        rows = block % P_BLOCKS * BM + row
+        in_rows = (rows < P) & (b < B)
+        # k and vs of one projection are added up here; of two, each has its own.
+        begin, end = tl.where(J == 1, 0, j * C), tl.where(J == 1, 2 * C, (j + 1) * C)
+        for first in range(0, C, BC):
+            columns = first + tl.arange(0, BC)
+            inside = columns < C
+            total = tl.zeros((BM, BC), ACC)
+            for other in range(begin, end, BC):
+                k = other + tl.arange(0, BC)
+                in_k = k < end
+                offsets = k // C * P * C + k % C
+                d = tl.load(
+                    dkv + b * 2 * P * C + rows[:, None] * C + offsets[None, :],
+                    mask=in_rows[:, None] & in_k[None, :],
+                    other=0.0,
+                )
+                part = k // C * 2 + 1  # of q, k, vc, vs: k and vs
+                weight = load_rows(qkvv_weight, C, 1, part * C + k % C, columns, in_k, inside).to(
+                    ACC
+                )
+                total = dot(d, weight, total, PRECISION)
+            target = dprojected + (b * J + j) * P * C
+            store_rows(target, C, 1, rows, columns, in_rows, inside, total)
+    elif section == 2:
+        if out_proj2_weight is not None:
+            b = (block // O_BLOCKS).to(tl.int64)
+            rows = block % O_BLOCKS * BM + row
+            in_rows = (rows < O) & (b < B)
+            for first in range(0, C, BC):
+                columns = first + tl.arange(0, BC)
+                inside = columns < C
+                total = tl.zeros((BM, BC), ACC)
+                for other in range(0, C, BC):
+                    k = other + tl.arange(0, BC)
+                    weight = load_rows(out_proj2_weight, C, 1, rows, k, in_rows, k < C).to(ACC)
+                    vm = value_matrix + b * C * C
+                    vm = load_rows(vm, C, 1, k, columns, (k < C) & (b < B), inside)
+                    total = dot(weight, vm, total, PRECISION)
+                store_rows(matrix + b * O * C, C, 1, rows, columns, in_rows, inside, total)
+    elif section == 3:
+        stride = 4 * C * C
+        sum_to(sample_qkvv_weight, stride, B, 0, 1, i, dqkvv_weight, i, i < 4 * C * C, ACC)
+    elif section == 4:
+        sum_to(sample_out_proj2, O * C, B, 0, 1, i, dout_proj2_weight, i, i < O * C, ACC)
+    elif section == 5:
+        source = sums + CONSTANTS + ROWS
+        if MODE == "rows":
+            sum_to(source, SIZE, B * H, 0, 1, i, dout_proj_weight, i, i < O * C, ACC)
+        if MODE == "tokens":
+            c = i % C
+            offsets = c // D * SIZE + i // C * D + c % D
+            sum_to(source, H * SIZE, B, 0, 1, offsets, dout_proj_weight, i, i < O * C, ACC)
+    else:
+        sum_to(sample_qkvv_bias, 4 * C, B, 0, 1, i, dqkvv_bias, i, i < 4 * C, ACC)
+        sum_to(sample_temperatures, 2 * H, B, 0, 1, i, dtemperature, i, i < H, ACC)
+        sum_to(sample_temperatures + H, 2 * H, B, 0, 1, i, dtemperature2, i, i < H, ACC)
+        offsets = i // ROWS * SIZE + CONSTANTS + i % ROWS
+        sum_to(sums, H * SIZE, B, 0, 1, offsets, dout_proj2_bias, i, i < O, ACC)
+        if MODE == "rows":
+            source = sums + CONSTANTS + ROWS + O * C
+            sum_to(source, SIZE, B * H, 0, 1, i, dout_proj_bias, i, i < O, ACC)
+        if MODE == "tokens":
+            source = sums + CONSTANTS + ROWS + O * D
+            sum_to(source, H * SIZE, B, 0, 1, i, dout_proj_bias, i, i < O, ACC)
+        inside = i < P
+        sum_to(dkv_sums, 4 * P, B * H, P, 3 - J, i, dproj_k_bias, i, inside, ACC)
+        sum_to(dkv_sums + P, 4 * P, B * H, 0, 1, i, dproj_v_bias, i, inside, ACC)
+        if drows is not None:
+            sum_to(dkv_sums + 2 * P, 4 * P, B * H, P, 3 - J, i, drows, i, inside, ACC)
+            if J == 2:
+                sum_to(dkv_sums + 3 * P, 4 * P, B * H, 0, 1, i, drows + P, i, inside, ACC)
+
+
+@triton.jit
+def summary_backward(
+    x, x_b, x_n, x_c, dq, dy, proj_k, proj_k_p, proj_k_n, proj_v, proj_v_p, proj_v_n,
+    qkvv_weight, mean, dgram, dtoken, dprojected, drows, matrix,
+    dx, dx_b, dx_n, dx_c, dproj_k, dproj_k_p, dproj_k_n, dproj_v, dproj_v_p, dproj_v_n,
+    N, B,
+    C: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx of one sample, or over all the token projections' gradient: (tiles, B + 1, blocks)."""
+    COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    P_BLOCKS: tl.constexpr = (P + BP - 1) // BP
+    sample, block = tl.program_id(1), tl.program_id(2)
+    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    in_n = n < N
+    dtype: tl.constexpr = x.dtype.element_ty
+    if sample < B:
+        if block < COLUMN_BLOCKS:
+            b = sample.to(tl.int64)
+            columns = block * BC + tl.arange(0, BC)
+            inside = columns < C
+            token = tl.load(dtoken + b * C + columns, mask=inside, other=0.0)
+            total = tl.zeros((T, BC), ACC) + token[None, :]
+            for first in range(0, C, BC):
+                k = first + tl.arange(0, BC)
+                in_k = k < C
+                tile = load_rows(dq + b * N * C, C, 1, n, k, in_n, in_k)
+                w = load_rows(qkvv_weight, C, 1, k, columns, in_k, inside).to(dtype)
+                total = dot(tile, w, total, PRECISION)
+                centre = tl.load(mean + b * C + k, mask=in_k, other=0.0).to(ACC)
+                tile = load_rows(x + b * x_b, x_n, x_c, n, k, in_n, in_k).to(ACC)
+                tile = (tile - centre[None, :]).to(dtype)
+                w = load_rows(dgram + b * C * C, C, 1, k, columns, in_k, inside).to(dtype)
+                total = dot(tile, w, total, PRECISION)
+            for first in range(0, O, BC):
+                k = first + tl.arange(0, BC)
+                in_k = k < O
+                tile = load_rows(dy + b * N * C + C - O, C, 1, n, k, in_n, in_k)
+                w = load_rows(matrix + b * O * C, C, 1, k, columns, in_k, inside).to(dtype)
+                total = dot(tile, w, total, PRECISION)
+            for first in range(0, P, BP):
+                p = first + tl.arange(0, BP)
+                in_p = p < P
+                tile = load_rows(proj_k, proj_k_n, proj_k_p, n, p, in_n, in_p).to(dtype)
+                z = dprojected + b * J * P * C
+                w = load_rows(z, C, 1, p, columns, in_p, inside).to(dtype)
+                total = dot(tile, w, total, PRECISION)
+                if J == 2:
+                    tile = load_rows(proj_v, proj_v_n, proj_v_p, n, p, in_n, in_p).to(dtype)
+                    w = load_rows(z + P * C, C, 1, p, columns, in_p, inside).to(dtype)
+                    total = dot(tile, w, total, PRECISION)
+            store_rows(dx + b * dx_b, dx_n, dx_c, n, columns, in_n, inside, total)
+    elif block < J * P_BLOCKS:
+        p = block % P_BLOCKS * BP + tl.arange(0, BP)
+        in_p = p < P
+        j = block // P_BLOCKS
+        total = tl.zeros((BP, T), ACC)
+        if drows is not None:
+            total += tl.load(drows + j * P + p, mask=in_p, other=0.0)[:, None]
+        dprojected += j * P * C
+        for _ in range(0, B):
+            for first in range(0, C, BC):
+                k = first + tl.arange(0, BC)
+                in_k = k < C
+                tile = load_rows(x, x_n, x_c, n, k, in_n, in_k)
+                z = load_rows(dprojected, C, 1, p, k, in_p, in_k).to(dtype)
+                total = dot(z, tl.trans(tile), total, PRECISION)
+            x += x_b
+            dprojected += J * P * C
+        if J == 1 or j == 0:
+            store_rows(dproj_k, dproj_k_p, dproj_k_n, p, n, in_p, in_n, total)
+        else:
+            store_rows(dproj_v, dproj_v_p, dproj_v_n, p, n, in_p, in_n, total)

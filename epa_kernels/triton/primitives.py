@@ -1,0 +1,93 @@
+"""What the kernels share: matrix products, softmax, and the random bits of `rng`.
+
+Tensors are read in their own dtype. `ACC`, the accumulation dtype, is float32, or float64 for
+float64 inputs. Factors of a product have the dtype of x where one of them is tokens, else ACC.
+Blocks are powers of two of at least 16, the least that a product takes; what lies beyond a tensor
+is masked. Maxima ignore NaN, sums and products do not: every NaN comes out.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NORM_EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, in the dtype of acc; PRECISION is how float32 factors multiply."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def load_rows(pointer, row_stride, column_stride, rows, columns, row_inside, column_inside):
+    """The block of a matrix at rows x columns, 0 outside."""
+    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+    return tl.load(pointer + offsets, mask=row_inside[:, None] & column_inside[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, row_stride, column_stride, rows, columns, row_inside, column_inside, value):
+    offsets = rows[:, None] * row_stride + columns[None, :] * column_stride
+    mask = row_inside[:, None] & column_inside[None, :]
+    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dropout_multiplier(seed, rows, COLUMNS: tl.constexpr, cut, MAP: tl.constexpr, dtype):
+    """`rng.dropout_multiplier`: 0 or 65536 / (65536 - cut), (rows, COLUMNS); rows int64."""
+    value = tl.load(seed)
+    key0, key1 = (value & 0xFFFFFFFF).to(tl.uint32), ((value >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = tl.zeros((rows.shape[0], COLUMNS // 8), tl.uint32)
+    c0 = zero + tl.arange(0, COLUMNS // 8).to(tl.uint32)[None, :]
+    c1 = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    c2 = zero + ((rows >> 32) & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    c3 = zero + MAP
+    multiplier0, multiplier1 = zero + 0xD2511F53, zero + 0xCD9E8D57
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, multiplier0), c0 * multiplier0
+        high1, low1 = tl.umulhi(c2, multiplier1), c2 * multiplier1
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
+    # Column 8 g + 2 w + h takes half h of word w: the axes (w / 2, w % 2, h) in this order.
+    low = tl.join(tl.join(c0, c2), tl.join(c1, c3)) & 0xFFFF
+    high = tl.join(tl.join(c0, c2), tl.join(c1, c3)) >> 16
+    half = tl.reshape(tl.join(low, high), (rows.shape[0], COLUMNS)).to(tl.int32)
+    scale = tl.full((1, 1), 65536.0, dtype) / (65536 - cut).to(dtype)
+    return tl.where(half >= cut, scale, 0.0).to(dtype)
+
+
+@triton.jit
+def exp2_rows(logits, inside):
+    """exp2(logits - max) and its row sums; columns that are not inside give 0."""
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    return weights, tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_backward(softmax, d):
+    return softmax * (d - tl.sum(softmax * d, 1)[:, None])
+
+
+@triton.jit
+def per_norm(along, norm):
+    """d|q| / |q| where |q| d|q| = -along; a clamped norm passes no gradient."""
+    return tl.where(norm > NORM_EPS, -along / (norm * norm), 0.0)
+
+
+@triton.jit
+def channel_map(dots, q_norm, k_norm, temperature, D: tl.constexpr):
+    """softmax_j(temperature <q^_i, k^_j>), the cosines and the products of norms; norms clamped."""
+    inside = tl.arange(0, dots.shape[1]) < D
+    norms = q_norm[:, None] * k_norm[None, :]
+    cosine = tl.where(inside[None, :], dots / norms, 0.0)
+    weights, total = exp2_rows(temperature * LOG2E * cosine, inside)
+    return weights / total[:, None], cosine, norms
+
+
+@triton.jit
+def clamp_norm(square):
+    """max(sqrt(square), 1e-12), NaN where it is NaN; rounding may leave a square below zero."""
+    norm = tl.sqrt(tl.where(square < 0, 0.0, square))
+    return tl.where(norm < NORM_EPS, NORM_EPS, norm)

@@ -1,0 +1,257 @@
+"""Spatial attention: kernels and launches.
+
+forward   [square_sums where q is normalised], spatial_forward
+backward  spatial_backward, spatial_merge, [spatial_norm_backward where q is normalised]
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..ops import empty_gradient
+from ..reference import accumulate_dtype
+from ..rng import threshold
+from .configs import block, chunks, precision, tile
+from .primitives import (
+    LOG2E,
+    clamp_norm,
+    dot,
+    dropout_multiplier,
+    exp2_rows,
+    load_rows,
+    per_norm,
+    softmax_backward,
+    store_rows,
+)
+
+
+@triton.jit
+def square_sums(
+    q, q_b, q_n, q_h, q_d, sums, N, chunk,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """sum_n q^2 of a chunk: sums (B, H, chunks, D)."""
+    chunks, index, h = tl.num_programs(0), tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    in_d = d < D
+    first = index.to(tl.int64) * chunk
+    stop = tl.minimum(first + chunk, N)
+    total = tl.zeros((BD,), ACC)
+    for start in range(first, stop, T):
+        n = start + tl.arange(0, T)
+        block = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, n < stop, in_d).to(ACC)
+        total += tl.sum(block * block, 0)
+    tl.store(sums + ((b * H + h) * chunks + index) * D + d, total, mask=in_d)
+
+
+@triton.jit
+def scaled_logits(q, k, t, norm, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """t (q / norm) k^T. Without a norm q has no rounding to come, so t waits for the product."""
+    logits = tl.zeros((q.shape[0], k.shape[0]), norm.dtype)
+    if NORMALIZE:
+        q = (q.to(norm.dtype) * (t / norm)[None, :]).to(q.dtype)
+        return dot(q, tl.trans(k), logits, PRECISION)
+    else:
+        return t * dot(q, tl.trans(k), logits, PRECISION)
+
+
+@triton.jit
+def spatial_forward(
+    q, q_b, q_n, q_h, q_d, k_proj, k_b, k_p, k_h, k_d, v_proj, v_b, v_p, v_h, v_d,
+    temperature, temperature_h, sums, count, seed, out, q_norm, N, cut,
+    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
+    BD: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (B, N, H, D) of one tile of a head; q_norm (B, H, D), ones where sums is absent."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    d, p = tl.arange(0, BD), tl.arange(0, BP)
+    in_n, in_d, in_p = n < N, d < D, p < P
+    head = b * H + h
+    dtype: tl.constexpr = q.dtype.element_ty
+    norm = tl.full((BD,), 1.0, ACC)
+    if sums is not None:
+        square = tl.zeros((BD,), ACC)
+        for t in range(0, count):
+            square += tl.load(sums + (head * count + t) * D + d, mask=in_d, other=0.0)
+        norm = clamp_norm(square)
+    if tl.program_id(0) == 0:
+        tl.store(q_norm + head * D + d, norm, mask=in_d)
+    t = tl.load(temperature + h * temperature_h).to(ACC) * LOG2E
+    tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
+    k = load_rows(k_proj + b * k_b + h * k_h, k_p, k_d, p, d, in_p, in_d)
+    v = load_rows(v_proj + b * v_b + h * v_h, v_p, v_d, p, d, in_p, in_d)
+    logits = scaled_logits(tile, k, t, norm, sums is not None, PRECISION)
+    weights, total = exp2_rows(logits, in_p)
+    if DROPOUT:
+        weights *= dropout_multiplier(seed, head * N + n, BP, cut, 1, ACC)
+    result = dot((weights / total[:, None]).to(dtype), v, tl.zeros((T, BD), ACC), PRECISION)
+    store_rows(out + b * N * H * D + h * D, H * D, 1, n, d, in_n, in_d, result)
+
+
+@triton.jit
+def spatial_backward(
+    dout, g_b, g_n, g_h, g_d, q, q_b, q_n, q_h, q_d, k_proj, k_b, k_p, k_h, k_d,
+    v_proj, v_b, v_p, v_h, v_d, temperature, temperature_h, q_norm, seed,
+    dq, d_b, d_n, d_h, d_d, sums, N, chunk, cut,
+    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
+    BD: tl.constexpr, BP: tl.constexpr, NORMALIZE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head over one chunk: dq without the norm's part; sums (B, H, chunks, 2, P, D)."""
+    chunks, index, h = tl.num_programs(0), tl.program_id(0), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    d, p = tl.arange(0, BD), tl.arange(0, BP)
+    in_d, in_p = d < D, p < P
+    head = b * H + h
+    dtype: tl.constexpr = q.dtype.element_ty
+    norm = tl.load(q_norm + head * D + d, mask=in_d, other=1.0)
+    t = tl.load(temperature + h * temperature_h).to(ACC)
+    k = load_rows(k_proj + b * k_b + h * k_h, k_p, k_d, p, d, in_p, in_d)
+    v = load_rows(v_proj + b * v_b + h * v_h, v_p, v_d, p, d, in_p, in_d)
+    dkeys, dv_proj = tl.zeros((BP, BD), ACC), tl.zeros((BP, BD), ACC)
+    first = index.to(tl.int64) * chunk
+    stop = tl.minimum(first + chunk, N)
+    for start in range(first, stop, T):
+        n = start + tl.arange(0, T)
+        in_n = n < stop
+        tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
+        logits = scaled_logits(tile, k, t * LOG2E, norm, NORMALIZE, PRECISION)
+        weights, total = exp2_rows(logits, in_p)
+        weights /= total[:, None]
+        attention = weights
+        if DROPOUT:
+            multiplier = dropout_multiplier(seed, head * N + n, BP, cut, 1, ACC)
+            attention = weights * multiplier
+        gradient = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
+        dattention = dot(gradient, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
+        if DROPOUT:
+            dattention *= multiplier
+        dlogits = tl.where(in_n[:, None], softmax_backward(weights, dattention), 0.0).to(dtype)
+        dq_tile = dot(dlogits, k, tl.zeros((T, BD), ACC), PRECISION) * (t / norm)[None, :]
+        store_rows(dq + b * d_b + h * d_h, d_n, d_d, n, d, in_n, in_d, dq_tile)
+        dkeys = dot(tl.trans(dlogits), tile, dkeys, PRECISION)
+        dv_proj = dot(tl.trans(attention.to(dtype)), gradient, dv_proj, PRECISION)
+    sums += (head * chunks + index) * 2 * P * D
+    store_rows(sums, D, 1, p, d, in_p, in_d, dkeys)
+    store_rows(sums + P * D, D, 1, p, d, in_p, in_d, dv_proj)
+
+
+@triton.jit
+def spatial_merge(
+    sums, count, k_proj, k_b, k_p, k_h, k_d, temperature, temperature_h, q_norm,
+    dk_proj, dk_b, dk_p, dk_h, dk_d, dv_proj, dv_b, dv_p, dv_h, dv_d, dtemperature, dnorm,
+    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
+    BP: tl.constexpr,
+):  # fmt: skip
+    """Of one head: gradients of k_proj, v_proj and temperature (B, H), d|q|/|q| (B, H, D)."""
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = b * H + h
+    d = tl.arange(0, BD)
+    in_d = d < D
+    norm = tl.load(q_norm + head * D + d, mask=in_d, other=1.0)
+    t = tl.load(temperature + h * temperature_h).to(ACC)
+    along, total = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    for first in range(0, P, BP):
+        p = first + tl.arange(0, BP)
+        in_p = p < P
+        dkeys, dv = tl.zeros((BP, BD), ACC), tl.zeros((BP, BD), ACC)
+        source = sums + head * count * 2 * P * D
+        for _ in range(0, count):
+            dkeys += load_rows(source, D, 1, p, d, in_p, in_d)
+            dv += load_rows(source + P * D, D, 1, p, d, in_p, in_d)
+            source += 2 * P * D
+        k = load_rows(k_proj + b * k_b + h * k_h, k_p, k_d, p, d, in_p, in_d).to(ACC)
+        per_temperature = tl.sum(dkeys * k / norm[None, :], 0)
+        total += per_temperature
+        along += per_temperature * t
+        target = dk_proj + b * dk_b + h * dk_h
+        store_rows(target, dk_p, dk_d, p, d, in_p, in_d, dkeys * (t / norm)[None, :])
+        store_rows(dv_proj + b * dv_b + h * dv_h, dv_p, dv_d, p, d, in_p, in_d, dv)
+    tl.store(dtemperature + head, tl.sum(total, 0))
+    tl.store(dnorm + head * D + d, per_norm(along, norm), mask=in_d)
+
+
+@triton.jit
+def spatial_norm_backward(
+    q, q_b, q_n, q_h, q_d, dnorm, dq, d_b, d_n, d_h, d_d, N,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dq += q d|q|/|q|."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    d = tl.arange(0, BD)
+    in_n, in_d = n < N, d < D
+    factor = tl.load(dnorm + (b * H + h) * D + d, mask=in_d, other=0.0)
+    tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d).to(ACC)
+    target = dq + b * d_b + h * d_h
+    value = load_rows(target, d_n, d_d, n, d, in_n, in_d).to(ACC) + tile * factor[None, :]
+    store_rows(target, d_n, d_d, n, d, in_n, in_d, value)
+
+
+def _common(q, k_proj, dropout_p):
+    D, P = q.shape[3], k_proj.shape[1]
+    return {
+        "H": q.shape[2], "D": D, "P": P, "T": tile(P, D), "BD": block(D), "BP": block(P),
+        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        "PRECISION": precision(q), "DROPOUT": dropout_p > 0,
+    }  # fmt: skip
+
+
+def per_head(temperature):
+    """Pointer and stride over heads of a temperature of H elements or one."""
+    temperature = temperature.flatten()
+    return temperature, temperature.stride(0) if temperature.numel() > 1 else 0
+
+
+def temperature_gradient(dtemperature, temperature):
+    """From one value a sample and head, in shape and dtype of the temperature."""
+    total = dtemperature.sum() if temperature.numel() == 1 else dtemperature.sum(0)
+    return empty_gradient(temperature, temperature).copy_(total.view_as(temperature))
+
+
+def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
+    """Op `spatial_attention`, see `ops`."""
+    B, N, H, D = q.shape
+    common = _common(q, k_proj, dropout_p)
+    T, dtype = common["T"], accumulate_dtype(q.dtype)
+    sums, count = None, 0
+    if normalize:
+        count, size = chunks(N, 128)
+        sums = q.new_empty(B, H, count, D, dtype=dtype)
+        square_sums[(count, H, B)](
+            q, *q.stride(), sums, N, size, H=H, D=D, ACC=common["ACC"], T=128, BD=common["BD"]
+        )
+    out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=dtype)
+    spatial_forward[(triton.cdiv(N, T), H, B)](
+        q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(), *per_head(temperature),
+        sums, count, seed, out, q_norm, N, threshold(dropout_p), **common,
+    )  # fmt: skip
+    return out, q_norm
+
+
+def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, dropout_p):
+    """Op `spatial_attention_bwd`, see `ops`."""
+    B, N, H, D = q.shape
+    common = _common(q, k_proj, dropout_p)
+    P, T, BD, ACC = common["P"], common["T"], common["BD"], common["ACC"]
+    dq, dk_proj, dv_proj = (empty_gradient(t, q) for t in (q, k_proj, v_proj))
+    count, size = chunks(N, T)
+    sums = q_norm.new_empty(B, H, count, 2, P, D)
+    spatial_backward[(count, H, B)](
+        dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
+        *per_head(temperature), q_norm, seed, dq, *dq.stride(), sums, N, size,
+        threshold(dropout_p), NORMALIZE=normalize, **common,
+    )  # fmt: skip
+    dtemperature, dnorm = q_norm.new_empty(B, H), torch.empty_like(q_norm)
+    spatial_merge[(H, B)](
+        sums, count, k_proj, *k_proj.stride(), *per_head(temperature), q_norm,
+        dk_proj, *dk_proj.stride(), dv_proj, *dv_proj.stride(), dtemperature, dnorm,
+        H=H, D=D, P=P, ACC=ACC, BD=BD, BP=block(P, 64),
+    )  # fmt: skip
+    if normalize:
+        spatial_norm_backward[(triton.cdiv(N, 128), H, B)](
+            q, *q.stride(), dnorm, dq, *dq.stride(), N, H=H, D=D, ACC=ACC, T=128, BD=BD
+        )
+    return dq, dk_proj, dv_proj, temperature_gradient(dtemperature, temperature)
