@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .ops import empty_gradient, mean_dtype, plan
+from .ops import ParameterGradients, empty_gradient, mean_dtype, plan, temperature_gradient
 from .reference import accumulate_dtype
 from .rng import threshold
 
@@ -49,27 +49,6 @@ def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _dropout(p: float, seed: Tensor | None) -> tuple[int, int]:
     """Threshold and seed, 0 and 0 without dropout."""
     return (threshold(p), int(seed)) if p > 0 else (0, 0)
-
-
-class _Gradients:
-    """Gradients of the parameters; the kernels write densely, in the accumulation dtype."""
-
-    def __init__(self, tensors: list[Tensor | None], like: Tensor, dtype: torch.dtype) -> None:
-        self.results = [empty_gradient(t, like) for t in tensors]
-        self.dense = [
-            None
-            if t is None
-            else result
-            if result.dtype == dtype and result.is_contiguous()
-            else torch.empty(t.shape, dtype=dtype, device=like.device)
-            for t, result in zip(tensors, self.results, strict=True)
-        ]
-
-    def finish(self) -> list[Tensor]:
-        for result, dense in zip(self.results, self.dense, strict=True):
-            if dense is not None and dense is not result:
-                result.copy_(dense)
-        return self.results
 
 
 # paired_attention: which inputs the kernels take as views, and which as dense weights.
@@ -127,7 +106,7 @@ def paired_attention_bwd(dy, *tensors, **options):
     kept = _dense(mean, mean.dtype), _dense(gram, gram.dtype), _dense(projected, gram.dtype)
     arguments, _alive = _paired_arguments(inputs, seed, kept, **options)
     views = {i: empty_gradient(inputs[i], x) for i in _VIEWS}
-    weights = _Gradients([inputs[i] for i in _WEIGHTS], x, accumulate_dtype(x.dtype))
+    weights = ParameterGradients([inputs[i] for i in _WEIGHTS], x, accumulate_dtype(x.dtype))
     native.module.paired_attention_bwd(
         *arguments,
         _view(dy),
@@ -140,12 +119,6 @@ def paired_attention_bwd(dy, *tensors, **options):
 
 def _per_head(temperature: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     return temperature.to(dtype).flatten().expand(num_heads).contiguous()
-
-
-def _temperature_gradient(dtemperature: Tensor, temperature: Tensor) -> Tensor:
-    """From one value a head, in shape and dtype of the temperature."""
-    total = dtemperature.sum() if temperature.numel() == 1 else dtemperature
-    return empty_gradient(temperature, temperature).copy_(total.view_as(temperature))
 
 
 def _spatial_arguments(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p):
@@ -190,7 +163,7 @@ def spatial_attention_bwd(
         tuple(map(_view, gradients)),
         _address(dtemperature),
     )
-    return *gradients, _temperature_gradient(dtemperature, temperature)
+    return *gradients, temperature_gradient(dtemperature, temperature)
 
 
 def _channel_arguments(q, k, v, temperature, kept, seed, dropout_p):
@@ -235,4 +208,4 @@ def channel_attention_bwd(dout, q, k, v, temperature, gram, q_norm, k_norm, seed
         tuple(map(_view, gradients)),
         _address(dtemperature),
     )
-    return *gradients, _temperature_gradient(dtemperature, temperature)
+    return *gradients, temperature_gradient(dtemperature, temperature)

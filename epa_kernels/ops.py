@@ -99,6 +99,35 @@ def empty_gradient(t: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if t is None else torch.empty_like(t)
 
 
+def temperature_gradient(dtemperature: Tensor, temperature: Tensor) -> Tensor:
+    """From one value a head (H), in shape and dtype of a temperature of H elements or one."""
+    total = dtemperature.sum() if temperature.numel() == 1 else dtemperature
+    return empty_gradient(temperature, temperature).copy_(total.view_as(temperature))
+
+
+class ParameterGradients:
+    """Gradients of parameters from kernels that write densely, in `dtype` or each one's own."""
+
+    def __init__(
+        self, tensors: list[Tensor | None], like: Tensor, dtype: torch.dtype | None = None
+    ) -> None:
+        self.results = [empty_gradient(t, like) for t in tensors]
+        self.dense = [
+            None
+            if t is None
+            else result
+            if result.dtype == (dtype or t.dtype) and result.is_contiguous()
+            else torch.empty(t.shape, dtype=dtype or t.dtype, device=like.device)
+            for t, result in zip(tensors, self.results, strict=True)
+        ]
+
+    def finish(self) -> list[Tensor]:
+        for result, dense in zip(self.results, self.dense, strict=True):
+            if dense is not None and dense is not result:
+                result.copy_(dense)
+        return self.results
+
+
 def _define(library: torch.library.Library, backend: str, name: str) -> tuple[str, str]:
     """Define the schemas of an op and of its backward; returns their qualified names."""
     op = OPS[name]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import empty_gradient, mean_dtype, plan
+from .ops import empty_gradient, mean_dtype, plan, temperature_gradient
 from .reference import NORM_EPS, accumulate_dtype, heads_view
 from .rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
 
@@ -519,10 +519,6 @@ def _head_major(t):
     return t.transpose(1, 2).to(accumulate_dtype(t.dtype))  # (B, n, H, D) -> (B, H, n, D)
 
 
-def _temperature_gradient(dtemperature, temperature):
-    return dtemperature.sum() if temperature.numel() == 1 else dtemperature
-
-
 class _Spatial:
     """The tensors of one call of spatial_attention."""
 
@@ -571,7 +567,7 @@ def spatial_attention_bwd(
         _gradient(dq, q),
         _gradient(dk_proj.transpose(1, 2), k_proj),
         _gradient(dvalues.transpose(1, 2), v_proj),
-        _gradient(_temperature_gradient(dtemperature, temperature), temperature),
+        temperature_gradient(dtemperature, temperature),
     )
 
 
@@ -606,5 +602,4 @@ def channel_attention_bwd(dout, q, k, v, temperature, dots, q_norm, k_norm, seed
         q_tile, k_tile = _head_major(q[:, tile]), _head_major(k[:, tile])
         dq[:, tile] = (k_tile @ ddots.mT + q_tile * dq_norm.unsqueeze(2)).transpose(1, 2)
         dk[:, tile] = (q_tile @ ddots + k_tile * dk_norm.unsqueeze(2)).transpose(1, 2)
-    dtemperature = _temperature_gradient(dtemperature, temperature)
-    return dq, dk, dv, _gradient(dtemperature, temperature)
+    return dq, dk, dv, temperature_gradient(dtemperature, temperature)

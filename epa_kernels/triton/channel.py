@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import empty_gradient
+from ..ops import empty_gradient, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
 from .configs import block, chunks, precision
@@ -22,7 +22,7 @@ from .primitives import (
     softmax_backward,
     store_rows,
 )
-from .spatial import per_head, temperature_gradient
+from .spatial import per_head
 
 
 @triton.jit
@@ -222,4 +222,4 @@ def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_
         dout, *dout.stride(), q, *q.stride(), k, *k.stride(), attention, ddots, dq_norm, dk_norm,
         dq, *dq.stride(), dk, *dk.stride(), dv, *dv.stride(), N, **common, **tiles,
     )  # fmt: skip
-    return dq, dk, dv, temperature_gradient(dtemperature, temperature)
+    return dq, dk, dv, temperature_gradient(dtemperature.sum(0), temperature)

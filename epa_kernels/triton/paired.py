@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import empty_gradient, mean_dtype, plan
+from ..ops import ParameterGradients, empty_gradient, mean_dtype, plan
 from ..reference import accumulate_dtype
 from ..rng import threshold
 from . import configs
@@ -181,24 +181,6 @@ def forward(*tensors, **options):
     return y, *kept
 
 
-class _Gradients:
-    """Gradients of the parameters; the kernels write them densely, in the parameter's dtype."""
-
-    def __init__(self, layer, tensors):
-        self.results = [empty_gradient(t, layer.x) for t in tensors]
-        self.dense = [
-            None if t is None else torch.empty_like(r, memory_format=torch.contiguous_format)
-            if not r.is_contiguous() else r
-            for t, r in zip(tensors, self.results, strict=True)
-        ]  # fmt: skip
-
-    def finish(self):
-        for result, dense in zip(self.results, self.dense, strict=True):
-            if dense is not None and dense is not result:
-                result.copy_(dense)
-        return self.results
-
-
 def _output_backward(layer, dy, mean, mixed):
     """dq (B,N,C), the sums over tokens (B,H,SIZE), and for mode flat out_s' (B,N,C)."""
     B, N, C, H, P, D, O = layer.B, layer.N, layer.C, layer.H, layer.P, layer.D, layer.O
@@ -261,7 +243,7 @@ def backward(dy, *tensors, **options):
 
     # Not x and not the token projections: of those the last pass makes the gradients.
     names = (1, 2, 4, 6, 7, 8, 9, 10, 11, 12)
-    gradients = _Gradients(layer, [inputs[i] for i in names])
+    gradients = ParameterGradients([inputs[i] for i in names], layer.x)
     dense = dict(zip(names, gradients.dense, strict=True))
     dgram, dtoken = layer.empty(B, C, C), layer.empty(B, C)
     dprojected = layer.empty(B, J, P, C)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import empty_gradient
+from ..ops import empty_gradient, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
 from .configs import block, chunks, precision, tile
@@ -205,12 +205,6 @@ def per_head(temperature):
     return temperature, temperature.stride(0) if temperature.numel() > 1 else 0
 
 
-def temperature_gradient(dtemperature, temperature):
-    """From one value a sample and head, in shape and dtype of the temperature."""
-    total = dtemperature.sum() if temperature.numel() == 1 else dtemperature.sum(0)
-    return empty_gradient(temperature, temperature).copy_(total.view_as(temperature))
-
-
 def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
@@ -254,4 +248,4 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
         spatial_norm_backward[(triton.cdiv(N, 128), H, B)](
             q, *q.stride(), dnorm, dq, *dq.stride(), N, H=H, D=D, ACC=ACC, T=128, BD=BD
         )
-    return dq, dk_proj, dv_proj, temperature_gradient(dtemperature, temperature)
+    return dq, dk_proj, dv_proj, temperature_gradient(dtemperature.sum(0), temperature)
