@@ -18,14 +18,17 @@ from unittest import mock
 
 CUDA = (80, 86, 89, 90, 100, 120)
 ARCHITECTURES = (*(f"sm_{arch}" for arch in CUDA), "gfx942")
-# N, C, P, kind of one layer of each stage.
+# N, C, H, P, kind of one layer of each stage, and of shapes that no published network has.
 LAYERS = {
-    "synapse/stage1": (32768, 32, 64, "shared"),
-    "synapse/stage2": (4096, 64, 64, "shared"),
-    "synapse/stage3": (512, 128, 64, "shared"),
-    "synapse/stage4": (64, 256, 32, "shared"),
-    "acdc/stage1": (25600, 32, 64, "split"),
-    "tumor/stage1": (32768, 32, 64, "sum"),
+    "synapse/stage1": (32768, 32, 4, 64, "shared"),
+    "synapse/stage2": (4096, 64, 4, 64, "shared"),
+    "synapse/stage3": (512, 128, 4, 64, "shared"),
+    "synapse/stage4": (64, 256, 4, 32, "shared"),
+    "acdc/stage1": (25600, 32, 4, 64, "split"),
+    "acdc/stage3": (400, 128, 4, 64, "split"),
+    "lung/stage3": (1152, 128, 4, 64, "split"),
+    "tumor/stage1": (32768, 32, 4, 64, "sum"),
+    "tumor/stage4": (64, 256, 4, 32, "sum"),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b|v_mfma"
@@ -97,16 +100,16 @@ def compiled(architecture: str, layer: str, dtype: str, dropout: float = 0.1) ->
 
     from epa_kernels.triton import paired
 
-    N, C, P, kind = LAYERS[layer]
+    N, C, H, P, kind = LAYERS[layer]
     x = torch.empty(2, N, C, dtype=getattr(torch, dtype))
     size, split, concat = torch.empty, kind == "split", kind != "sum"
     inputs = (
         x, size(4 * C, C), None, size(P, N), size(P) if concat else None,
-        size(P, N) if split else None, size(P) if split else None, size(4), size(4),
+        size(P, N) if split else None, size(P) if split else None, size(H), size(H),
         *((size(C // 2, C), size(C // 2)) * 2 if concat else (None,) * 4),
     )  # fmt: skip
     seed = torch.tensor(0)
-    options = {"num_heads": 4, "kind": kind, "layout": "official",
+    options = {"num_heads": H, "kind": kind, "layout": "official",
                "channel_dropout_p": dropout, "spatial_dropout_p": dropout}  # fmt: skip
     kernels, run = {}, JITFunction.run
 

@@ -22,7 +22,13 @@ def interpreter():
         from epa_kernels.triton import configs
 
         triton_interpreter.repair()
-        configs.MAX_CHUNKS, configs.MERGE_ROWS, configs.SUM_BLOCK = 2, 64, 8192
+        pick, rows = configs.pick, {"merge": 64, "gather": 64, "sum_chunks": 8192}
+
+        def larger(kernel, *shape):
+            launch = pick(kernel, *shape)
+            return launch._replace(rows=rows.get(kernel, launch.rows), chunks=2)
+
+        configs.pick, configs.SINGLE_CHUNK = larger, 100
 
 
 @pytest.fixture(scope="session", autouse=True)

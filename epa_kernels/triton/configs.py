@@ -3,15 +3,23 @@
 A block is a power of two of at least 16, the least that a matrix product takes.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-# Chunks of tokens a sample is cut into at most; each leaves its sums in memory.
-MAX_CHUNKS = 64
-# Rows of a block, and elements of one, where a kernel adds up what chunks or samples left.
-MERGE_ROWS, SUM_BLOCK = 16, 1024
-# Elements of the (T, P) map of a tile of tokens and of other large blocks: what registers hold.
-MAP_ELEMENTS = 8192
+# Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
+SINGLE_CHUNK = 512
+
+
+class Launch(NamedTuple):
+    """Launch shape of a kernel; a tensor that is smaller takes smaller blocks."""
+
+    rows: int  # of a block: tokens of a tile, rows of a matrix, or elements of a vector
+    columns: int = 0  # of a block of channels
+    warps: int = 4
+    stages: int = 1
+    chunks: int = 0  # that the tokens of a sample are cut into, for a kernel that leaves sums
 
 
 def block(size: int, largest: int = 2**30) -> int:
@@ -19,15 +27,30 @@ def block(size: int, largest: int = 2**30) -> int:
     return min(max(16, 1 << (size - 1).bit_length()), largest)
 
 
-def tile(projected: int, channels: int) -> int:
-    """Tokens T of a tile of an output pass."""
-    return max(16, min(128, MAP_ELEMENTS // block(projected), 16384 // block(channels)))
+def pick(kernel: str, x: Tensor, channels: int, head_dim: int, projected: int) -> Launch:
+    """Launch shape of a kernel for C channels in heads of D, P projected tokens."""
+    wide = x.element_size() >= 4
+    C, D, P = block(channels), block(head_dim), block(projected)
+    tokens = max(16, min(128, 8192 // P, 16384 // min(C, 128)))
+    return {
+        "summary": Launch(32 if wide else 64, 64, 4 if C <= 32 else 8, 2, 64),
+        "merge": Launch(16, 128),
+        "mix": Launch(32, 32, 4 if D <= 16 else 8),
+        "output": Launch(tokens // 2 if wide else tokens, 64, 8),
+        "product": Launch(64, 64),
+        "output_backward": Launch(32, 64 if C <= 64 or not wide else 32, 8, 1, 64),
+        "sum_chunks": Launch(1024),
+        "mix_backward": Launch(32, 32, 4 if D <= 16 else 8 if D <= 32 else 16, 1, 16),
+        "gather": Launch(16, 32),
+        "summary_backward": Launch(32 if wide else 64, 64, 4 if C <= 32 else 8, 2),
+    }[kernel]
 
 
-def chunks(num_tokens: int, tile_size: int) -> tuple[int, int]:
+def chunks(num_tokens: int, launch: Launch) -> tuple[int, int]:
     """(number of chunks, tokens of a chunk, a multiple of the tile)."""
-    tiles = -(-num_tokens // tile_size)
-    size = -(-tiles // MAX_CHUNKS) * tile_size
+    tiles = -(-num_tokens // launch.rows)
+    most = 1 if num_tokens <= SINGLE_CHUNK else launch.chunks
+    size = -(-tiles // most) * launch.rows
     return -(-num_tokens // size), size
 
 

@@ -1,19 +1,21 @@
 """Kernels of paired attention, two passes over the tokens forward and backward; see `two_pass`.
 
-    forward   summary, merge, mix, output
-    backward  mix, output_backward, sum_chunks, mix_backward, gather, summary_backward
+    forward   summary, [merge,] mix, output, [product]
+    backward  [summary, merge,] mix, output_backward, [sum_chunks,] mix_backward, gather,
+              summary_backward
 
 Tokens are cut into chunks by shape alone. A program leaves its sums over one chunk in a workspace,
-and the next kernel adds them in their order: the result depends on nothing but the input.
+and the next kernel adds them in their order: the result depends on nothing but the input. With a
+single chunk there is nothing to add up, and merge and sum_chunks are left out.
 
 What a program of an output pass does with out_s and its gradient, MODE:
 
-    rows    layout "official", T a multiple of C that divides N: the tile's (T, D) is T/C * D whole
-            rows of out_s', projected on the spot
-    tokens  layout "tokens", projected on the spot, all heads in one program
-    flat    any other "official" shape: out_s' and its gradient go through memory
-    sum     kind "sum", layout "official": y = out_s' here, the channel branch is added afterwards
-    add     kind "sum", layout "tokens"
+    rows      layout "official", where C is a power of two that divides N: C tokens of a head are D
+              whole rows of out_s', projected on the spot; forward only: row_sum, of kind "sum"
+    tokens    layout "tokens", projected on the spot, all heads in one program
+    add       kind "sum", layout "tokens"
+    flat      any other "official" shape: out_s' and its gradient go through memory, and `product`
+              projects them; flat_sum, of kind "sum", where the channel branch is added afterwards
 
 The logits are (scale * q) k_proj^T with scale = temperature2 / |q|: q, not k_proj, takes the scale,
 since a channel that is zero has a scale of 1e12, which no float16 holds, and 0 times it is 0.
@@ -38,18 +40,18 @@ from .primitives import (
 
 @triton.jit
 def summary(
-    x, x_b, x_n, x_c, proj_k, proj_k_p, proj_k_n, proj_v, proj_v_p, proj_v_n, means, sums,
-    N, chunk,
+    x, x_b, x_n, x_c, proj_k, proj_k_p, proj_k_n, proj_v, proj_v_p, proj_v_n,
+    means, grams, projections, N, chunk,
     C: tl.constexpr, P: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunk's mean, centred gram and E x; a program has one block of rows and of columns of each.
 
-    means (B, chunks, C) float64;  sums (B, chunks, C*C + J*P*C)
+    means (chunks, B, C) float64;  grams (chunks, B, C, C);  projections (chunks, B, J, P, C)
     """
     COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
     PROJ_BLOCKS: tl.constexpr = (P + BP - 1) // BP
-    chunks, index, b = tl.num_programs(0), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    index, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     row_block, column_block = tl.program_id(1) // COLUMN_BLOCKS, tl.program_id(1) % COLUMN_BLOCKS
     first = index.to(tl.int64) * chunk
     stop = tl.minimum(first + chunk, N)
@@ -104,20 +106,20 @@ def summary(
                 e = load_rows(proj_v, proj_v_p, proj_v_n, p, n, in_p, inside).to(tile.dtype)
             projected = dot(e, tile, projected, PRECISION)
 
-    sums += (b * chunks + index) * (C * C + J * P * C)
+    target = index * tl.num_programs(2) + b
     if is_gram:
-        store_rows(sums, C, 1, rows, columns, in_rows, in_columns, gram)
+        store_rows(grams + target * C * C, C, 1, rows, columns, in_rows, in_columns, gram)
         if row_block == 0:
             value = token.to(tl.float64) + mean.to(tl.float64)
-            tl.store(means + (b * chunks + index) * C + columns, value, mask=in_columns)
+            tl.store(means + target * C + columns, value, mask=in_columns)
     if is_proj:
-        target = sums + C * C + (row_block // PROJ_BLOCKS) * P * C
-        store_rows(target, C, 1, p, columns, in_p, in_columns, projected)
+        projections += (target * J + row_block // PROJ_BLOCKS) * P * C
+        store_rows(projections, C, 1, p, columns, in_p, in_columns, projected)
 
 
 @triton.jit
 def merge(
-    means, sums, mean, gram, projected, N, chunk, chunks,
+    means, grams, projections, mean, gram, projected, N, chunk, chunks,
     C: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums over chunks: mean (B, C) float64, gram (B, C, C), projected (B, ROWS, C), ROWS = J*P."""
@@ -126,30 +128,32 @@ def merge(
     is_gram = block < GRAM_BLOCKS
     rows = tl.where(is_gram, block, block - GRAM_BLOCKS) * BM + tl.arange(0, BM)
     in_rows = rows < tl.where(is_gram, C, ROWS)
-    means += b * chunks * C
-    sums += b * chunks * (C * C + ROWS * C)
+    B = tl.num_programs(1)
+    means += b * C
+    source = tl.where(is_gram, grams + b * C * C, projections + b * ROWS * C)
+    step = tl.where(is_gram, C, ROWS).to(tl.int64) * C * B
     row_mean = tl.zeros((BM,), tl.float64)
     in_gram = in_rows & is_gram
     for t in range(0, chunks):
         count = tl.minimum(N - t * chunk, chunk).to(tl.float64)
-        row_mean += tl.load(means + t * C + rows, mask=in_gram, other=0.0) * (count / N)
+        row_mean += tl.load(means + t * B * C + rows, mask=in_gram, other=0.0) * (count / N)
     for first in range(0, C, BC):
         columns = first + tl.arange(0, BC)
         inside = columns < C
         column_mean = tl.zeros((BC,), tl.float64)
         for t in range(0, chunks):
             count = tl.minimum(N - t * chunk, chunk).to(tl.float64)
-            column_mean += tl.load(means + t * C + columns, mask=inside, other=0.0) * (count / N)
+            column_mean += tl.load(means + t * B * C + columns, mask=inside, other=0.0) * (
+                count / N
+            )
         total = tl.zeros((BM, BC), ACC)
-        source = sums + tl.where(is_gram, 0, C * C)
         for t in range(0, chunks):
-            total += load_rows(source, C, 1, rows, columns, in_rows, inside)
+            total += load_rows(source + t * step, C, 1, rows, columns, in_rows, inside)
             if is_gram:
                 count = tl.minimum(N - t * chunk, chunk).to(ACC)
-                delta = tl.load(means + t * C + columns, mask=inside, other=0.0) - column_mean
-                row_delta = tl.load(means + t * C + rows, mask=in_gram, other=0.0) - row_mean
+                delta = tl.load(means + t * B * C + columns, mask=inside, other=0.0) - column_mean
+                row_delta = tl.load(means + t * B * C + rows, mask=in_gram, other=0.0) - row_mean
                 total += row_delta.to(ACC)[:, None] * delta.to(ACC)[None, :] * count
-            source += C * C + ROWS * C
         if is_gram:
             store_rows(gram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
             if block == 0:
@@ -159,15 +163,52 @@ def merge(
 
 
 @triton.jit
+def product(
+    a, a_b, a_n, a_k, w, w_b, w_m, w_k, bias, y, y_b, y_n, N,
+    K: tl.constexpr, M: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y (B, N, M) = [y +] a (B, N, K) w (B, M, K)^T + bias (M)."""
+    product_tile(
+        a, a_b, a_n, a_k, w, w_b, w_m, w_k, bias, y, y_b, y_n, N,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64),
+        K, M, ADD, ACC, T, BK, BM, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def product_tile(
+    a, a_b, a_n, a_k, w, w_b, w_m, w_k, bias, y, y_b, y_n, N, tile, block, b,
+    K: tl.constexpr, M: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile and one block of output channels of `product`."""
+    n = tile.to(tl.int64) * T + tl.arange(0, T)
+    m = block * BM + tl.arange(0, BM)
+    in_n, in_m = n < N, m < M
+    total = tl.zeros((T, BM), ACC)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        values = load_rows(a + b * a_b, a_n, a_k, n, k, in_n, k < K)
+        weights = load_rows(w + b * w_b, w_m, w_k, m, k, in_m, k < K).to(values.dtype)
+        total = dot(values, tl.trans(weights), total, PRECISION)
+    if bias is not None:
+        total += tl.load(bias + m, mask=in_m, other=0.0).to(ACC)[None, :]
+    if ADD:
+        total += load_rows(y + b * y_b, y_n, 1, n, m, in_n, in_m).to(ACC)
+    store_rows(y + b * y_b, y_n, 1, n, m, in_n, in_m, total)
+
+
+@triton.jit
 def mix(
     mean, gram, projected, row_sums, qkvv_weight, qkvv_bias, proj_k_bias, proj_v_bias,
     temperature, temperature2, seed,
     k_proj, v_proj, scale, value_matrix, value_constant,
-    q_gram, k_gram, q_mean, k_mean, q_norm, k_norm, dots,
+    q_gram, k_gram, q_mean, k_mean, q_norm, k_norm, dots, dy, dy_b, out_proj_weight, dout,
     N, cut,
-    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
-    BC: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
-    DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
+    ACC: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, T: tl.constexpr,
+    BM: tl.constexpr, PRECISION: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One head of one sample between the passes: `two_pass._Mix`.
 
@@ -175,9 +216,21 @@ def mix(
     value_constant (B, C) = A bvc
     KEEP, for backward: q_gram, k_gram (B, C, C) = Wq M, Wk M;  q_mean, k_mean, q_norm, k_norm
     (B, C);  dots (B, H, D, D)
+
+    With dout, the programs beyond the heads make the gradient of the flat out_s' meanwhile:
+    dout (B, N, C) = dy_s Wo1, T tokens and BM channels each.
     """
     D: tl.constexpr = C // H
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if dout is not None:
+        BLOCKS: tl.constexpr = (C + BM - 1) // BM
+        if h >= H:
+            product_tile(
+                dy, dy_b, C, 1, out_proj_weight, 0, 1, C, None,
+                dout, dy_b, C, N, (h - H) // BLOCKS, (h - H) % BLOCKS, b,
+                O, C, False, ACC, T, BC, BM, PRECISION,
+            )  # fmt: skip
+            return
     d = tl.arange(0, BD)
     in_d = d < D
     q_weight, k_weight = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
@@ -270,6 +323,14 @@ def mix(
 
 
 @triton.jit
+def rows_of(start, h, N, C: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, M: tl.constexpr):
+    """Rows of the official out_s' that M C tokens of a head make up (BD M), and which exist."""
+    i = tl.arange(0, BD * M)
+    j = start // C + i % M
+    return (i // M * H + h).to(tl.int64) * (N // C) + j, (i // M < C // H) & (j < N // C)
+
+
+@triton.jit
 def output(
     x, x_b, x_n, x_c, qkvv_weight, qkvv_bias, k_proj, v_proj, scale, value_matrix, value_constant,
     out_proj_weight, out_proj_bias, out_proj2_weight, out_proj2_bias, seed, y, out_s,
@@ -279,16 +340,19 @@ def output(
     BP: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """y (B, N, C) of one tile and HEADS heads; for MODE flat out_s (B, N, C), the flat one.
+    """y (B, N, C) of one tile and HEADS heads; in a MODE of whole rows of at least C tokens.
 
-    O output channels of each branch; a program has ceil(O / groups) of the channel branch's.
+    out_s (B, N, C) is the flat one, of MODE flat. Of O output channels of each branch a program has
+    ceil(O / groups) of the channel branch's.
     """
     D: tl.constexpr = C // H
     GROUP_ROWS: tl.constexpr = (O * HEADS + H - 1) // H
+    WHOLE_ROWS: tl.constexpr = MODE == "rows" or MODE == "row_sum"
+    # A row of out_s' is C tokens: PARTS tiles, or a tile is M rows, K channels of each.
+    PARTS: tl.constexpr = C // T if WHOLE_ROWS and C > T else 1
+    M: tl.constexpr = T // C if WHOLE_ROWS and C <= T else 1
+    K: tl.constexpr = T // M
     group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * T
-    n = start + tl.arange(0, T)
-    in_n = n < N
     d = tl.arange(0, BD)
     in_d = d < D
     p = tl.arange(0, BP)
@@ -297,114 +361,106 @@ def output(
     in_o = o < O
     x += b * x_b
     y += b * N * C
+    value_matrix += b * C * C
+    value_constant += b * C
     dtype: tl.constexpr = x.dtype.element_ty
+    y_s = tl.zeros((BD * M if WHOLE_ROWS else T, BO), ACC)
 
-    if MODE == "rows" or MODE == "tokens" or MODE == "flat":
-        r = group * GROUP_ROWS + tl.arange(0, BR)
-        in_r = (r < O) & (r < (group + 1) * GROUP_ROWS)
-        y_c = tl.zeros((T, BR), ACC)
-        constant = tl.zeros((BR,), ACC)
-        for first in range(0, C, BC):
-            columns = first + tl.arange(0, BC)
-            inside = columns < C
-            matrix = tl.zeros((BR, BC), ACC)
-            for other in range(0, C, BC):
-                k = other + tl.arange(0, BC)
-                w = load_rows(out_proj2_weight, C, 1, r, k, in_r, k < C).to(ACC)
-                vm = load_rows(value_matrix + b * C * C, C, 1, k, columns, k < C, inside)
-                matrix = dot(w, vm, matrix, PRECISION)
-            tile = load_rows(x, x_n, x_c, n, columns, in_n, inside)
-            y_c = dot(tile, tl.trans(matrix).to(dtype), y_c, PRECISION)
-            if qkvv_bias is not None:
-                w = load_rows(out_proj2_weight, C, 1, r, columns, in_r, inside).to(ACC)
-                vm = tl.load(value_constant + b * C + columns, mask=inside, other=0.0)
-                constant += tl.sum(w * vm[None, :], 1)
-        if out_proj2_bias is not None:
-            constant += tl.load(out_proj2_bias + r, mask=in_r, other=0.0).to(ACC)
-        store_rows(y + O, C, 1, n, r, in_n, in_r, y_c + constant[None, :])
+    begin = tl.program_id(0).to(tl.int64) * (T * PARTS)
+    for part in range(PARTS):
+        start = begin + part * T
+        n = start + tl.arange(0, T)
+        in_n = n < N
+        if MODE == "rows" or MODE == "tokens" or MODE == "flat":
+            r = group * GROUP_ROWS + tl.arange(0, BR)
+            in_r = (r < O) & (r < (group + 1) * GROUP_ROWS)
+            y_c = tl.zeros((T, BR), ACC)
+            constant = tl.zeros((BR,), ACC)
+            for first in range(0, C, BC):
+                columns = first + tl.arange(0, BC)
+                inside = columns < C
+                matrix = tl.zeros((BR, BC), ACC)
+                for other in range(0, C, BC):
+                    k = other + tl.arange(0, BC)
+                    w = load_rows(out_proj2_weight, C, 1, r, k, in_r, k < C).to(ACC)
+                    vm = load_rows(value_matrix, C, 1, k, columns, k < C, inside)
+                    matrix = dot(w, vm, matrix, PRECISION)
+                tile = load_rows(x, x_n, x_c, n, columns, in_n, inside)
+                y_c = dot(tile, tl.trans(matrix).to(dtype), y_c, PRECISION)
+                if qkvv_bias is not None:
+                    w = load_rows(out_proj2_weight, C, 1, r, columns, in_r, inside).to(ACC)
+                    vm = tl.load(value_constant + columns, mask=inside, other=0.0)
+                    constant += tl.sum(w * vm[None, :], 1)
+            if out_proj2_bias is not None:
+                constant += tl.load(out_proj2_bias + r, mask=in_r, other=0.0).to(ACC)
+            store_rows(y + O, C, 1, n, r, in_n, in_r, y_c + constant[None, :])
 
-    y_s = tl.zeros((T, BO), ACC)
-    for offset in range(HEADS):
-        h = group * HEADS + offset
-        q = tl.zeros((T, BD), ACC)
-        if MODE == "add":
-            out_c = tl.zeros((T, BD), ACC)
-        for first in range(0, C, BC):
-            columns = first + tl.arange(0, BC)
-            inside = columns < C
-            tile = load_rows(x, x_n, x_c, n, columns, in_n, inside)
-            w = load_rows(qkvv_weight + h * D * C, C, 1, d, columns, in_d, inside)
-            q = dot(tile, tl.trans(w).to(dtype), q, PRECISION)
+        for offset in range(HEADS):
+            h = group * HEADS + offset
+            q = tl.zeros((T, BD), ACC)
             if MODE == "add":
-                vm = value_matrix + (b * C + h * D) * C
-                w = load_rows(vm, C, 1, d, columns, in_d, inside)
-                out_c = dot(tile, tl.trans(w).to(dtype), out_c, PRECISION)
-        if qkvv_bias is not None:
-            q += tl.load(qkvv_bias + h * D + d, mask=in_d, other=0.0).to(ACC)[None, :]
-        q *= (tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0) * LOG2E)[None, :]
-        k = load_rows(k_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
-        v = load_rows(v_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
-        logits = dot(q.to(dtype), tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
-        weights, total = exp2_rows(logits, in_p)
-        if DROPOUT:
-            weights *= dropout_multiplier(seed, (b * H + h) * N + n, BP, cut, 1, ACC)
-        # Divided before the cast: float16 would not hold the sum of a row.
-        out = dot((weights / total[:, None]).to(dtype), v, tl.zeros((T, BD), ACC), PRECISION)
+                out_c = tl.zeros((T, BD), ACC)
+            for first in range(0, C, BC):
+                columns = first + tl.arange(0, BC)
+                inside = columns < C
+                tile = load_rows(x, x_n, x_c, n, columns, in_n, inside)
+                w = load_rows(qkvv_weight + h * D * C, C, 1, d, columns, in_d, inside)
+                q = dot(tile, tl.trans(w).to(dtype), q, PRECISION)
+                if MODE == "add":
+                    w = load_rows(value_matrix + h * D * C, C, 1, d, columns, in_d, inside)
+                    out_c = dot(tile, tl.trans(w).to(dtype), out_c, PRECISION)
+            if qkvv_bias is not None:
+                q += tl.load(qkvv_bias + h * D + d, mask=in_d, other=0.0).to(ACC)[None, :]
+            q *= (tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0) * LOG2E)[None, :]
+            k = load_rows(k_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
+            v = load_rows(v_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
+            logits = dot(q.to(dtype), tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
+            weights, total = exp2_rows(logits, in_p)
+            if DROPOUT:
+                weights *= dropout_multiplier(seed, (b * H + h) * N + n, BP, cut, 1, ACC)
+            # Divided before the cast: float16 would not hold the sum of a row.
+            out = dot((weights / total[:, None]).to(dtype), v, tl.zeros((T, BD), ACC), PRECISION)
 
-        if MODE == "rows":
-            M: tl.constexpr = T // C
-            rows = tl.reshape(tl.trans(out.to(dtype)), (BD * M, C))
-            w = load_rows(out_proj_weight, C, 1, o, tl.arange(0, C), in_o, tl.arange(0, C) < C)
-            out = dot(rows, tl.trans(w).to(dtype), tl.zeros((BD * M, BO), ACC), PRECISION)
-            if out_proj_bias is not None:
-                out += tl.load(out_proj_bias + o, mask=in_o, other=0.0).to(ACC)[None, :]
-            i = tl.arange(0, BD * M)
-            j = start // C + i % M
-            row = (i // M * H + h).to(tl.int64) * (N // C) + j
-            store_rows(y, C, 1, row, o, (i // M < D) & (j < N // C), in_o, out)
-        elif MODE == "tokens":
-            w = load_rows(out_proj_weight + h * D, C, 1, o, d, in_o, in_d)
-            y_s = dot(out.to(dtype), tl.trans(w).to(dtype), y_s, PRECISION)
-        elif MODE == "add":
-            out += out_c
-            out += tl.load(value_constant + b * C + h * D + d, mask=in_d, other=0.0)[None, :]
-            store_rows(y + h * D, C, 1, n, d, in_n, in_d, out)
-        else:
-            f = (d[None, :] * H + h) * N + n[:, None]
-            if MODE == "sum":
-                out += tl.load(value_constant + b * C + f % C)
-                target = y
+            if WHOLE_ROWS:
+                row, in_row = rows_of(begin, h, N, C, H, BD, M)
+                columns = part * K + tl.arange(0, K)
+                rows = tl.reshape(tl.trans(out.to(dtype)), (BD * M, K))
+                if MODE == "rows":
+                    w = load_rows(out_proj_weight, C, 1, o, columns, in_o, columns < C)
+                    y_s = dot(rows, tl.trans(w).to(dtype), y_s, PRECISION)
+                else:
+                    total = rows.to(ACC)
+                    total += tl.load(value_constant + columns)[None, :]
+                    for first in range(0, C, BC):
+                        c = first + tl.arange(0, BC)
+                        tile = load_rows(x, x_n, x_c, row, c, in_row, c < C)
+                        w = load_rows(value_matrix, C, 1, columns, c, columns < C, c < C)
+                        total = dot(tile, tl.trans(w).to(dtype), total, PRECISION)
+                    store_rows(y, C, 1, row, columns, in_row, columns < C, total)
+            elif MODE == "tokens":
+                w = load_rows(out_proj_weight + h * D, C, 1, o, d, in_o, in_d)
+                y_s = dot(out.to(dtype), tl.trans(w).to(dtype), y_s, PRECISION)
+            elif MODE == "add":
+                out += out_c
+                out += tl.load(value_constant + h * D + d, mask=in_d, other=0.0)[None, :]
+                store_rows(y + h * D, C, 1, n, d, in_n, in_d, out)
             else:
-                target = out_s + b * N * C
-            tl.store(target + f, out.to(dtype), mask=in_n[:, None] & in_d[None, :])
-    if MODE == "tokens":
+                f = (d[None, :] * H + h).to(tl.int64) * N + n[:, None]
+                if MODE == "flat_sum":
+                    out += tl.load(value_constant + f % C)
+                    target = y
+                else:
+                    target = out_s + b * N * C
+                tl.store(target + f, out.to(dtype), mask=in_n[:, None] & in_d[None, :])
+    if MODE == "rows" or MODE == "tokens":
         if out_proj_bias is not None:
             y_s += tl.load(out_proj_bias + o, mask=in_o, other=0.0).to(ACC)[None, :]
-        store_rows(y, C, 1, n, o, in_n, in_o, y_s)
-
-
-@triton.jit
-def product(
-    a, a_b, a_n, a_k, w, w_b, w_m, w_k, bias, y, y_b, y_n, N,
-    K: tl.constexpr, M: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
-    T: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y (B, N, M) = [y +] a (B, N, K) w (B, M, K)^T + bias (M)."""
-    b = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    in_n, in_m = n < N, m < M
-    total = tl.zeros((T, BM), ACC)
-    for first in range(0, K, BK):
-        k = first + tl.arange(0, BK)
-        tile = load_rows(a + b * a_b, a_n, a_k, n, k, in_n, k < K)
-        block = load_rows(w + b * w_b, w_m, w_k, m, k, in_m, k < K).to(tile.dtype)
-        total = dot(tile, tl.trans(block), total, PRECISION)
-    if bias is not None:
-        total += tl.load(bias + m, mask=in_m, other=0.0).to(ACC)[None, :]
-    if ADD:
-        total += load_rows(y + b * y_b, y_n, 1, n, m, in_n, in_m).to(ACC)
-    store_rows(y + b * y_b, y_n, 1, n, m, in_n, in_m, total)
+        if MODE == "rows":
+            row, in_row = rows_of(begin, group, N, C, H, BD, M)
+        else:
+            row = begin + tl.arange(0, T)
+            in_row = row < N
+        store_rows(y, C, 1, row, o, in_row, in_o, y_s)
 
 
 @triton.jit
@@ -418,7 +474,7 @@ def output_backward(
     BD: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One head over one chunk: dq (B, N, C), and in sums (B, chunks, H, SIZE), one after the other
+    """One head over one chunk: dq (B, N, C), and in sums (chunks, B, H, SIZE), one after the other
 
         dWq (D, C), dmatrix (ROWS, C), dkeys (P, D), dv_proj (P, D), dlogits (P), dconstant (ROWS),
         dWo1 (O, C) in MODE rows, (O, D) in MODE tokens, and there dbo1 (O)
@@ -429,7 +485,7 @@ def output_backward(
     """
     D: tl.constexpr = C // H
     COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    chunks, index, b = tl.num_programs(0), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    index, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     h, block = tl.program_id(1) // COLUMN_BLOCKS, tl.program_id(1) % COLUMN_BLOCKS
     first_token = index.to(tl.int64) * chunk
     stop = tl.minimum(first_token + chunk, N)
@@ -491,10 +547,7 @@ def output_backward(
         attention = attention.to(dtype)
 
         if MODE == "rows":
-            i = tl.arange(0, BD * M)
-            j = start // C + i % M
-            row = (i // M * H + h).to(tl.int64) * (N // C) + j
-            in_row = (i // M < D) & (j < N // C)
+            row, in_row = rows_of(start, h, N, C, H, BD, M)
             dy_s = load_rows(dy, C, 1, row, o, in_row, in_o)
             channels = tl.arange(0, C)
             weight = load_rows(out_proj_weight, C, 1, o, channels, in_o, channels < C).to(dtype)
@@ -516,7 +569,7 @@ def output_backward(
         elif MODE == "add":
             dout_s = load_rows(dy + h * D, C, 1, n, d, in_n, in_d)
         else:
-            f = (d[None, :] * H + h) * N + n[:, None]
+            f = (d[None, :] * H + h).to(tl.int64) * N + n[:, None]
             mask = in_n[:, None] & in_d[None, :]
             dout_s = tl.load(dout + b * N * C + f, mask=mask, other=0.0)
             if MODE == "flat":
@@ -540,7 +593,7 @@ def output_backward(
         if block == 0:
             store_rows(dq + b * N * C + h * D, C, 1, n, d, in_n, in_d, dq_tile)
 
-    sums += ((b * chunks + index) * H + h) * SIZE
+    sums += ((index * tl.num_programs(2) + b) * H + h) * SIZE
     store_rows(sums, C, 1, d, own, in_d, in_own, dq_weight)
     sums += D * C
     store_rows(sums, C, 1, r, own, r < ROWS, in_own, dmatrix)
@@ -562,43 +615,81 @@ def output_backward(
 
 
 @triton.jit
-def sum_chunks(sums, total, chunks, SIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """(B, chunks, SIZE) -> (B, SIZE)."""
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def sum_chunks(sums, total, chunks, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """total (size) = sum of sums (chunks, size)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.zeros((BLOCK,), ACC)
     for t in range(0, chunks):
-        value += tl.load(sums + (b * chunks + t) * SIZE + i, mask=i < SIZE, other=0.0)
-    tl.store(total + b * SIZE + i, value, mask=i < SIZE)
+        value += tl.load(sums + t * size + i, mask=i < size, other=0.0)
+    tl.store(total + i, value, mask=i < size)
+
+
+@triton.jit
+def matrix_gradient(
+    sample, o, C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """Pointers into a sample's sums: rows o of the gradient of Wo2 A Wvc, and of its constants."""
+    head = sample + (o // ROWS) * SIZE + D * C
+    return head + (o % ROWS) * C, head + ROWS * C + 2 * P * D + P + o % ROWS
 
 
 @triton.jit
 def mix_backward(
     sums, mean, projected, row_sums, qkvv_weight, qkvv_bias, temperature, temperature2,
-    out_proj2_weight, seed, k_proj, value_matrix, value_constant,
+    out_proj2_weight, seed, k_proj,
     q_gram, k_gram, q_mean, k_mean, q_norm, k_norm, dots,
-    dqkvv_weight, dqkvv_bias, dout_proj2_weight, dtemperatures, dkv, dkv_sums, dgram_factors,
-    dmeans,
-    N, cut,
+    dqkvv_weight, dqkvv_bias, dtemperatures, dkv, dkv_sums, dgram_factors, dmeans, dy, out_s,
+    dout_proj_weight, dout_proj_bias,
+    N, chunk, cut,
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, SUM: tl.constexpr, BC: tl.constexpr,
-    BD: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    BD: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
+    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """One head of one sample: `two_pass._Mix.backward`. All results in ACC.
 
-    dqkvv_weight (B, 4C, C), dqkvv_bias (B, 4C), dout_proj2_weight (B, O, C): one sample's gradients
+    dqkvv_weight (B, 4C, C), dqkvv_bias (B, 4C): one sample's gradients
     dtemperatures (B, 2, H)
     dkv (B, 2, P, C): gradients of k_proj and v_proj
     dkv_sums (B, H, 4, P): their sums over d, and their products with the biases of k and vs
     dgram_factors (B, 2, C, C), dmeans (B, 2, C): times Wq and Wk they are the gram's gradient
+
+    With out_s, the programs beyond the heads add up over chunks of rows meanwhile:
+    dout_proj_weight (B, chunks, O, C) = dy_s^T out_s', dout_proj_bias (B, chunks, O) = sum dy_s
     """
     D: tl.constexpr = C // H
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if out_s is not None:
+        COLUMN_BLOCKS: tl.constexpr = (C + BM - 1) // BM
+        O_BLOCKS: tl.constexpr = (O + BM - 1) // BM
+        if h >= H:
+            index, block = (
+                (h - H) // (COLUMN_BLOCKS * O_BLOCKS),
+                (h - H) % (COLUMN_BLOCKS * O_BLOCKS),
+            )
+            chunks = (N + chunk - 1) // chunk
+            o = block // COLUMN_BLOCKS * BM + tl.arange(0, BM)
+            columns = block % COLUMN_BLOCKS * BM + tl.arange(0, BM)
+            in_o, inside = o < O, columns < C
+            dweight, total = tl.zeros((BM, BM), ACC), tl.zeros((BM,), ACC)
+            first = index.to(tl.int64) * chunk
+            stop = tl.minimum(first + chunk, N)
+            for start in range(first, stop, T):
+                n = start + tl.arange(0, T)
+                rows = load_rows(out_s + b * N * C, C, 1, n, columns, n < stop, inside)
+                dy_s = load_rows(dy + b * N * C, C, 1, n, o, n < stop, in_o)
+                dweight = dot(tl.trans(dy_s), rows, dweight, PRECISION)
+                total += tl.sum(dy_s.to(ACC), 0)
+            target = b * chunks + index
+            dout_proj_weight += target * O * C
+            store_rows(dout_proj_weight, C, 1, o, columns, in_o, inside, dweight)
+            tl.store(
+                dout_proj_bias + target * O + o, total, mask=in_o & (block % COLUMN_BLOCKS == 0)
+            )
+            return
     d = tl.arange(0, BD)
     in_d = d < D
-    o = tl.arange(0, BO)
-    in_o = o < O
     head = b * C + h * D
     sample = sums + b * H * SIZE
     own = sample + h * SIZE
@@ -611,18 +702,16 @@ def mix_backward(
     dvc_weight, dvs_weight = dq_weight + 2 * C * C, dq_weight + 3 * C * C
     dbias = dqkvv_bias + b * 4 * C + h * D
 
-    # Row o of the matrix's gradient lies with head o // ROWS.
-    matrix_rows = sample + (o // ROWS) * SIZE + D * C + (o % ROWS) * C
-    constants = sample + (o // ROWS) * SIZE + D * C + ROWS * C + 2 * P * D + P + o % ROWS
-    dconstant_all = tl.load(constants, mask=in_o, other=0.0)
-    value_const = tl.load(value_constant + head + d, mask=in_d, other=0.0)
+    dconstant = tl.zeros((BD,), ACC)
     if SUM:
         constants = own + D * C + ROWS * C + 2 * P * D + P + d
-        dconstant = tl.load(constants, mask=in_d, other=0.0)
+        dconstant += tl.load(constants, mask=in_d, other=0.0)
     else:
-        w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, in_o, in_d).to(ACC)
-        dconstant = tl.sum(w2 * dconstant_all[:, None], 0)
-        dw2 = dconstant_all[:, None] * value_const[None, :]
+        for first in range(0, O, BO):
+            o = first + tl.arange(0, BO)
+            rows, constants = matrix_gradient(sample, o, C, D, P, ROWS, SIZE)
+            w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, o < O, in_d).to(ACC)
+            dconstant += tl.sum(w2 * tl.load(constants, mask=o < O, other=0.0)[:, None], 0)
 
     q_length = tl.load(q_norm + head + d, mask=in_d, other=1.0)
     k_length = tl.load(k_norm + head + d, mask=in_d, other=1.0)
@@ -645,18 +734,19 @@ def mix_backward(
             dvalue = load_rows(own + D * C, C, 1, d, columns, in_d, inside)
             dvalue += dconstant[:, None] * centre[None, :]
         else:
-            mask = in_o[:, None] & inside[None, :]
-            dm = tl.load(matrix_rows[:, None] + columns[None, :], mask=mask, other=0.0)
-            dm += dconstant_all[:, None] * centre[None, :]
-            dvalue = dot(tl.trans(w2), dm, tl.zeros((BD, BC), ACC), PRECISION)
-            vm = load_rows(value_matrix + head * C, C, 1, d, columns, in_d, inside)
-            dw2 = dot(dm, tl.trans(vm), dw2, PRECISION)
+            dvalue = tl.zeros((BD, BC), ACC)
+            for other in range(0, O, BO):
+                o = other + tl.arange(0, BO)
+                rows, constants = matrix_gradient(sample, o, C, D, P, ROWS, SIZE)
+                w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, o < O, in_d).to(ACC)
+                mask = (o < O)[:, None] & inside[None, :]
+                dm = tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0)
+                dm += tl.load(constants, mask=o < O, other=0.0)[:, None] * centre[None, :]
+                dvalue = dot(tl.trans(w2), dm, dvalue, PRECISION)
         weight = load_rows(vc_weight, C, 1, d, columns, in_d, inside).to(ACC)
         dattention = dot(dvalue, tl.trans(weight), dattention, PRECISION)
         block = dot(tl.trans(attention), dvalue, tl.zeros((BD, BC), ACC), PRECISION)
         store_rows(dvc_weight, C, 1, d, columns, in_d, inside, block)
-    if not SUM:
-        store_rows(dout_proj2_weight + b * O * C + h * D, C, 1, o, d, in_o, in_d, dw2)
     if qkvv_bias is not None:
         bias = tl.load(qkvv_bias + (2 * H + h) * D + d, mask=in_d, other=0.0).to(ACC)
         dattention += dconstant[:, None] * bias[None, :]
@@ -773,11 +863,12 @@ def sum_to(
 
 @triton.jit
 def gather(
-    sums, sample_qkvv_weight, sample_qkvv_bias, sample_out_proj2, sample_temperatures, dkv,
-    dkv_sums, dgram_factors, dmeans, qkvv_weight, out_proj2_weight, value_matrix,
+    sums, mean, sample_qkvv_weight, sample_qkvv_bias, sample_temperatures, dkv, dkv_sums,
+    dgram_factors, dmeans, qkvv_weight, out_proj2_weight, value_matrix, value_constant,
     dgram, dtoken, dprojected, drows, matrix,
     dqkvv_weight, dqkvv_bias, dproj_k_bias, dproj_v_bias, dtemperature, dtemperature2,
     dout_proj_weight, dout_proj_bias, dout_proj2_weight, dout_proj2_bias,
+    chunk_out_proj_weight, chunk_out_proj_bias, chunks,
     B,
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, MODE: tl.constexpr,
@@ -867,7 +958,30 @@ def gather(
         stride = 4 * C * C
         sum_to(sample_qkvv_weight, stride, B, 0, 1, i, dqkvv_weight, i, i < 4 * C * C, ACC)
     elif section == 4:
-        sum_to(sample_out_proj2, O * C, B, 0, 1, i, dout_proj2_weight, i, i < O * C, ACC)
+        if dout_proj2_weight is not None:
+            rows = block * BM + row
+            in_rows = rows < O
+            for first in range(0, C, BC):
+                columns = first + tl.arange(0, BC)
+                inside = columns < C
+                total = tl.zeros((BM, BC), ACC)
+                pointers, constants = matrix_gradient(sums, rows, C, D, P, ROWS, SIZE)
+                centre_pointer, constant, vm = mean, value_constant, value_matrix
+                for _ in range(0, B):
+                    dconstant = tl.load(constants, mask=in_rows, other=0.0)
+                    value = tl.load(constant + columns, mask=inside, other=0.0)
+                    total += dconstant[:, None] * value[None, :]
+                    for other in range(0, C, BC):
+                        k = other + tl.arange(0, BC)
+                        mask = in_rows[:, None] & (k < C)[None, :]
+                        dm = tl.load(pointers[:, None] + k[None, :], mask=mask, other=0.0)
+                        centre = tl.load(centre_pointer + k, mask=k < C, other=0.0).to(ACC)
+                        dm += dconstant[:, None] * centre[None, :]
+                        w = load_rows(vm, C, 1, columns, k, inside, k < C)
+                        total = dot(dm, tl.trans(w), total, PRECISION)
+                    pointers, constants = pointers + H * SIZE, constants + H * SIZE
+                    centre_pointer, constant, vm = centre_pointer + C, constant + C, vm + C * C
+                store_rows(dout_proj2_weight, C, 1, rows, columns, in_rows, inside, total)
     elif section == 5:
         source = sums + CONSTANTS + ROWS
         if MODE == "rows":
@@ -876,6 +990,9 @@ def gather(
             c = i % C
             offsets = c // D * SIZE + i // C * D + c % D
             sum_to(source, H * SIZE, B, 0, 1, offsets, dout_proj_weight, i, i < O * C, ACC)
+        if MODE == "flat":
+            source, count = chunk_out_proj_weight, B * chunks
+            sum_to(source, O * C, count, 0, 1, i, dout_proj_weight, i, i < O * C, ACC)
     else:
         sum_to(sample_qkvv_bias, 4 * C, B, 0, 1, i, dqkvv_bias, i, i < 4 * C, ACC)
         sum_to(sample_temperatures, 2 * H, B, 0, 1, i, dtemperature, i, i < H, ACC)
@@ -888,6 +1005,8 @@ def gather(
         if MODE == "tokens":
             source = sums + CONSTANTS + ROWS + O * D
             sum_to(source, H * SIZE, B, 0, 1, i, dout_proj_bias, i, i < O, ACC)
+        if MODE == "flat":
+            sum_to(chunk_out_proj_bias, O, B * chunks, 0, 1, i, dout_proj_bias, i, i < O, ACC)
         inside = i < P
         sum_to(dkv_sums, 4 * P, B * H, P, 3 - J, i, dproj_k_bias, i, inside, ACC)
         sum_to(dkv_sums + P, 4 * P, B * H, 0, 1, i, dproj_v_bias, i, inside, ACC)
