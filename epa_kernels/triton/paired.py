@@ -239,27 +239,26 @@ def backward(dy, *tensors, **options):
     dq, sums, out_s = _output_backward(layer, mode, dy, dy if dout is None else dout, mean, mixed)
     size = sums.shape[-1]
 
-    sample_qkvv_weight, sample_qkvv_bias = layer.empty(B, 4 * C, C), layer.empty(B, 4 * C)
-    sample_temperatures, dkv = layer.empty(B, 2, H), layer.empty(B, 2, P, C)
-    dkv_sums = layer.empty(B, H, 4, P)
-    factors, dmeans = layer.empty(B, 2, C, C), layer.empty(B, 2, C)
+    attention, ddots = layer.empty(B, H, layer.D, layer.D), layer.empty(B, H, layer.D, layer.D)
+    dheads, sample_qkvv_bias = layer.empty(B, 6, C), layer.empty(B, 4 * C)
+    sample_temperatures = layer.empty(B, 2, H)
+    dkv, dkv_sums = layer.empty(B, 2, P, C), layer.empty(B, H, 4, P)
     launch, common = layer.pick("mix_backward")
     count = chunk = programs = 0
     chunk_out_proj = None, None
     if mode == "flat":
         count, chunk = chunks(N, launch)
-        chunk_out_proj = layer.empty(B, count, O, C), layer.empty(B, count, O)
+        chunk_out_proj = layer.empty(count, B, O, C), layer.empty(count, B, O)
         programs = count * triton.cdiv(O, launch.rows) * triton.cdiv(C, launch.rows)
     kernels.mix_backward[(H + programs, B)](
-        sums, mean, projected, layer.row_sums, layer.qkvv_weight, layer.qkvv_bias,
+        sums, mean, layer.row_sums, layer.qkvv_weight, layer.qkvv_bias,
         layer.temperature, layer.temperature2, layer.out_proj2_weight, layer.seed,
-        mixed.k_proj, *mixed[5:], sample_qkvv_weight, sample_qkvv_bias,
-        sample_temperatures, dkv, dkv_sums, factors, dmeans, dy, out_s,
-        *chunk_out_proj, N, chunk, layer.channel_cut,
-        C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, SUM=layer.is_sum,
+        mixed.k_proj, *mixed[7:], attention, ddots, dheads, sample_qkvv_bias, sample_temperatures,
+        dkv, dkv_sums, dy, out_s, *chunk_out_proj, N, chunk, layer.channel_cut,
+        C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, SUM=layer.is_sum, T=launch.rows,
         BC=block(C, launch.columns), BD=layer.BD, BP=block(P, launch.rows),
-        BO=block(O, launch.rows), T=launch.rows, BM=launch.rows, DROPOUT=layer.channel_dropout,
-        PRECISION=layer.precision, **common,
+        BO=block(O, launch.rows), DROPOUT=layer.channel_dropout, PRECISION=layer.precision,
+        **common,
     )  # fmt: skip
 
     # Not x and not the token projections: of those the last pass makes the gradients.
@@ -270,16 +269,20 @@ def backward(dy, *tensors, **options):
     drows = None if layer.qkvv_bias is None else layer.empty(J, P)
     matrix = mixed.value_matrix if layer.is_sum else layer.empty(B, O, C)
     launch, common = layer.pick("gather")
-    BM, BLOCK = launch.rows, GATHER_BLOCK
-    blocks = max(B * triton.cdiv(max(C, J * P), BM), B * J * triton.cdiv(P, BM))
-    blocks = max(blocks, triton.cdiv(4 * C * C, BLOCK))
+    BM, BC, BLOCK = launch.rows, block(C, launch.columns), GATHER_BLOCK
+    blocks = max(
+        B * triton.cdiv(C, BM) * triton.cdiv(C, BC),
+        B * J * triton.cdiv(P, BM),
+        4 * H * triton.cdiv(C, BC),
+        triton.cdiv(O * C, BLOCK),
+    )
     kernels.gather[(blocks, 7)](
-        sums, mean, sample_qkvv_weight, sample_qkvv_bias, sample_temperatures, dkv, dkv_sums,
-        factors, dmeans, layer.qkvv_weight, layer.out_proj2_weight, mixed.value_matrix,
-        mixed.value_constant, dgram, dtoken, dprojected, drows, matrix, *gradients.dense,
-        *chunk_out_proj, count, B,
-        C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, MODE=mode, BM=BM,
-        BC=block(C, launch.columns), BLOCK=BLOCK, PRECISION=layer.precision, **common,
+        sums, mean, projected, mixed.q_gram, mixed.k_gram, attention, ddots, dheads,
+        sample_qkvv_bias, sample_temperatures, dkv, dkv_sums, layer.qkvv_weight,
+        layer.out_proj2_weight, mixed.value_matrix, mixed.value_constant, dgram, dtoken,
+        dprojected, drows, matrix, *gradients.dense, *chunk_out_proj, count, B,
+        C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, MODE=mode, BM=BM, BC=BC, BD=layer.BD,
+        BLOCK=BLOCK, PRECISION=layer.precision, **common,
     )  # fmt: skip
 
     dx, dproj_k = empty_gradient(inputs[0], layer.x), empty_gradient(inputs[3], layer.x)

@@ -635,129 +635,151 @@ def matrix_gradient(
 
 
 @triton.jit
+def value_constant_gradient(
+    sample, own, out_proj2_weight, h, d,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, SUM: tl.constexpr, BO: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the constant that a head's values add, (BD)."""
+    if SUM:
+        constants = own + D * C + ROWS * C + 2 * P * D + P + d
+        return tl.load(constants, mask=d < D, other=0.0)
+    else:
+        dconstant = tl.zeros((d.shape[0],), ACC)
+        for first in range(0, O, BO):
+            o = first + tl.arange(0, BO)
+            _, constants = matrix_gradient(sample, o, C, D, P, ROWS, SIZE)
+            w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, o < O, d < D).to(ACC)
+            dconstant += tl.sum(w2 * tl.load(constants, mask=o < O, other=0.0)[:, None], 0)
+        return dconstant
+
+
+@triton.jit
+def value_gradient(
+    sample, own, mean, out_proj2_weight, dconstant, h, d, columns,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, SUM: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of some columns of a head's A Wvc, (BD, columns); mean points to the sample."""
+    in_d, inside = d < D, columns < C
+    centre = tl.load(mean + columns, mask=inside, other=0.0).to(dconstant.dtype)
+    if SUM:
+        dvalue = load_rows(own + D * C, C, 1, d, columns, in_d, inside)
+        return dvalue + dconstant[:, None] * centre[None, :]
+    else:
+        dvalue = tl.zeros((d.shape[0], columns.shape[0]), dconstant.dtype)
+        for first in range(0, O, BO):
+            o = first + tl.arange(0, BO)
+            rows, constants = matrix_gradient(sample, o, C, D, P, ROWS, SIZE)
+            w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, o < O, in_d).to(dvalue.dtype)
+            mask = (o < O)[:, None] & inside[None, :]
+            dm = tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0)
+            dm += tl.load(constants, mask=o < O, other=0.0)[:, None] * centre[None, :]
+            dvalue = dot(tl.trans(w2), dm, dvalue, PRECISION)
+        return dvalue
+
+
+@triton.jit
+def out_proj_gradient(
+    dy, out_s, dweight, dbias, index, block, b, B, N, chunk,
+    C: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dWo1 (chunks, B, O, C) = dy_s^T out_s', T x T of it, and dbo1 (chunks, B, O) = sum dy_s."""
+    BLOCKS: tl.constexpr = (C + T - 1) // T
+    o, columns = block // BLOCKS * T + tl.arange(0, T), block % BLOCKS * T + tl.arange(0, T)
+    in_o, inside = o < O, columns < C
+    weight, bias = tl.zeros((T, T), ACC), tl.zeros((T,), ACC)
+    first = index.to(tl.int64) * chunk
+    stop = tl.minimum(first + chunk, N)
+    for start in range(first, stop, T):
+        n = start + tl.arange(0, T)
+        rows = load_rows(out_s + b * N * C, C, 1, n, columns, n < stop, inside)
+        dy_s = load_rows(dy + b * N * C, C, 1, n, o, n < stop, in_o)
+        weight = dot(tl.trans(dy_s), rows, weight, PRECISION)
+        bias += tl.sum(dy_s.to(ACC), 0)
+    target = index * B + b
+    store_rows(dweight + target * O * C, C, 1, o, columns, in_o, inside, weight)
+    tl.store(dbias + target * O + o, bias, mask=in_o & (block % BLOCKS == 0))
+
+
+@triton.jit
 def mix_backward(
-    sums, mean, projected, row_sums, qkvv_weight, qkvv_bias, temperature, temperature2,
-    out_proj2_weight, seed, k_proj,
-    q_gram, k_gram, q_mean, k_mean, q_norm, k_norm, dots,
-    dqkvv_weight, dqkvv_bias, dtemperatures, dkv, dkv_sums, dgram_factors, dmeans, dy, out_s,
-    dout_proj_weight, dout_proj_bias,
+    sums, mean, row_sums, qkvv_weight, qkvv_bias, temperature, temperature2, out_proj2_weight,
+    seed, k_proj, q_mean, k_mean, q_norm, k_norm, dots,
+    attention, ddots, dheads, dqkvv_bias, dtemperatures, dkv, dkv_sums,
+    dy, out_s, dout_proj_weight, dout_proj_bias,
     N, chunk, cut,
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, SUM: tl.constexpr, BC: tl.constexpr,
-    BD: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr,
     PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sample: `two_pass._Mix.backward`. All results in ACC.
+    """One head of one sample: what of `two_pass._Mix.backward` is small. All results in ACC.
 
-    dqkvv_weight (B, 4C, C), dqkvv_bias (B, 4C): one sample's gradients
-    dtemperatures (B, 2, H)
+    attention, ddots (B, H, D, D): the channel map after dropout; the gradient of <q_i, k_j>
+    dheads (B, 6, C): d|q|/|q|, d|k|/|k|; gradients of the means of q and k; N times those, with
+    all else that multiplies the mean of x
+    dqkvv_bias (B, 4C), dtemperatures (B, 2, H): of one sample
     dkv (B, 2, P, C): gradients of k_proj and v_proj
     dkv_sums (B, H, 4, P): their sums over d, and their products with the biases of k and vs
-    dgram_factors (B, 2, C, C), dmeans (B, 2, C): times Wq and Wk they are the gram's gradient
 
-    With out_s, the programs beyond the heads add up over chunks of rows meanwhile:
-    dout_proj_weight (B, chunks, O, C) = dy_s^T out_s', dout_proj_bias (B, chunks, O) = sum dy_s
+    With out_s, further programs meanwhile run `out_proj_gradient`.
     """
     D: tl.constexpr = C // H
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if out_s is not None:
-        COLUMN_BLOCKS: tl.constexpr = (C + BM - 1) // BM
-        O_BLOCKS: tl.constexpr = (O + BM - 1) // BM
+        PARTS: tl.constexpr = ((C + T - 1) // T) * ((O + T - 1) // T)
         if h >= H:
-            index, block = (
-                (h - H) // (COLUMN_BLOCKS * O_BLOCKS),
-                (h - H) % (COLUMN_BLOCKS * O_BLOCKS),
-            )
-            chunks = (N + chunk - 1) // chunk
-            o = block // COLUMN_BLOCKS * BM + tl.arange(0, BM)
-            columns = block % COLUMN_BLOCKS * BM + tl.arange(0, BM)
-            in_o, inside = o < O, columns < C
-            dweight, total = tl.zeros((BM, BM), ACC), tl.zeros((BM,), ACC)
-            first = index.to(tl.int64) * chunk
-            stop = tl.minimum(first + chunk, N)
-            for start in range(first, stop, T):
-                n = start + tl.arange(0, T)
-                rows = load_rows(out_s + b * N * C, C, 1, n, columns, n < stop, inside)
-                dy_s = load_rows(dy + b * N * C, C, 1, n, o, n < stop, in_o)
-                dweight = dot(tl.trans(dy_s), rows, dweight, PRECISION)
-                total += tl.sum(dy_s.to(ACC), 0)
-            target = b * chunks + index
-            dout_proj_weight += target * O * C
-            store_rows(dout_proj_weight, C, 1, o, columns, in_o, inside, dweight)
-            tl.store(
-                dout_proj_bias + target * O + o, total, mask=in_o & (block % COLUMN_BLOCKS == 0)
-            )
+            out_proj_gradient(
+                dy, out_s, dout_proj_weight, dout_proj_bias, (h - H) // PARTS, (h - H) % PARTS, b,
+                tl.num_programs(1), N, chunk, C, O, ACC, T, PRECISION,
+            )  # fmt: skip
             return
     d = tl.arange(0, BD)
     in_d = d < D
     head = b * C + h * D
+    square = (b * H + h) * D * D
+    mean += b * C
     sample = sums + b * H * SIZE
     own = sample + h * SIZE
-    q_weight, k_weight = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
     vc_weight = qkvv_weight + (2 * H + h) * D * C
-    dq_weight, dk_weight = (
-        dqkvv_weight + (b * 4 * C + h * D) * C,
-        dqkvv_weight + (b * 4 * C + C + h * D) * C,
-    )
-    dvc_weight, dvs_weight = dq_weight + 2 * C * C, dq_weight + 3 * C * C
     dbias = dqkvv_bias + b * 4 * C + h * D
 
-    dconstant = tl.zeros((BD,), ACC)
-    if SUM:
-        constants = own + D * C + ROWS * C + 2 * P * D + P + d
-        dconstant += tl.load(constants, mask=in_d, other=0.0)
-    else:
-        for first in range(0, O, BO):
-            o = first + tl.arange(0, BO)
-            rows, constants = matrix_gradient(sample, o, C, D, P, ROWS, SIZE)
-            w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, o < O, in_d).to(ACC)
-            dconstant += tl.sum(w2 * tl.load(constants, mask=o < O, other=0.0)[:, None], 0)
-
-    q_length = tl.load(q_norm + head + d, mask=in_d, other=1.0)
-    k_length = tl.load(k_norm + head + d, mask=in_d, other=1.0)
-    products = load_rows(dots + (b * H + h) * D * D, D, 1, d, d, in_d, in_d)
-    t = tl.load(temperature + h).to(ACC)
-    softmax, cosine, norms = channel_map(products, q_length, k_length, t, D)
-    attention = softmax
-    if DROPOUT:
-        multiplier = dropout_multiplier(seed, (b * H + h) * D + d, BD, cut, 0, ACC)
-        attention = softmax * multiplier
-    # Rows of the padding have no gradient.
-    attention = tl.where(in_d[:, None], attention, 0.0)
-
+    dconstant = value_constant_gradient(
+        sample, own, out_proj2_weight, h, d, C, D, P, O, ROWS, SIZE, SUM, BO, ACC
+    )
     dattention = tl.zeros((BD, BD), ACC)
     for first in range(0, C, BC):
         columns = first + tl.arange(0, BC)
-        inside = columns < C
-        centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
-        if SUM:
-            dvalue = load_rows(own + D * C, C, 1, d, columns, in_d, inside)
-            dvalue += dconstant[:, None] * centre[None, :]
-        else:
-            dvalue = tl.zeros((BD, BC), ACC)
-            for other in range(0, O, BO):
-                o = other + tl.arange(0, BO)
-                rows, constants = matrix_gradient(sample, o, C, D, P, ROWS, SIZE)
-                w2 = load_rows(out_proj2_weight + h * D, C, 1, o, d, o < O, in_d).to(ACC)
-                mask = (o < O)[:, None] & inside[None, :]
-                dm = tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0)
-                dm += tl.load(constants, mask=o < O, other=0.0)[:, None] * centre[None, :]
-                dvalue = dot(tl.trans(w2), dm, dvalue, PRECISION)
-        weight = load_rows(vc_weight, C, 1, d, columns, in_d, inside).to(ACC)
+        dvalue = value_gradient(
+            sample, own, mean, out_proj2_weight, dconstant, h, d, columns,
+            C, D, P, O, ROWS, SIZE, SUM, BO, PRECISION,
+        )  # fmt: skip
+        weight = load_rows(vc_weight, C, 1, d, columns, in_d, columns < C).to(ACC)
         dattention = dot(dvalue, tl.trans(weight), dattention, PRECISION)
-        block = dot(tl.trans(attention), dvalue, tl.zeros((BD, BC), ACC), PRECISION)
-        store_rows(dvc_weight, C, 1, d, columns, in_d, inside, block)
+
+    q_length = tl.load(q_norm + head + d, mask=in_d, other=1.0)
+    k_length = tl.load(k_norm + head + d, mask=in_d, other=1.0)
+    products = load_rows(dots + square, D, 1, d, d, in_d, in_d)
+    t = tl.load(temperature + h).to(ACC)
+    softmax, cosine, norms = channel_map(products, q_length, k_length, t, D)
+    dropped = softmax
+    if DROPOUT:
+        multiplier = dropout_multiplier(seed, (b * H + h) * D + d, BD, cut, 0, ACC)
+        dropped = softmax * multiplier
+    store_rows(attention + square, D, 1, d, d, in_d, in_d, dropped)
     if qkvv_bias is not None:
         bias = tl.load(qkvv_bias + (2 * H + h) * D + d, mask=in_d, other=0.0).to(ACC)
         dattention += dconstant[:, None] * bias[None, :]
-        value = tl.sum(attention * dconstant[:, None], 0)
-        tl.store(dbias + 2 * C + d, value, mask=in_d)
+        tl.store(dbias + 2 * C + d, tl.sum(dropped * dconstant[:, None], 0), mask=in_d)
     if DROPOUT:
         dattention *= multiplier
+    # Rows of the padding have no gradient.
     dlogits = tl.where(in_d[:, None], softmax_backward(softmax, dattention), 0.0)
     tl.store(dtemperatures + b * 2 * H + h, tl.sum(tl.sum(dlogits * cosine, 1), 0))
     dcosine = t * dlogits
-    ddots = dcosine / norms
+    ddot = dcosine / norms
+    store_rows(ddots + square, D, 1, d, d, in_d, in_d, ddot)
     dq_norm = per_norm(tl.sum(dcosine * cosine, 1), q_length)
     dk_norm = per_norm(tl.sum(dcosine * cosine, 0), k_length)
 
@@ -800,50 +822,21 @@ def mix_backward(
 
     # q_n gets ddots k_n + dq_norm q_n, k_n gets ddots^T q_n + dk_norm k_n: centred part and mean
     # apart, so that neither cancels against the other.
-    dq_mean = tl.sum(ddots * k_centre[None, :], 1) + dq_norm * q_centre
-    dk_mean = tl.sum(ddots * q_centre[:, None], 0) + dk_norm * k_centre
+    dq_mean = tl.sum(ddot * k_centre[None, :], 1) + dq_norm * q_centre
+    dk_mean = tl.sum(ddot * q_centre[:, None], 0) + dk_norm * k_centre
     dq_total += N * dq_mean
     dk_total = N * dk_mean
-    tl.store(dmeans + b * 2 * C + h * D + d, dq_mean, mask=in_d)
-    tl.store(dmeans + (b * 2 + 1) * C + h * D + d, dk_mean, mask=in_d)
+    dheads += b * 6 * C + h * D + d
+    tl.store(dheads, dq_norm, mask=in_d)
+    tl.store(dheads + C, dk_norm, mask=in_d)
+    tl.store(dheads + 2 * C, dq_mean, mask=in_d)
+    tl.store(dheads + 3 * C, dk_mean, mask=in_d)
+    tl.store(dheads + 4 * C, dq_total, mask=in_d)
+    tl.store(dheads + 5 * C, dk_total, mask=in_d)
     if qkvv_bias is not None:
         tl.store(dbias + d, dq_total, mask=in_d)
         tl.store(dbias + C + d, dk_total + dk_bias, mask=in_d)
         tl.store(dbias + 3 * C + d, dvs_bias, mask=in_d)
-    for first in range(0, C, BC):
-        columns = first + tl.arange(0, BC)
-        inside = columns < C
-        wq = load_rows(q_weight, C, 1, d, columns, in_d, inside).to(ACC)
-        wk = load_rows(k_weight, C, 1, d, columns, in_d, inside).to(ACC)
-        factor = dot(ddots, wk, dq_norm[:, None] * wq, PRECISION)
-        target = dgram_factors + (b * 2 * C + h * D) * C
-        store_rows(target, C, 1, d, columns, in_d, inside, factor)
-        factor = dot(tl.trans(ddots), wq, dk_norm[:, None] * wk, PRECISION)
-        store_rows(target + C * C, C, 1, d, columns, in_d, inside, factor)
-
-        centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
-        q_m = load_rows(q_gram + head * C, C, 1, d, columns, in_d, inside)
-        k_m = load_rows(k_gram + head * C, C, 1, d, columns, in_d, inside)
-        dwq = load_rows(own, C, 1, d, columns, in_d, inside) + dq_norm[:, None] * q_m
-        dwq = dot(ddots, k_m, dwq + dq_total[:, None] * centre[None, :], PRECISION)
-        store_rows(dq_weight, C, 1, d, columns, in_d, inside, dwq)
-        dwk = dk_norm[:, None] * k_m + dk_total[:, None] * centre[None, :]
-        dwk = dot(tl.trans(ddots), q_m, dwk, PRECISION)
-        dwv = tl.zeros((BD, BC), ACC)
-        for other in range(0, P, BP):
-            p = other + tl.arange(0, BP)
-            in_p = p < P
-            z = load_rows(projected + b * J * P * C, C, 1, p, columns, in_p, inside)
-            dk = load_rows(source, D, 1, p, d, in_p, in_d)
-            dlogits_p = tl.load(source + 2 * P * D + p, mask=in_p, other=0.0)
-            dk = (dk + dlogits_p[:, None] * q_centre[None, :]) * (t / q_length)[None, :]
-            dwk = dot(tl.trans(dk), z, dwk, PRECISION)
-            if J == 2:
-                z = load_rows(projected + (b * J + 1) * P * C, C, 1, p, columns, in_p, inside)
-            dv = load_rows(source + P * D, D, 1, p, d, in_p, in_d)
-            dwv = dot(tl.trans(dv), z, dwv, PRECISION)
-        store_rows(dk_weight, C, 1, d, columns, in_d, inside, dwk)
-        store_rows(dvs_weight, C, 1, d, columns, in_d, inside, dwv)
 
 
 @triton.jit
@@ -863,54 +856,65 @@ def sum_to(
 
 @triton.jit
 def gather(
-    sums, mean, sample_qkvv_weight, sample_qkvv_bias, sample_temperatures, dkv, dkv_sums,
-    dgram_factors, dmeans, qkvv_weight, out_proj2_weight, value_matrix, value_constant,
+    sums, mean, projected, q_gram, k_gram, attention, ddots, dheads, sample_qkvv_bias,
+    sample_temperatures, dkv, dkv_sums, qkvv_weight, out_proj2_weight, value_matrix,
+    value_constant,
     dgram, dtoken, dprojected, drows, matrix,
     dqkvv_weight, dqkvv_bias, dproj_k_bias, dproj_v_bias, dtemperature, dtemperature2,
     dout_proj_weight, dout_proj_bias, dout_proj2_weight, dout_proj2_bias,
-    chunk_out_proj_weight, chunk_out_proj_bias, chunks,
-    B,
+    chunk_out_proj_weight, chunk_out_proj_bias, chunks, B,
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, MODE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Over heads: what the last pass needs. Over samples: the gradients of the parameters.
 
         dgram (B, C, C), dtoken (B, C), dprojected (B, J, P, C), drows (J, P), matrix (B, O, C)
 
-    The second grid axis is what a program makes, the first its block of it.
+    The second grid axis is what a program makes, the first its block of it: SECTIONS of
+    `paired.backward`.
     """
     D: tl.constexpr = C // H
+    SUM: tl.constexpr = dout_proj2_weight is None
     BLOCKS: tl.constexpr = (C + BM - 1) // BM
+    COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
     P_BLOCKS: tl.constexpr = (P + BM - 1) // BM
     O_BLOCKS: tl.constexpr = (O + BM - 1) // BM
     CONSTANTS: tl.constexpr = D * C + ROWS * C + 2 * P * D + P
     block, section = tl.program_id(0), tl.program_id(1)
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    in_d = d < D
     if section == 0:
-        b = (block // BLOCKS).to(tl.int64)
-        rows = block % BLOCKS * BM + row
-        in_rows = (rows < C) & (b < B)
-        factors = dgram_factors + b * 2 * C * C
-        for first in range(0, C, BC):
-            columns = first + tl.arange(0, BC)
-            inside = columns < C
-            total = tl.zeros((BM, BC), ACC)
-            for other in range(0, 2 * C, BC):
-                k = other + tl.arange(0, BC)
-                factor = load_rows(factors, 1, C, rows, k, in_rows, k < 2 * C)
-                weight = load_rows(qkvv_weight, C, 1, k, columns, k < 2 * C, inside).to(ACC)
-                total = dot(factor, weight, total, PRECISION)
-            store_rows(dgram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
-        token = tl.zeros((BM,), ACC)
-        for other in range(0, 2 * C, BC):
-            k = other + tl.arange(0, BC)
-            inside = (k < 2 * C) & (b < B)
-            means = tl.load(dmeans + b * 2 * C + k, mask=inside, other=0.0)
-            weight = load_rows(qkvv_weight, 1, C, rows, k, in_rows, inside).to(ACC)
-            token += tl.sum(weight * means[None, :], 1)
-        tl.store(dtoken + b * C + rows, token, mask=in_rows)
+        # Of x^T x: Wq^T (ddots Wk + dq_norm Wq) + Wk^T (ddots^T Wq + dk_norm Wk).
+        b = (block // (BLOCKS * COLUMN_BLOCKS)).to(tl.int64)
+        rows = block // COLUMN_BLOCKS % BLOCKS * BM + row
+        columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
+        in_rows, inside = (rows < C) & (b < B), columns < C
+        in_d &= b < B
+        total, token = tl.zeros((BM, BC), ACC), tl.zeros((BM,), ACC)
+        for h in range(0, H):
+            wq, wk = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
+            q_rows = load_rows(wq, C, 1, d, rows, in_d, in_rows).to(ACC)
+            k_rows = load_rows(wk, C, 1, d, rows, in_d, in_rows).to(ACC)
+            ddot = load_rows(ddots + (b * H + h) * D * D, D, 1, d, d, in_d, in_d)
+            head = dheads + b * 6 * C + h * D + d
+            norm = tl.load(head, mask=in_d, other=0.0)
+            factor = dot(ddot, k_rows, norm[:, None] * q_rows, PRECISION)
+            w = load_rows(wq, C, 1, d, columns, in_d, inside).to(ACC)
+            total = dot(tl.trans(factor), w, total, PRECISION)
+            norm = tl.load(head + C, mask=in_d, other=0.0)
+            factor = dot(tl.trans(ddot), q_rows, norm[:, None] * k_rows, PRECISION)
+            w = load_rows(wk, C, 1, d, columns, in_d, inside).to(ACC)
+            total = dot(tl.trans(factor), w, total, PRECISION)
+            dmean = tl.load(head + 2 * C, mask=in_d, other=0.0)
+            token += tl.sum(q_rows * dmean[:, None], 0)
+            dmean = tl.load(head + 3 * C, mask=in_d, other=0.0)
+            token += tl.sum(k_rows * dmean[:, None], 0)
+        store_rows(dgram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
+        tl.store(dtoken + b * C + rows, token, mask=in_rows & (block % COLUMN_BLOCKS == 0))
     elif section == 1:
         b = (block // (J * P_BLOCKS)).to(tl.int64)
         j = block // P_BLOCKS % J
@@ -955,8 +959,53 @@ def gather(
                     total = dot(weight, vm, total, PRECISION)
                 store_rows(matrix + b * O * C, C, 1, rows, columns, in_rows, inside, total)
     elif section == 3:
-        stride = 4 * C * C
-        sum_to(sample_qkvv_weight, stride, B, 0, 1, i, dqkvv_weight, i, i < 4 * C * C, ACC)
+        part, h = block // COLUMN_BLOCKS // H, block // COLUMN_BLOCKS % H
+        columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
+        in_d &= part < 4
+        inside = columns < C
+        total = tl.zeros((BD, BC), ACC)
+        for sample in range(0, B):
+            b = sample + tl.zeros((), tl.int64)
+            own = sums + (b * H + h) * SIZE
+            square = (b * H + h) * D * D
+            if part < 2:
+                # Of q: ddots (Wk M) + dq_norm (Wq M); of k the transpose, and dk_proj^T Z.
+                grams = tl.where(part == 0, q_gram, k_gram) + (b * C + h * D) * C
+                others = tl.where(part == 0, k_gram, q_gram) + (b * C + h * D) * C
+                head = dheads + (b * 6 + part) * C + h * D + d
+                norm = tl.load(head, mask=in_d, other=0.0)
+                total += norm[:, None] * load_rows(grams, C, 1, d, columns, in_d, inside)
+                constant = tl.load(head + 4 * C, mask=in_d, other=0.0)
+                centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
+                total += constant[:, None] * centre[None, :]
+                row_step, column_step = tl.where(part == 0, D, 1), tl.where(part == 0, 1, D)
+                ddot = load_rows(ddots + square, row_step, column_step, d, d, in_d, in_d)
+                gram = load_rows(others, C, 1, d, columns, in_d, inside)
+                total = dot(ddot, gram, total, PRECISION)
+            if part == 0:
+                total += load_rows(own, C, 1, d, columns, in_d, inside)
+            elif part == 2:
+                dconstant = value_constant_gradient(
+                    sums + b * H * SIZE, own, out_proj2_weight, h, d,
+                    C, D, P, O, ROWS, SIZE, SUM, BM, ACC,
+                )  # fmt: skip
+                dvalue = value_gradient(
+                    sums + b * H * SIZE, own, mean + b * C, out_proj2_weight, dconstant, h, d,
+                    columns, C, D, P, O, ROWS, SIZE, SUM, BM, PRECISION,
+                )  # fmt: skip
+                weights = load_rows(attention + square, 1, D, d, d, in_d, in_d)
+                total = dot(weights, dvalue, total, PRECISION)
+            else:
+                j = tl.where(part == 1, 0, J - 1)
+                dk = dkv + (b * 2 + part // 2) * P * C + h * D
+                for first in range(0, P, BM):
+                    p = first + row
+                    dk_rows = load_rows(dk, 1, C, d, p, in_d, p < P)
+                    z = projected + (b * J + j) * P * C
+                    z_rows = load_rows(z, C, 1, p, columns, p < P, inside)
+                    total = dot(dk_rows, z_rows, total, PRECISION)
+        target = dqkvv_weight + (part * H + h) * D * C
+        store_rows(target, C, 1, d, columns, in_d, inside, total)
     elif section == 4:
         if dout_proj2_weight is not None:
             rows = block * BM + row
