@@ -1,43 +1,135 @@
 """What every Triton kernel takes on every architecture, compiled with no GPU.
 
-    python benchmarks/triton_resources.py --architecture sm_90 --dtype bfloat16 --output table.csv
+    python benchmarks/triton_resources.py            writes results/triton_resources.csv anew
+    python benchmarks/triton_resources.py --check    says whether the sources still give that table
 
-Each launch of the ops at the published shapes is compiled as it would be on the device: registers
-and bytes spilled a thread, shared memory a block, and how many tensor-core instructions there are.
+Each launch of the ops at the layers below is compiled as it would be on the device: registers and
+bytes spilled a thread, shared memory a block, and how many tensor-core instructions there are. A
+row's key stands for all that it depends on (sources, compile-time arguments, architecture, version
+of Triton), so that --check need not compile; a launch that several layers share stands once.
 """
 
 import argparse
+import ast
 import csv
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
-CUDA = (80, 86, 89, 90, 100, 120)
-ARCHITECTURES = (*(f"sm_{arch}" for arch in CUDA), "gfx942")
-# N, C, H, P, kind of one layer of each stage, and of shapes that no published network has.
-LAYERS = {
-    "synapse/stage1": (32768, 32, 4, 64, "shared"),
-    "synapse/stage2": (4096, 64, 4, 64, "shared"),
-    "synapse/stage3": (512, 128, 4, 64, "shared"),
-    "synapse/stage4": (64, 256, 4, 32, "shared"),
-    "acdc/stage1": (25600, 32, 4, 64, "split"),
-    "acdc/stage3": (400, 128, 4, 64, "split"),
-    "lung/stage3": (1152, 128, 4, 64, "split"),
-    "tumor/stage1": (32768, 32, 4, 64, "sum"),
-    "tumor/stage4": (64, 256, 4, 32, "sum"),
-}
+# Shared memory that a block may take, bytes; AMD calls it local data share.
+SHARED_LIMITS = {
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
+ARCHITECTURES = tuple(SHARED_LIMITS)
 DTYPES = ("bfloat16", "float16", "float32")
-TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b|v_mfma"
+TABLE = Path(__file__).parent / "results" / "triton_resources.csv"
+TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|v_mfma"
+
+
+class Layer(NamedTuple):
+    """A layer of paired attention."""
+
+    tokens: int
+    channels: int
+    heads: int
+    projected: int
+    kind: str
+    layout: str = "official"
+
+
+# Published stages, each with another (head dim, projected tokens) or another kind; then the other
+# layout, and shapes that no published network has.
+LAYERS = {
+    "synapse/stage1": Layer(32768, 32, 4, 64, "shared"),
+    "synapse/stage2": Layer(4096, 64, 4, 64, "shared"),
+    "synapse/stage3": Layer(512, 128, 4, 64, "shared"),
+    "synapse/stage4": Layer(64, 256, 4, 32, "shared"),
+    "acdc/stage1": Layer(25600, 32, 4, 64, "split"),
+    "acdc/stage3": Layer(400, 128, 4, 64, "split"),
+    "tumor/stage1": Layer(32768, 32, 4, 64, "sum"),
+    "tumor/stage4": Layer(64, 256, 4, 32, "sum"),
+    "tokens/stage1": Layer(32768, 32, 4, 64, "shared", "tokens"),
+    "tokens/stage4": Layer(64, 256, 4, 32, "shared", "tokens"),
+    "heads/stage1": Layer(32768, 32, 4, 64, "heads"),
+    "heads/stage3": Layer(512, 128, 4, 64, "heads"),
+    "heads/stage4": Layer(64, 256, 4, 32, "heads"),
+    "D15": Layer(4096, 60, 4, 64, "shared"),
+    "D24": Layer(4096, 96, 4, 64, "shared"),
+    "D128": Layer(4096, 512, 4, 64, "shared"),
+    "P512": Layer(4096, 32, 4, 512, "shared"),
+    "D128 P512": Layer(4096, 256, 2, 512, "shared"),
+    "heads D128 P512": Layer(4096, 256, 2, 512, "heads"),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel as the ops launch it."""
+
+    direction: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def compile(self, architecture: str) -> Any:
+        """What Triton makes of it for an architecture."""
+        with device(architecture):
+            return self.kernel.run(*self.arguments, grid=(1,), warmup=True, **self.constants)
+
+    def key(self, architecture: str) -> str:
+        """Stands for all that the result of `compile` depends on."""
+        import triton
+
+        parts = [triton.__version__, architecture, *sources(self.kernel)]
+        parts += [_specialized(value) for value in self.arguments]
+        parts += [f"{name}={value}" for name, value in sorted(self.constants.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def sources(kernel: Any, seen: set[str] | None = None) -> Iterator[str]:
+    """Code of a kernel and of all it calls, without comments and docstrings; its constants."""
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    seen = set() if seen is None else seen
+    seen.add(kernel.__name__)
+    tree = ast.parse(kernel.src)
+    body = tree.body[0].body
+    if isinstance(body[0], ast.Expr):
+        del body[0]
+    yield ast.unparse(tree)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - seen
+    for name in sorted(names):
+        value = kernel.fn.__globals__.get(name)
+        if isinstance(value, JITFunction):
+            yield from sources(value, seen)
+        elif isinstance(value, tl.constexpr):
+            yield f"{name} = {value.value}"
+
+
+def _specialized(value: Any) -> str:
+    """What a run-time argument changes in the compiled code."""
+    if hasattr(value, "data_ptr"):
+        return f"{value.dtype}, aligned {value.data_ptr() % 16 == 0}"
+    if isinstance(value, int):
+        return f"one {value == 1}, multiple of 16 {value % 16 == 0}, wide {value >= 2**31}"
+    return repr(value)
 
 
 class _Driver:
     """Stands in for a device of one architecture."""
 
-    def __init__(self, architecture):
+    def __init__(self, architecture: str) -> None:
         from triton.backends.compiler import GPUTarget
 
         if architecture.startswith("sm_"):
@@ -55,52 +147,29 @@ class _Driver:
         return 0
 
 
-def _tool(name):
+@contextmanager
+def device(architecture: str) -> Iterator[None]:
+    """Kernels are compiled for an architecture, and the launches are shaped for it."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    from epa_kernels.triton import configs
+
+    triton.runtime.driver.set_active(_Driver(architecture))
+    with mock.patch.object(configs, "architecture", lambda _: architecture):
+        yield
 
 
-def resources(kernel) -> dict[str, int]:
-    """registers, spilled bytes (a thread), shared bytes (a block), tensor-core instructions."""
-    if "amdgcn" in kernel.asm:
-        code = kernel.asm["amdgcn"]
-        count = {
-            name: int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
-            for name in ("vgpr_count", "private_segment_fixed_size")
-        }
-        registers, spilled = count["vgpr_count"], count["private_segment_fixed_size"]
-    else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [_tool("cuobjdump"), "--dump-resource-usage", file.name],
-                capture_output=True, text=True, check=True,
-            ).stdout  # fmt: skip
-            code = subprocess.run(
-                [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
-        registers, stack, local = map(int, found.groups())
-        spilled = stack + local
-    return {
-        "registers": registers,
-        "spilled": spilled,
-        "shared": kernel.metadata.shared,
-        "tensor_core": len(re.findall(TENSOR_CORES, code)),
-    }
+def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) -> list[Launch]:
+    """Every launch of forward and backward of a layer, with dropout, B = 2 and no qkvv bias.
 
-
-def compiled(architecture: str, layer: str, dtype: str, dropout: float = 0.1) -> dict[str, object]:
-    """Kernel's name -> what Triton compiled, for forward and backward of one layer."""
+    Of kind "heads": of the two other ops, on heads of that shape.
+    """
     import torch
-    import triton
     from triton.runtime.jit import JITFunction
 
-    from epa_kernels.triton import paired
+    from epa_kernels.triton import channel, paired, spatial
 
-    N, C, H, P, kind = LAYERS[layer]
+    N, C, H, P, kind, layout = layer
     x = torch.empty(2, N, C, dtype=getattr(torch, dtype))
     size, split, concat = torch.empty, kind == "split", kind != "sum"
     inputs = (
@@ -109,29 +178,105 @@ def compiled(architecture: str, layer: str, dtype: str, dropout: float = 0.1) ->
         *((size(C // 2, C), size(C // 2)) * 2 if concat else (None,) * 4),
     )  # fmt: skip
     seed = torch.tensor(0)
-    options = {"num_heads": H, "kind": kind, "layout": "official",
+    options = {"num_heads": H, "kind": kind, "layout": layout,
                "channel_dropout_p": dropout, "spatial_dropout_p": dropout}  # fmt: skip
-    kernels, run = {}, JITFunction.run
+    found, direction = [], "forward"
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernels[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs)
+    def record(kernel, *arguments, grid, warmup, **constants):
+        found.append(Launch(direction, kernel, arguments, constants))
 
-    triton.runtime.driver.set_active(_Driver(architecture))
-    with mock.patch.object(JITFunction, "run", compile_only):
+    with device(architecture), mock.patch.object(JITFunction, "run", record):
+        if kind == "heads":
+            q, t = x.view(2, N, H, C // H), size(H, 1, 1)
+            k_proj = q.new_empty(2, P, H, C // H)
+            _, q_norm = spatial.forward(q, k_proj, k_proj, t, seed, normalize=True, dropout_p=0.1)
+            _, *norms = channel.forward(q, q, q, t, seed, dropout_p=0.1)
+            direction = "backward"
+            spatial.backward(q, q, k_proj, k_proj, t, q_norm, seed, normalize=True, dropout_p=0.1)
+            channel.backward(q, q, q, q, t, *norms, seed, dropout_p=0.1)
+            return found
         y, *kept = paired.forward(*inputs, seed, **options)
+        direction = "backward"
         paired.backward(y, *inputs, *kept, seed, **options)
-    return kernels
+    return found
 
 
-def rows(architectures, layers, dtypes):
+def resources(binary) -> dict[str, int]:
+    """registers, spilled bytes (a thread), shared bytes (a block), tensor-core instructions."""
+    if "amdgcn" in binary.asm:
+        code = binary.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+    else:
+        import triton
+
+        code = binary.asm["ptx"]
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [tool, "--dump-resource-usage", file.name],
+                capture_output=True, text=True, check=True,
+            ).stdout  # fmt: skip
+        registers, stack, local = map(
+            int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage).groups()
+        )
+        spilled = stack + local
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": binary.metadata.shared,
+        "tensor_core": len(re.findall(TENSOR_CORES, code)),
+    }
+
+
+def needed(architectures=ARCHITECTURES, layers=tuple(LAYERS), dtypes=DTYPES) -> dict[str, Any]:
+    """{key: (row without resources, launch)} of every launch that differs from those before it."""
+    found = {}
     for architecture in architectures:
         for layer in layers:
             for dtype in dtypes:
-                for name, kernel in compiled(architecture, layer, dtype).items():
-                    yield {
+                if dtype == "float16" and "/" not in layer:
+                    continue  # of one size with bfloat16: the published stages show the difference
+                for launch in launches(architecture, LAYERS[layer], dtype):
+                    blocks = {
+                        name: launch.constants.get(name, "")
+                        for name in ("T", "BM", "BC", "BP", "num_warps", "num_stages")
+                    }
+                    row = {
                         "architecture": architecture, "layer": layer, "dtype": dtype,
-                        "kernel": name, **resources(kernel),
+                        "pass": launch.direction, "kernel": launch.kernel.__name__, **blocks,
                     }  # fmt: skip
+                    found.setdefault(launch.key(architecture), (row, launch))
+    return found
+
+
+def read() -> dict[str, dict[str, str]]:
+    """{key: row} of the table."""
+    with TABLE.open(newline="") as file:
+        return {row["key"]: row for row in csv.DictReader(file)}
+
+
+def check() -> None:
+    """Exit with a sentence if the table is not what the sources and this Triton give."""
+    keys, rows = set(needed()), set(read())
+    if keys != rows:
+        sys.exit(
+            f"triton_resources: {len(keys - rows)} launches are not in {TABLE.name} and "
+            f"{len(rows - keys)} rows of it are of other sources or another Triton; run "
+            f"python benchmarks/triton_resources.py and commit what it writes."
+        )
+
+
+def rows_of(architecture: str, old: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
+    """The table's rows of one architecture; only what is not in `old` is compiled."""
+    return [
+        old.get(key) or row | resources(launch.compile(architecture)) | {"key": key}
+        for key, (row, launch) in needed([architecture]).items()
+    ]
 
 
 def main() -> None:
@@ -140,16 +285,16 @@ def main() -> None:
             "triton_resources: TRITON_INTERPRET must not be 1, the interpreter compiles nothing."
         )
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--architecture", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--layer", nargs="*", default=tuple(LAYERS), choices=LAYERS)
-    parser.add_argument("--dtype", nargs="*", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--output", type=Path, required=True, help="the table, a CSV file")
-    args = parser.parse_args()
-    table = list(rows(args.architecture, args.layer, args.dtype))
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
+    parser.add_argument("--check", action="store_true", help="compile nothing, compare the keys")
+    if parser.parse_args().check:
+        return check()
+    old = read() if TABLE.exists() else {}
+    with ProcessPoolExecutor() as pool:
+        rows = [row for part in pool.map(rows_of, ARCHITECTURES, repeat(old)) for row in part]
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..ops import empty_gradient, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
-from .configs import block, chunks, precision
+from .configs import chunks, precision
 from .primitives import (
     channel_map,
     clamp_norm,
@@ -22,7 +22,7 @@ from .primitives import (
     softmax_backward,
     store_rows,
 )
-from .spatial import per_head
+from .spatial import per_head, pick
 
 
 @triton.jit
@@ -169,31 +169,28 @@ def channel_backward(
     store_rows(dv + b * dv_b + h * dv_h, dv_n, dv_d, n, d, in_n, in_d, result)
 
 
-def _common(q):
-    B, N, H, D = q.shape
-    acc = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return {"H": H, "D": D, "ACC": acc, "BD": block(D)}, {"T": 64, "PRECISION": precision(q)}
-
-
 def forward(q, k, v, temperature, seed, *, dropout_p):
     """Op `channel_attention`, see `ops`."""
     B, N, H, D = q.shape
-    common, tiles = _common(q)
-    count, size = chunks(N, tiles["T"])
     dtype = accumulate_dtype(q.dtype)
+    launch, common = pick("channel_gram", q)
+    count, size = chunks(N, launch)
     sums = q.new_empty(B, H, count, D * D + 2 * D, dtype=dtype)
     channel_gram[(count, H, B)](
-        q, *q.stride(), k, *k.stride(), sums, N, size, NORMS=True, **common, **tiles
-    )
+        q, *q.stride(), k, *k.stride(), sums, N, size,
+        NORMS=True, T=launch.rows, PRECISION=precision(q), **common,
+    )  # fmt: skip
     gram, attention = (q.new_empty(B, H, D, D, dtype=dtype) for _ in range(2))
     q_norm, k_norm = (q.new_empty(B, H, D, dtype=dtype) for _ in range(2))
+    _, common = pick("channel_mix", q)
     channel_mix[(H, B)](
         sums, count, *per_head(temperature), seed, gram, q_norm, k_norm, attention,
         threshold(dropout_p), DROPOUT=dropout_p > 0, **common,
     )  # fmt: skip
     out = q.new_empty(B, N, H, D)
-    channel_forward[(triton.cdiv(N, tiles["T"]), H, B)](
-        v, *v.stride(), attention, out, N, **common, **tiles
+    launch, common = pick("channel_forward", q)
+    channel_forward[(triton.cdiv(N, launch.rows), H, B)](
+        v, *v.stride(), attention, out, N, T=launch.rows, PRECISION=precision(q), **common
     )
     return out, gram, q_norm, k_norm
 
@@ -201,25 +198,29 @@ def forward(q, k, v, temperature, seed, *, dropout_p):
 def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_p):
     """Op `channel_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
-    common, tiles = _common(q)
-    count, size = chunks(N, tiles["T"])
+    launch, common = pick("channel_gram", q)
+    count, size = chunks(N, launch)
     sums = gram.new_empty(B, H, count, D, D)
     channel_gram[(count, H, B)](
-        dout, *dout.stride(), v, *v.stride(), sums, N, size, NORMS=False, **common, **tiles
-    )
+        dout, *dout.stride(), v, *v.stride(), sums, N, size,
+        NORMS=False, T=launch.rows, PRECISION=precision(q), **common,
+    )  # fmt: skip
     attention, ddots = torch.empty_like(gram), torch.empty_like(gram)
     dq_norm, dk_norm = torch.empty_like(q_norm), torch.empty_like(k_norm)
     dtemperature = gram.new_empty(B, H)
+    _, common = pick("channel_mix_backward", q)
     channel_mix_backward[(H, B)](
         sums, count, gram, q_norm, k_norm, *per_head(temperature), seed,
         attention, ddots, dq_norm, dk_norm, dtemperature, threshold(dropout_p),
         DROPOUT=dropout_p > 0, **common,
     )  # fmt: skip
     dq, dk, dv = (empty_gradient(t, q) for t in (q, k, v))
-    if q.dtype in (torch.bfloat16, torch.float16):
-        tiles["PRECISION"] = "tf32"  # keeps all that q and k have
-    channel_backward[(triton.cdiv(N, tiles["T"]), H, B)](
+    # TF32 keeps all that q and k of 16 bits have.
+    is_half = q.dtype in (torch.bfloat16, torch.float16)
+    launch, common = pick("channel_backward", q)
+    channel_backward[(triton.cdiv(N, launch.rows), H, B)](
         dout, *dout.stride(), q, *q.stride(), k, *k.stride(), attention, ddots, dq_norm, dk_norm,
-        dq, *dq.stride(), dk, *dk.stride(), dv, *dv.stride(), N, **common, **tiles,
+        dq, *dq.stride(), dk, *dk.stride(), dv, *dv.stride(), N,
+        T=launch.rows, PRECISION="tf32" if is_half else precision(q), **common,
     )  # fmt: skip
     return dq, dk, dv, temperature_gradient(dtemperature.sum(0), temperature)

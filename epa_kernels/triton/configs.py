@@ -3,6 +3,7 @@
 A block is a power of two of at least 16, the least that a matrix product takes.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -22,28 +23,56 @@ class Launch(NamedTuple):
     chunks: int = 0  # that the tokens of a sample are cut into, for a kernel that leaves sums
 
 
+# (architecture, kernel, head dim, projected tokens, bytes of an element) -> launch shape, where
+# another one than `rule`'s is better. Made by `python -m benchmarks.tune`.
+TABLE: dict[tuple[str, str, int, int, int], Launch] = {}
+
+
 def block(size: int, largest: int = 2**30) -> int:
     """The least power of two that holds size, within 16 and largest."""
     return min(max(16, 1 << (size - 1).bit_length()), largest)
 
 
-def pick(kernel: str, x: Tensor, channels: int, head_dim: int, projected: int) -> Launch:
-    """Launch shape of a kernel for C channels in heads of D, P projected tokens."""
-    wide = x.element_size() >= 4
+def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size: int) -> Launch:
+    """Launch shape for any shape: what the registers of sm_80 to sm_120 hold without spilling."""
+    wide = element_size >= 4
     C, D, P = block(channels), block(head_dim), block(projected)
-    tokens = max(16, min(128, 8192 // P, 16384 // min(C, 128)))
+    tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
     return {
-        "summary": Launch(32 if wide else 64, 64, 4 if C <= 32 else 8, 2, 64),
+        "summary": Launch(64, 64, 4 if C <= 32 else 8, 2, 64),
         "merge": Launch(16, 128),
-        "mix": Launch(32, 32, 4 if D <= 16 else 8),
-        "output": Launch(tokens // 2 if wide else tokens, 64, 8),
+        "mix": Launch(32, 32, 4 if D <= 16 else 8 if D <= 64 else 16),
+        "output": Launch(min(tokens // 2, 4096 // min(C, 128)) if wide else tokens, 64, 8),
         "product": Launch(64, 64),
-        "output_backward": Launch(32, 64 if C <= 64 or not wide else 32, 8, 1, 64),
+        "output_backward": Launch(
+            32 if D <= 64 else 16, 32 if wide and C > 64 else 128 if C == 256 else 64, 8, 1, 64
+        ),
         "sum_chunks": Launch(1024),
-        "mix_backward": Launch(32, 32, 4 if D <= 16 else 8 if D <= 32 else 16, 1, 16),
+        "mix_backward": Launch(32, 32, 4 if D <= 16 else 8 if D <= 64 else 16, 1, 16),
         "gather": Launch(16, 32),
-        "summary_backward": Launch(32 if wide else 64, 64, 4 if C <= 32 else 8, 2),
+        "summary_backward": Launch(32 if wide or C > 64 else 64, 64, 4 if C <= 32 else 8, 2),
+        "square_sums": Launch(128, chunks=64),
+        "spatial_forward": Launch(tokens // 2 if wide else tokens, warps=8),
+        "spatial_backward": Launch(tokens // 2 if wide else tokens, warps=8, chunks=64),
+        "spatial_merge": Launch(64),
+        "spatial_norm_backward": Launch(128),
+        "channel_gram": Launch(64, chunks=64),
+        "channel_mix": Launch(0, warps=4 if D <= 32 else 8),
+        "channel_forward": Launch(64),
+        "channel_mix_backward": Launch(0, warps=4 if D <= 32 else 8),
+        "channel_backward": Launch(64),
     }[kernel]
+
+
+def pick(kernel: str, x: Tensor, channels: int, head_dim: int, projected: int) -> Launch:
+    """Launch shape of a kernel on the device of x, from TABLE or by `rule`."""
+    where, size = architecture(x), x.element_size()
+    launch = TABLE.get((where, kernel, head_dim, projected, size))
+    if launch is None:
+        launch = rule(kernel, channels, head_dim, projected, size)
+        if where.startswith("gfx"):  # a warp has 64 threads
+            launch = launch._replace(warps=launch.warps // 2)
+    return launch
 
 
 def chunks(num_tokens: int, launch: Launch) -> tuple[int, int]:
@@ -54,6 +83,19 @@ def chunks(num_tokens: int, launch: Launch) -> tuple[int, int]:
     return -(-num_tokens // size), size
 
 
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def architecture(x: Tensor) -> str:
+    """Of the GPU that holds x: "sm_90", "gfx942", ...; "" in the interpreter."""
+    return _architecture(x.device.index) if x.device.type == "cuda" else ""
+
+
 def precision(x: Tensor) -> str:
     """How float32 factors multiply: torch.set_float32_matmul_precision decides.
 
@@ -62,4 +104,5 @@ def precision(x: Tensor) -> str:
     small float32 matrices between tokens of 16 bits.
     """
     highest = torch.get_float32_matmul_precision() == "highest" and x.element_size() == 4
-    return "ieee" if highest or torch.version.hip or x.dtype == torch.float64 else "tf32x3"
+    is_amd = architecture(x).startswith("gfx")
+    return "ieee" if highest or is_amd or x.dtype == torch.float64 else "tf32x3"

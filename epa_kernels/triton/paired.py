@@ -14,8 +14,8 @@ from . import configs
 from . import paired_kernels as kernels
 from .configs import block, chunks, precision
 
-# Up to so many channels backward projects whole rows on the spot; beyond, registers do not suffice.
-ROWS_CHANNELS = 32
+# Up to so many channels out_s is projected on the spot; beyond, registers do not suffice.
+SPOT_CHANNELS, SPOT_CHANNELS_BACKWARD = 128, 32
 # Elements of a block where `gather` adds up.
 GATHER_BLOCK = 1024
 
@@ -64,6 +64,15 @@ class _Layer:
         self.whole_rows = C == block(C) and N % C == 0  # C tokens make up rows of out_s'
         self.layout = layout
         self.precision = precision(x)
+
+    def mode(self, spot_channels):
+        """MODE of an output pass that projects out_s on the spot up to so many channels."""
+        on_the_spot = self.C <= spot_channels
+        if self.layout == "tokens":
+            return "add" if self.is_sum else "tokens" if on_the_spot else "flat_tokens"
+        if on_the_spot and self.whole_rows:
+            return "row_sum" if self.is_sum else "rows"
+        return "flat_sum" if self.is_sum else "flat"
 
     def pick(self, kernel):
         """Its launch shape, and the arguments that every kernel takes."""
@@ -161,17 +170,13 @@ def forward(*tensors, **options):
     B, N, C, H, P, O = layer.B, layer.N, layer.C, layer.H, layer.P, layer.O
     kept = _summary(layer)
     mixed = _mix(layer, *kept)
-    if layer.layout == "tokens":
-        mode = "add" if layer.is_sum else "tokens"
-    elif layer.whole_rows:
-        mode = "row_sum" if layer.is_sum else "rows"
-    else:
-        mode = "flat_sum" if layer.is_sum else "flat"
+    mode = layer.mode(SPOT_CHANNELS)
+    is_flat = mode in ("flat", "flat_tokens")
     launch, common = layer.pick("output")
     T, heads = launch.rows, H if mode == "tokens" else 1
     tokens = max(T, C) if mode in ("rows", "row_sum") else T  # of a program
     y = layer.x.new_empty(B, N, C)
-    out_s = layer.x.new_empty(B, N, C) if mode == "flat" else None
+    out_s = layer.x.new_empty(B, N, C) if is_flat else None
     kernels.output[(triton.cdiv(N, tokens), H // heads, B)](
         layer.x, *layer.x.stride(), layer.qkvv_weight, layer.qkvv_bias, *mixed[:5],
         layer.out_proj_weight, layer.out_proj_bias, layer.out_proj2_weight, layer.out_proj2_bias,
@@ -180,7 +185,7 @@ def forward(*tensors, **options):
         BD=layer.BD, BP=layer.BP, BO=layer.BO, BR=block(-(-O * heads // H)),
         DROPOUT=layer.spatial_dropout, PRECISION=layer.precision, **common,
     )  # fmt: skip
-    if mode == "flat":
+    if is_flat:
         _product(layer, out_s, layer.out_proj_weight, layer.out_proj_bias, y)
     if mode == "flat_sum":
         _product(layer, layer.x, mixed.value_matrix, None, y, add=True)
@@ -190,12 +195,12 @@ def forward(*tensors, **options):
 
 
 def _output_backward(layer, mode, dy, dout, mean, mixed):
-    """dq (B,N,C), the sums over tokens (B,H,SIZE), and for mode flat out_s' (B,N,C)."""
+    """dq (B,N,C), the sums over tokens (B,H,SIZE), and with dout out_s' (B,N,C)."""
     B, N, C, H, P, D, O = layer.B, layer.N, layer.C, layer.H, layer.P, layer.D, layer.O
     size = (D + layer.ROWS) * C + 2 * P * D + P + layer.ROWS
     size += {"rows": O * C + O, "tokens": O * D + O}.get(mode, 0)
     dq = torch.empty_like(dy)
-    out_s = torch.empty_like(dy) if mode == "flat" else None
+    out_s = None if dout is None else torch.empty_like(dy)
     launch, common = layer.pick("output_backward")
     if mode == "rows":
         launch = launch._replace(rows=max(launch.rows, C))
@@ -203,7 +208,8 @@ def _output_backward(layer, mode, dy, dout, mean, mixed):
     sums = layer.empty(count, B, H, size)
     BC = block(C, launch.columns)
     kernels.output_backward[(count, H * triton.cdiv(C, BC), B)](
-        layer.x, *layer.x.stride(), dy, dout, layer.qkvv_weight, mean, mixed.q_mean,
+        layer.x, *layer.x.stride(), dy, dy if dout is None else dout, layer.qkvv_weight, mean,
+        mixed.q_mean,
         mixed.k_proj, mixed.v_proj, mixed.scale, layer.out_proj_weight, layer.seed,
         dq, out_s, sums, N, chunk, layer.spatial_cut,
         C=C, H=H, P=P, O=O, MODE=mode, ROWS=layer.ROWS, SIZE=size, T=launch.rows, BC=BC,
@@ -228,15 +234,11 @@ def backward(dy, *tensors, **options):
     if plan(N, C) == "direct":
         mean, gram, projected = _summary(layer)
     dy = dy.contiguous()
-    if layer.layout == "tokens":
-        mode = "add" if layer.is_sum else "tokens"
-    elif layer.is_sum:
-        mode = "flat_sum"
-    else:
-        mode = "rows" if layer.whole_rows and C <= ROWS_CHANNELS else "flat"
-    dout = torch.empty_like(dy) if mode == "flat" else None
+    mode = layer.mode(SPOT_CHANNELS_BACKWARD)
+    is_flat = mode in ("flat", "flat_tokens")
+    dout = torch.empty_like(dy) if is_flat else None
     mixed = _mix(layer, mean, gram, projected, dout, dy)
-    dq, sums, out_s = _output_backward(layer, mode, dy, dy if dout is None else dout, mean, mixed)
+    dq, sums, out_s = _output_backward(layer, mode, dy, dout, mean, mixed)
     size = sums.shape[-1]
 
     attention, ddots = layer.empty(B, H, layer.D, layer.D), layer.empty(B, H, layer.D, layer.D)
@@ -246,7 +248,7 @@ def backward(dy, *tensors, **options):
     launch, common = layer.pick("mix_backward")
     count = chunk = programs = 0
     chunk_out_proj = None, None
-    if mode == "flat":
+    if is_flat:
         count, chunk = chunks(N, launch)
         chunk_out_proj = layer.empty(count, B, O, C), layer.empty(count, B, O)
         programs = count * triton.cdiv(O, launch.rows) * triton.cdiv(C, launch.rows)
@@ -282,7 +284,7 @@ def backward(dy, *tensors, **options):
         layer.out_proj2_weight, mixed.value_matrix, mixed.value_constant, dgram, dtoken,
         dprojected, drows, matrix, *gradients.dense, *chunk_out_proj, count, B,
         C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, MODE=mode, BM=BM, BC=BC, BD=layer.BD,
-        BLOCK=BLOCK, PRECISION=layer.precision, **common,
+        BK=min(layer.BD, 32), BLOCK=BLOCK, PRECISION=layer.precision, **common,
     )  # fmt: skip
 
     dx, dproj_k = empty_gradient(inputs[0], layer.x), empty_gradient(inputs[3], layer.x)

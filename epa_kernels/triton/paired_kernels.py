@@ -15,7 +15,8 @@ What a program of an output pass does with out_s and its gradient, MODE:
     tokens    layout "tokens", projected on the spot, all heads in one program
     add       kind "sum", layout "tokens"
     flat      any other "official" shape: out_s' and its gradient go through memory, and `product`
-              projects them; flat_sum, of kind "sum", where the channel branch is added afterwards
+              projects them; flat_sum, of kind "sum", where the channel branch is added afterwards;
+              flat_tokens, of layout "tokens" with many channels
 
 The logits are (scale * q) k_proj^T with scale = temperature2 / |q|: q, not k_proj, takes the scale,
 since a channel that is zero has a scale of 1e12, which no float16 holds, and 0 times it is 0.
@@ -61,7 +62,7 @@ def summary(
     rows = row_block * BC + tl.arange(0, BC)
     in_rows = rows < C
     proj_block = row_block % PROJ_BLOCKS
-    p = proj_block * BP + tl.arange(0, BP)
+    p = proj_block.to(tl.int64) * BP + tl.arange(0, BP)
     in_p = p < P
     is_gram = row_block < COLUMN_BLOCKS
     is_proj = row_block < J * PROJ_BLOCKS
@@ -371,7 +372,7 @@ def output(
         start = begin + part * T
         n = start + tl.arange(0, T)
         in_n = n < N
-        if MODE == "rows" or MODE == "tokens" or MODE == "flat":
+        if MODE != "add" and MODE != "row_sum" and MODE != "flat_sum":
             r = group * GROUP_ROWS + tl.arange(0, BR)
             in_r = (r < O) & (r < (group + 1) * GROUP_ROWS)
             y_c = tl.zeros((T, BR), ACC)
@@ -445,7 +446,10 @@ def output(
                 out += tl.load(value_constant + h * D + d, mask=in_d, other=0.0)[None, :]
                 store_rows(y + h * D, C, 1, n, d, in_n, in_d, out)
             else:
-                f = (d[None, :] * H + h).to(tl.int64) * N + n[:, None]
+                if MODE == "flat_tokens":
+                    f = n[:, None] * C + h * D + d[None, :]
+                else:
+                    f = (d[None, :] * H + h).to(tl.int64) * N + n[:, None]
                 if MODE == "flat_sum":
                     out += tl.load(value_constant + f % C)
                     target = y
@@ -521,7 +525,8 @@ def output_backward(
         dweight = tl.zeros((BO, BD), ACC)
         dbias = tl.zeros((BO,), ACC)
 
-    for start in range(first_token, stop, T):
+    # Hoisted addresses would take the registers that the sums need.
+    for start in tl.range(first_token, stop, T, disable_licm=True):
         n = start + tl.arange(0, T)
         in_n = n < stop
         q_centred, tile = tl.zeros((T, BD), ACC), tl.zeros((T, BC), dtype)
@@ -569,10 +574,13 @@ def output_backward(
         elif MODE == "add":
             dout_s = load_rows(dy + h * D, C, 1, n, d, in_n, in_d)
         else:
-            f = (d[None, :] * H + h).to(tl.int64) * N + n[:, None]
+            if MODE == "flat_tokens":
+                f = n[:, None] * C + h * D + d[None, :]
+            else:
+                f = (d[None, :] * H + h).to(tl.int64) * N + n[:, None]
             mask = in_n[:, None] & in_d[None, :]
             dout_s = tl.load(dout + b * N * C + f, mask=mask, other=0.0)
-            if MODE == "flat":
+            if MODE == "flat" or MODE == "flat_tokens":
                 rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
                 tl.store(out_s + b * N * C + f, rows, mask=mask)
 
@@ -865,7 +873,7 @@ def gather(
     chunk_out_proj_weight, chunk_out_proj_bias, chunks, B,
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, MODE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Over heads: what the last pass needs. Over samples: the gradients of the parameters.
@@ -897,22 +905,30 @@ def gather(
         total, token = tl.zeros((BM, BC), ACC), tl.zeros((BM,), ACC)
         for h in range(0, H):
             wq, wk = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
-            q_rows = load_rows(wq, C, 1, d, rows, in_d, in_rows).to(ACC)
-            k_rows = load_rows(wk, C, 1, d, rows, in_d, in_rows).to(ACC)
-            ddot = load_rows(ddots + (b * H + h) * D * D, D, 1, d, d, in_d, in_d)
-            head = dheads + b * 6 * C + h * D + d
-            norm = tl.load(head, mask=in_d, other=0.0)
-            factor = dot(ddot, k_rows, norm[:, None] * q_rows, PRECISION)
-            w = load_rows(wq, C, 1, d, columns, in_d, inside).to(ACC)
-            total = dot(tl.trans(factor), w, total, PRECISION)
-            norm = tl.load(head + C, mask=in_d, other=0.0)
-            factor = dot(tl.trans(ddot), q_rows, norm[:, None] * k_rows, PRECISION)
-            w = load_rows(wk, C, 1, d, columns, in_d, inside).to(ACC)
-            total = dot(tl.trans(factor), w, total, PRECISION)
-            dmean = tl.load(head + 2 * C, mask=in_d, other=0.0)
-            token += tl.sum(q_rows * dmean[:, None], 0)
-            dmean = tl.load(head + 3 * C, mask=in_d, other=0.0)
-            token += tl.sum(k_rows * dmean[:, None], 0)
+            square, head = ddots + (b * H + h) * D * D, dheads + b * 6 * C + h * D
+            for first in range(0, D, BK):
+                k = first + tl.arange(0, BK)
+                in_k = (k < D) & (b < B)
+                norm = tl.load(head + k, mask=in_k, other=0.0)
+                w = load_rows(wq, C, 1, k, rows, in_k, in_rows).to(ACC)
+                dmean = tl.load(head + 2 * C + k, mask=in_k, other=0.0)
+                token += tl.sum(w * dmean[:, None], 0)
+                factor = norm[:, None] * w
+                ddot = load_rows(square, D, 1, k, d, in_k, in_d)
+                w = load_rows(wk, C, 1, d, rows, in_d, in_rows).to(ACC)
+                factor = dot(ddot, w, factor, PRECISION)
+                w = load_rows(wq, C, 1, k, columns, in_k, inside).to(ACC)
+                total = dot(tl.trans(factor), w, total, PRECISION)
+                norm = tl.load(head + C + k, mask=in_k, other=0.0)
+                w = load_rows(wk, C, 1, k, rows, in_k, in_rows).to(ACC)
+                dmean = tl.load(head + 3 * C + k, mask=in_k, other=0.0)
+                token += tl.sum(w * dmean[:, None], 0)
+                factor = norm[:, None] * w
+                ddot = load_rows(square, 1, D, k, d, in_k, in_d)
+                w = load_rows(wq, C, 1, d, rows, in_d, in_rows).to(ACC)
+                factor = dot(ddot, w, factor, PRECISION)
+                w = load_rows(wk, C, 1, k, columns, in_k, inside).to(ACC)
+                total = dot(tl.trans(factor), w, total, PRECISION)
         store_rows(dgram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
         tl.store(dtoken + b * C + rows, token, mask=in_rows & (block % COLUMN_BLOCKS == 0))
     elif section == 1:
@@ -930,7 +946,7 @@ def gather(
                 k = other + tl.arange(0, BC)
                 in_k = k < end
                 offsets = k // C * P * C + k % C
-                d = tl.load(
+                dkv_rows = tl.load(
                     dkv + b * 2 * P * C + rows[:, None] * C + offsets[None, :],
                     mask=in_rows[:, None] & in_k[None, :],
                     other=0.0,
@@ -939,7 +955,7 @@ def gather(
                 weight = load_rows(qkvv_weight, C, 1, part * C + k % C, columns, in_k, inside).to(
                     ACC
                 )
-                total = dot(d, weight, total, PRECISION)
+                total = dot(dkv_rows, weight, total, PRECISION)
             target = dprojected + (b * J + j) * P * C
             store_rows(target, C, 1, rows, columns, in_rows, inside, total)
     elif section == 2:
@@ -965,7 +981,7 @@ def gather(
         inside = columns < C
         total = tl.zeros((BD, BC), ACC)
         for sample in range(0, B):
-            b = sample + tl.zeros((), tl.int64)
+            b = tl.full((), 0, tl.int64) + sample
             own = sums + (b * H + h) * SIZE
             square = (b * H + h) * D * D
             if part < 2:
@@ -979,22 +995,26 @@ def gather(
                 centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
                 total += constant[:, None] * centre[None, :]
                 row_step, column_step = tl.where(part == 0, D, 1), tl.where(part == 0, 1, D)
-                ddot = load_rows(ddots + square, row_step, column_step, d, d, in_d, in_d)
-                gram = load_rows(others, C, 1, d, columns, in_d, inside)
-                total = dot(ddot, gram, total, PRECISION)
+                for first in range(0, D, BK):
+                    k = first + tl.arange(0, BK)
+                    ddot = load_rows(ddots + square, row_step, column_step, d, k, in_d, k < D)
+                    gram = load_rows(others, C, 1, k, columns, k < D, inside)
+                    total = dot(ddot, gram, total, PRECISION)
             if part == 0:
                 total += load_rows(own, C, 1, d, columns, in_d, inside)
             elif part == 2:
-                dconstant = value_constant_gradient(
-                    sums + b * H * SIZE, own, out_proj2_weight, h, d,
-                    C, D, P, O, ROWS, SIZE, SUM, BM, ACC,
-                )  # fmt: skip
-                dvalue = value_gradient(
-                    sums + b * H * SIZE, own, mean + b * C, out_proj2_weight, dconstant, h, d,
-                    columns, C, D, P, O, ROWS, SIZE, SUM, BM, PRECISION,
-                )  # fmt: skip
-                weights = load_rows(attention + square, 1, D, d, d, in_d, in_d)
-                total = dot(weights, dvalue, total, PRECISION)
+                for first in range(0, D, BK):
+                    k = first + tl.arange(0, BK)
+                    dconstant = value_constant_gradient(
+                        sums + b * H * SIZE, own, out_proj2_weight, h, k,
+                        C, D, P, O, ROWS, SIZE, SUM, BM, ACC,
+                    )  # fmt: skip
+                    dvalue = value_gradient(
+                        sums + b * H * SIZE, own, mean + b * C, out_proj2_weight, dconstant, h, k,
+                        columns, C, D, P, O, ROWS, SIZE, SUM, BM, PRECISION,
+                    )  # fmt: skip
+                    weights = load_rows(attention + square, 1, D, d, k, in_d, k < D)
+                    total = dot(weights, dvalue, total, PRECISION)
             else:
                 j = tl.where(part == 1, 0, J - 1)
                 dk = dkv + (b * 2 + part // 2) * P * C + h * D
@@ -1039,7 +1059,7 @@ def gather(
             c = i % C
             offsets = c // D * SIZE + i // C * D + c % D
             sum_to(source, H * SIZE, B, 0, 1, offsets, dout_proj_weight, i, i < O * C, ACC)
-        if MODE == "flat":
+        if MODE == "flat" or MODE == "flat_tokens":
             source, count = chunk_out_proj_weight, B * chunks
             sum_to(source, O * C, count, 0, 1, i, dout_proj_weight, i, i < O * C, ACC)
     else:
@@ -1054,7 +1074,7 @@ def gather(
         if MODE == "tokens":
             source = sums + CONSTANTS + ROWS + O * D
             sum_to(source, H * SIZE, B, 0, 1, i, dout_proj_bias, i, i < O, ACC)
-        if MODE == "flat":
+        if MODE == "flat" or MODE == "flat_tokens":
             sum_to(chunk_out_proj_bias, O, B * chunks, 0, 1, i, dout_proj_bias, i, i < O, ACC)
         inside = i < P
         sum_to(dkv_sums, 4 * P, B * H, P, 3 - J, i, dproj_k_bias, i, inside, ACC)
@@ -1106,7 +1126,7 @@ def summary_backward(
                 w = load_rows(matrix + b * O * C, C, 1, k, columns, in_k, inside).to(dtype)
                 total = dot(tile, w, total, PRECISION)
             for first in range(0, P, BP):
-                p = first + tl.arange(0, BP)
+                p = first + tl.arange(0, BP).to(tl.int64)
                 in_p = p < P
                 tile = load_rows(proj_k, proj_k_n, proj_k_p, n, p, in_n, in_p).to(dtype)
                 z = dprojected + b * J * P * C
@@ -1118,7 +1138,7 @@ def summary_backward(
                     total = dot(tile, w, total, PRECISION)
             store_rows(dx + b * dx_b, dx_n, dx_c, n, columns, in_n, inside, total)
     elif block < J * P_BLOCKS:
-        p = block % P_BLOCKS * BP + tl.arange(0, BP)
+        p = (block % P_BLOCKS).to(tl.int64) * BP + tl.arange(0, BP)
         in_p = p < P
         j = block // P_BLOCKS
         total = tl.zeros((BP, T), ACC)

@@ -11,7 +11,8 @@ import triton.language as tl
 from ..ops import empty_gradient, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
-from .configs import block, chunks, precision, tile
+from . import configs
+from .configs import block, chunks, precision
 from .primitives import (
     LOG2E,
     clamp_norm,
@@ -190,12 +191,14 @@ def spatial_norm_backward(
     store_rows(target, d_n, d_d, n, d, in_n, in_d, value)
 
 
-def _common(q, k_proj, dropout_p):
-    D, P = q.shape[3], k_proj.shape[1]
-    return {
-        "H": q.shape[2], "D": D, "P": P, "T": tile(P, D), "BD": block(D), "BP": block(P),
-        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
-        "PRECISION": precision(q), "DROPOUT": dropout_p > 0,
+def pick(kernel, q, projected=0):
+    """Launch shape of a kernel on q (B, N, H, D), and the arguments that every kernel takes."""
+    H, D = q.shape[2:]
+    launch = configs.pick(kernel, q, H * D, D, projected)
+    acc = tl.float64 if q.dtype == torch.float64 else tl.float32
+    return launch, {
+        "H": H, "D": D, "BD": block(D), "ACC": acc,
+        "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
 
 
@@ -208,19 +211,20 @@ def per_head(temperature):
 def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
-    common = _common(q, k_proj, dropout_p)
-    T, dtype = common["T"], accumulate_dtype(q.dtype)
+    P, dtype = k_proj.shape[1], accumulate_dtype(q.dtype)
     sums, count = None, 0
     if normalize:
-        count, size = chunks(N, 128)
+        launch, common = pick("square_sums", q, P)
+        count, size = chunks(N, launch)
         sums = q.new_empty(B, H, count, D, dtype=dtype)
-        square_sums[(count, H, B)](
-            q, *q.stride(), sums, N, size, H=H, D=D, ACC=common["ACC"], T=128, BD=common["BD"]
-        )
+        square_sums[(count, H, B)](q, *q.stride(), sums, N, size, T=launch.rows, **common)
     out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=dtype)
+    launch, common = pick("spatial_forward", q, P)
+    T = launch.rows
     spatial_forward[(triton.cdiv(N, T), H, B)](
         q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(), *per_head(temperature),
-        sums, count, seed, out, q_norm, N, threshold(dropout_p), **common,
+        sums, count, seed, out, q_norm, N, threshold(dropout_p),
+        P=P, T=T, BP=block(P), DROPOUT=dropout_p > 0, PRECISION=precision(q), **common,
     )  # fmt: skip
     return out, q_norm
 
@@ -228,24 +232,27 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
 def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, dropout_p):
     """Op `spatial_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
-    common = _common(q, k_proj, dropout_p)
-    P, T, BD, ACC = common["P"], common["T"], common["BD"], common["ACC"]
+    P = k_proj.shape[1]
     dq, dk_proj, dv_proj = (empty_gradient(t, q) for t in (q, k_proj, v_proj))
-    count, size = chunks(N, T)
+    launch, common = pick("spatial_backward", q, P)
+    count, size = chunks(N, launch)
     sums = q_norm.new_empty(B, H, count, 2, P, D)
     spatial_backward[(count, H, B)](
         dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
         *per_head(temperature), q_norm, seed, dq, *dq.stride(), sums, N, size,
-        threshold(dropout_p), NORMALIZE=normalize, **common,
+        threshold(dropout_p), P=P, T=launch.rows, BP=block(P), NORMALIZE=normalize,
+        DROPOUT=dropout_p > 0, PRECISION=precision(q), **common,
     )  # fmt: skip
     dtemperature, dnorm = q_norm.new_empty(B, H), torch.empty_like(q_norm)
+    launch, common = pick("spatial_merge", q, P)
     spatial_merge[(H, B)](
         sums, count, k_proj, *k_proj.stride(), *per_head(temperature), q_norm,
         dk_proj, *dk_proj.stride(), dv_proj, *dv_proj.stride(), dtemperature, dnorm,
-        H=H, D=D, P=P, ACC=ACC, BD=BD, BP=block(P, 64),
+        P=P, BP=block(P, launch.rows), **common,
     )  # fmt: skip
     if normalize:
-        spatial_norm_backward[(triton.cdiv(N, 128), H, B)](
-            q, *q.stride(), dnorm, dq, *dq.stride(), N, H=H, D=D, ACC=ACC, T=128, BD=BD
+        launch, common = pick("spatial_norm_backward", q, P)
+        spatial_norm_backward[(triton.cdiv(N, launch.rows), H, B)](
+            q, *q.stride(), dnorm, dq, *dq.stride(), N, T=launch.rows, **common
         )
     return dq, dk_proj, dv_proj, temperature_gradient(dtemperature.sum(0), temperature)

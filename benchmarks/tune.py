@@ -1,0 +1,266 @@
+"""Re-derive the table of launch shapes in epa_kernels/triton/configs.py.
+
+    python -m benchmarks.tune                  on a GPU: the fastest for it
+    python -m benchmarks.tune --compile-only   with no GPU: the nearest that fits, on --architecture
+
+A candidate differs from `configs.rule` in warps, stages and blocks. With no GPU the nearest one is
+taken that compiles without a spilled byte and within the shared memory of a block, for every layer
+with the same head dim and projected tokens. On a GPU a candidate must also be as accurate as the
+definition (tests/cases.py), and the fastest is taken, one kernel after the other. Each kernel's
+line of the table is printed; --write puts the lines into configs.py.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+from triton_resources import (  # noqa: E402
+    ARCHITECTURES,
+    LAYERS,
+    SHARED_LIMITS,
+    Layer,
+    launches,
+    resources,
+)
+
+DTYPES = {"bfloat16": 2, "float32": 4}  # one of each size: a launch shape depends on the size alone
+GAIN = 0.02  # share of the time that a candidate must save, or the noise would choose
+TABLE = "TABLE: dict[tuple[str, str, int, int, int], Launch] = "
+
+
+def candidates(launch) -> Iterator:
+    """The launch shape itself, then those around it, nearest first."""
+    seen = set()
+    for rows in (1, 0.5, 2, 0.25):
+        for columns in (1, 0.5, 2, 0.25):
+            for warps in (1, 2, 0.5, 4, 0.25):
+                for stages in (launch.stages, 1, 2):
+                    candidate = launch._replace(
+                        rows=max(16, int(launch.rows * rows)),
+                        columns=launch.columns and max(16, int(launch.columns * columns)),
+                        warps=min(16, max(1, int(launch.warps * warps))),
+                        stages=stages,
+                    )
+                    if candidate not in seen:
+                        seen.add(candidate)
+                        yield candidate
+
+
+def shapes(layer: Layer) -> tuple[int, int]:
+    """Head dim and projected tokens, which a launch shape is kept for."""
+    return layer.channels // layer.heads, layer.projected
+
+
+def kernels(architecture: str, layer: Layer, dtype: str) -> dict:
+    """{kernel: launch shape by the rule} of a layer."""
+    import torch
+
+    from epa_kernels.triton import configs
+
+    x, (D, P), found = torch.empty(0, dtype=getattr(torch, dtype)), shapes(layer), {}
+    pick = configs.pick
+
+    def record(kernel, *shape):
+        found[kernel] = pick(kernel, x, layer.channels, D, P)
+        return found[kernel]
+
+    with mock.patch.object(configs, "pick", record), mock.patch.object(configs, "TABLE", {}):
+        launches(architecture, layer, dtype)
+    return found
+
+
+def misfit(architecture: str, layer: Layer, dtype: str, kernel: str) -> str | None:
+    """Why the kernel cannot launch in its present shape, None if it can."""
+    for launch in launches(architecture, layer, dtype):
+        if launch.kernel.__name__ != kernel:
+            continue
+        taken = resources(launch.compile(architecture))
+        if taken["spilled"]:
+            return f"{taken['spilled']} bytes spilled"
+        if taken["shared"] > SHARED_LIMITS[architecture]:
+            return f"{taken['shared']} bytes of shared memory"
+    return None
+
+
+def fitting(architecture: str, layers: list[Layer], dtype: str) -> dict:
+    """{key: launch shape} where the rule's does not fit every layer; all have one (D, P)."""
+    from epa_kernels.triton import configs
+
+    rules = {}
+    for layer in layers:
+        for kernel, launch in kernels(architecture, layer, dtype).items():
+            rules.setdefault(kernel, []).append((layer, launch))
+    found = {}
+    for kernel, uses in rules.items():
+        key = (architecture, kernel, *shapes(layers[0]), DTYPES[dtype])
+        for candidate in candidates(uses[0][1]):
+            same = all(candidate == launch for _, launch in uses)
+            with mock.patch.object(configs, "TABLE", {} if same else {key: candidate}):
+                reasons = (misfit(architecture, layer, dtype, kernel) for layer, _ in uses)
+                why = next(filter(None, reasons), None)
+            if why is None:
+                if not same:
+                    found[key] = candidate
+                break
+            print(f"{key} {tuple(candidate)}: {why}", file=sys.stderr, flush=True)
+        else:
+            print(f"{key}: no candidate fits, the rule stays", file=sys.stderr)
+    return found
+
+
+def median_seconds(call: Callable[[], object], is_gpu: bool, repetitions: int) -> float:
+    """Median time of a call; on a GPU of a replayed graph, so that launches do not count."""
+    import torch
+
+    call()
+    times = []
+    if not is_gpu:
+        for _ in range(repetitions):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for _ in range(repetitions):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -> dict:
+    """{key: launch shape} for the GPU at hand, where it is faster than the rule's."""
+    import torch
+    from cases import assert_as_accurate, make_layer, run_layer
+
+    from epa_kernels.triton import configs
+
+    dtype_, batch = getattr(torch, dtype), 2
+    shape = (batch, layer.tokens, layer.channels, layer.heads, layer.projected)
+    module = make_layer(shape, layer.kind, layer.layout, bias=False).to(where)
+    generator = torch.Generator().manual_seed(0)
+    x, gy = (torch.randn(batch, *shape[1:3], generator=generator).to(where) for _ in range(2))
+    exact, spec = (
+        run_layer(module, x, gy, backend="reference", dtype=d) for d in (torch.float64, dtype_)
+    )
+    x, gy = x.to(dtype_), gy.to(dtype_)
+    x.requires_grad_()
+    module.backend = "triton"
+    architecture = configs.architecture(x)
+
+    def check():
+        found = run_layer(module, x, gy, backend="triton", dtype=dtype_)
+        assert_as_accurate(found, spec, exact)
+
+    def both():
+        return torch.autograd.grad(module(x), (x, *module.parameters()), gy)
+
+    launched, pick = {}, configs.pick
+
+    def record(kernel, *shape):
+        launched[kernel] = pick(kernel, *shape)
+        return launched[kernel]
+
+    table = {}
+    with mock.patch.object(configs, "TABLE", table):
+        with mock.patch.object(configs, "pick", record):
+            check()
+        best = first = median_seconds(both, x.is_cuda, repetitions)
+        for kernel, launch in launched.items():
+            key = (architecture, kernel, *shapes(layer), DTYPES[dtype])
+            chosen = None
+            for candidate in list(candidates(launch))[1:most]:
+                table[key] = candidate
+                try:
+                    check()
+                    seconds = median_seconds(both, x.is_cuda, repetitions)
+                except Exception as error:  # resources that the GPU lacks, or a wrong result
+                    print(f"{key} {tuple(candidate)}: {error!r}"[:200], file=sys.stderr)
+                    continue
+                if seconds < (1 - GAIN) * best:
+                    best, chosen = seconds, candidate
+            del table[key]
+            if chosen:
+                table[key] = chosen
+        print(f"{layer}, {dtype}: {first * 1e6:.1f} -> {best * 1e6:.1f} us, forward+backward")
+    return table
+
+
+def lines(table: dict) -> str:
+    """The table as it stands in configs.py."""
+    rows = [
+        f'    ("{arch}", "{kernel}", {D}, {P}, {size}): Launch({", ".join(map(str, launch))}),\n'
+        for (arch, kernel, D, P, size), launch in sorted(table.items())
+    ]
+    return "{\n" + "".join(rows) + "}" if rows else "{}"
+
+
+def write(table: dict, path: Path) -> None:
+    """Put the lines of `table` into configs.py; those of other architectures stay."""
+    text = path.read_text()
+    head, separator, rest = text.partition(TABLE)
+    if not separator:
+        sys.exit(f"tune: {path} has no line that begins with {TABLE!r}.")
+    end = rest.index("}\n") + 2
+    path.write_text(head + separator + lines(table) + "\n" + rest[end:])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--compile-only", action="store_true", help="choose by what compiles")
+    parser.add_argument("--architecture", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--layer", nargs="*", default=tuple(LAYERS), choices=LAYERS)
+    parser.add_argument("--dtype", nargs="*", default=tuple(DTYPES), choices=DTYPES)
+    parser.add_argument("--candidates", type=int, default=24, help="tried a kernel, default 24")
+    parser.add_argument("--repetitions", type=int, default=50, help="timed, default 50")
+    parser.add_argument("--write", action="store_true", help="put the table into configs.py")
+    args = parser.parse_args(arguments)
+
+    import torch
+
+    from epa_kernels.triton import configs
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    table = dict(configs.TABLE)
+    if args.compile_only:
+        if interpreted:
+            sys.exit("tune: TRITON_INTERPRET must not be 1, the interpreter compiles nothing.")
+        groups = {}
+        for name in args.layer:
+            groups.setdefault(shapes(LAYERS[name]), []).append(LAYERS[name])
+        for architecture in args.architecture:
+            table = {key: value for key, value in table.items() if key[0] != architecture}
+            for dtype in args.dtype:
+                for layers in groups.values():
+                    table |= fitting(architecture, layers, dtype)
+    else:
+        if not torch.cuda.is_available() and not interpreted:
+            sys.exit("tune: no GPU is available; --compile-only chooses without one.")
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        for name in args.layer:
+            for dtype in args.dtype:
+                table |= fastest(LAYERS[name], dtype, where, args.repetitions, args.candidates)
+    print(TABLE + lines(table))
+    if args.write:
+        write(table, Path(configs.__file__))
+
+
+if __name__ == "__main__":
+    main()
