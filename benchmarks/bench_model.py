@@ -16,6 +16,20 @@ from unetrpp.losses import deep_supervision_loss
 BACKENDS = (REFERENCE, *(name for name in dispatch.BACKENDS if name != REFERENCE))
 
 
+def training_step(model, x, label, *, loss=deep_supervision_loss, autocast=False):
+    """Function that does one step as users train: SGD as published, autocast in bfloat16 or not."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.99, nesterov=True)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            logits = model(x)
+        loss(logits, label).backward()
+        optimizer.step()
+
+    return step
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def setting(request):
     """Backend, network, a batch of volumes and their labels."""
@@ -47,11 +61,4 @@ def bench_synapse(setting, direction, benchmark):
         with torch.no_grad():
             benchmark.pedantic(model, (x,), rounds=7, warmup_rounds=1)
         return
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.99, nesterov=True)
-
-    def step():
-        optimizer.zero_grad()
-        deep_supervision_loss(model(x), label).backward()
-        optimizer.step()
-
-    benchmark.pedantic(step, rounds=7, warmup_rounds=1)
+    benchmark.pedantic(training_step(model, x, label), rounds=7, warmup_rounds=1)

@@ -1,10 +1,12 @@
 """The least time that paired attention can take here: counted work over peaks measured here.
 
-    floor = max(copy of as many bytes, 2 multiply-adds / FLOP rate + exponentials / exp rate)
+    on a CPU   max(copy of as many bytes, 2 multiply-adds / FLOP rate + exponentials / exp rate)
+    on a GPU   max(bytes / bandwidth, 2 multiply-adds / FLOP rate, exponentials / exp rate)
 
-The vector unit that multiplies also computes exponentials, so these two add up; memory overlaps.
-Counted are the matrix products, exponentials and memory of the form in `epa_kernels.two_pass`, in
-float32; the softmax's divisions, dropout's bits and all else that is elementwise come on top.
+A CPU's vector unit that multiplies also computes exponentials, so these two add up; a GPU has units
+for each. Memory overlaps. Counted are the matrix products, exponentials and memory of the form in
+`epa_kernels.two_pass`; the softmax's divisions, dropout's bits and all else that is elementwise
+come on top.
 
 Axes: B batch, N tokens, C channels, H heads, D = C/H, P projected tokens.
 """
@@ -17,7 +19,6 @@ import torch
 
 from epa_kernels.ops import plan
 
-ELEMENT_BYTES = 4
 REPETITIONS = 20
 
 
@@ -67,11 +68,11 @@ def mix_multiply_adds(shape, kind):
     return forward, forward + C * C * ((2 + O) * C + 6 * D + 4 * P)
 
 
-def work(shape, kind):
-    """(forward, backward) as Work.
+def work(shape, kind, *, element_bytes=4, parameter_bytes=4):
+    """(forward, backward) as Work; bytes an element of x and y, and of the parameters.
 
     exponentials           B (NHP + CD) each way: backward computes both maps again
-    elements of memory     W = (4 + O) C^2, the weights
+    elements of memory     JPN + W, W = (4 + O) C^2, are parameters
       two-pass  forward    3BNC + JPN + W          x twice, y; E
                 backward   6BNC + 2 (JPN + W)      x twice, dy, dx written, read, written; E, dE
       direct    forward    2BNC + JPN + W          x, y
@@ -85,7 +86,7 @@ def work(shape, kind):
         Work(
             B * (tokens[i] + mix[i]),
             B * (N * H * P + C * C // H),
-            ELEMENT_BYTES * (traffic[i] * B * N * C + (1 + i) * matrices),
+            element_bytes * traffic[i] * B * N * C + parameter_bytes * (1 + i) * matrices,
         )
         for i in range(2)
     )
@@ -148,10 +149,27 @@ def copy_seconds(num_bytes):
 
 
 def seconds(work):
-    """The floor of a Work."""
+    """The floor of a Work on this CPU."""
     flops, exponentials, _ = peaks()
     compute = 2 * work.multiply_adds / flops + work.exponentials / exponentials
     return max(copy_seconds(work.bytes), compute)
+
+
+class GpuPeaks(NamedTuple):
+    """Of a GPU, a second; `gpu_check.peaks` measures them."""
+
+    bytes: float  # of device memory, read and written
+    flops: float  # of matrix products in the dtype of x
+    exponentials: float
+
+
+def gpu_seconds(work, peaks):
+    """{what bounds it: seconds that it takes at least} of a Work; the largest is the floor."""
+    return {
+        "memory": work.bytes / peaks.bytes,
+        "matrix products": 2 * work.multiply_adds / peaks.flops,
+        "exponentials": work.exponentials / peaks.exponentials,
+    }
 
 
 def describe():

@@ -1,17 +1,22 @@
 """Layers and inputs that the tests of the attention ops share, and the tolerance rule."""
 
 import math
+import os
 
 import pytest
 import torch
 
 import epa_kernels
 
+# Where layers and inputs lie; `pytest --device cuda` sets it (conftest.py).
+DEVICE = os.environ.get("EPA_KERNELS_TEST_DEVICE", "cpu")
+
 # Backends beside the spec that run here; a new one is tested by being named here.
 FUSED_BACKENDS = ("two_pass", "cpp", "triton")
 BACKENDS = ("reference", *FUSED_BACKENDS)
-# Without the one that Triton's interpreter runs, for tests of a hundred calls or large shapes.
-COMPILED_BACKENDS = tuple(name for name in BACKENDS if name != "triton")
+INTERPRETED = ("triton",) if DEVICE == "cpu" else ()
+# For tests of a hundred calls or large shapes.
+COMPILED_BACKENDS = tuple(name for name in BACKENDS if name not in INTERPRETED)
 KINDS = ("shared", "split", "sum")
 LAYOUTS = ("official", "tokens")
 
@@ -43,18 +48,20 @@ def backend_shapes(shapes=SHAPES, interpreted=INTERPRETED_SHAPES):
     return [
         pytest.param(backend, shape, id=f"{backend}-{shape_id(shape)}")
         for backend in FUSED_BACKENDS
-        for shape in (interpreted if backend == "triton" else shapes)
+        for shape in (interpreted if backend in INTERPRETED else shapes)
     ]
 
 
 def draws(dtype, backend):
-    return range(DRAWS[dtype] // 3 if backend == "triton" and DRAWS[dtype] > 2 else DRAWS[dtype])
+    few = backend in INTERPRETED and DRAWS[dtype] > 2
+    return range(DRAWS[dtype] // 3 if few else DRAWS[dtype])
 
 
 def strided(*shape, dtype, generator):
     """Normal numbers as a slice of a larger tensor, so that no stride is trivial."""
     larger = torch.randn(*(n + 1 for n in shape), generator=generator, dtype=torch.float64)
-    return larger[tuple(slice(1, None) for _ in shape)].to(dtype)
+    # Moved before it is cut, since a cut tensor would arrive dense.
+    return larger.to(DEVICE)[tuple(slice(1, None) for _ in shape)].to(dtype)
 
 
 def make_layer(shape, kind="shared", layout="official", *, bias=True, dropout=0.0, seed=0):
@@ -67,17 +74,17 @@ def make_layer(shape, kind="shared", layout="official", *, bias=True, dropout=0.
         layer.temperature2.copy_(2 * math.sqrt(N * H / C) * (1 + torch.rand(H, 1, 1) / 2))
         for parameter in layer.parameters():
             parameter.copy_(parameter.float())
-    return layer
+    return layer.to(DEVICE)
 
 
-def run_layer(layer, x, gy, *, backend, dtype, seed=0):
-    """Output and every gradient of a copy of the run in `dtype`: {"y", "x", parameter names}."""
-    layer.to(dtype).zero_grad()
-    x = x.detach().to(dtype).requires_grad_()
+def run_layer(layer, x, gy, *, backend, dtype, parameter_dtype=None, seed=0):
+    """Output and every gradient of a run in `dtype`: {"y", "x", parameter names}."""
+    layer.to(DEVICE, parameter_dtype or dtype).zero_grad()
+    x = x.detach().to(DEVICE, dtype).requires_grad_()
     torch.manual_seed(seed)
     with epa_kernels.use_backend(backend):
         y = layer(x)
-        y.backward(gy.to(dtype))
+        y.backward(gy.to(DEVICE, dtype))
     gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     return {"y": y.detach(), "x": x.grad, **gradients}
 

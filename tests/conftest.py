@@ -9,14 +9,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-# The Triton kernels run in Python on CPU tensors. Set before triton is imported, too.
-os.environ["TRITON_INTERPRET"] = "1"
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where the tests of the attention ops run, default cpu",
+    )
+
+
+def pytest_configure(config):
+    device = config.getoption("--device")
+    if device == "cpu":
+        # The Triton kernels run in Python on CPU tensors. Set before triton is imported, too.
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(
+                f"--device cuda needs a GPU that torch {torch.__version__} can use, and it finds "
+                f"none; leave the option out to test on the CPU."
+            )
+        os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["EPA_KERNELS_TEST_DEVICE"] = device
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter():
+def interpreter(pytestconfig):
     """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
-    if importlib.util.find_spec("triton"):
+    if pytestconfig.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
         import triton_interpreter
 
         from epa_kernels.triton import configs
@@ -54,6 +76,7 @@ def backend_runs(request):
 
     from epa_kernels import dispatch
 
-    x = torch.empty(0, dtype=params.get("dtype", torch.float32))
+    device = getattr(request.module, "DEVICE", "cpu")
+    x = torch.empty(0, dtype=params.get("dtype", torch.float32), device=device)
     if reasons := dispatch.BACKENDS[params["backend"]].why_not("paired_attention", x):
         pytest.skip("; ".join(reasons))

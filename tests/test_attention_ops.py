@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BACKENDS, COMPILED_BACKENDS, DRAWS, FUSED_BACKENDS, Errors, draws, strided
+from cases import BACKENDS, COMPILED_BACKENDS, DEVICE, DRAWS, FUSED_BACKENDS, Errors, draws, strided
 
 import epa_kernels
 from epa_kernels import channel_attention, spatial_attention, two_pass
@@ -17,7 +17,7 @@ def shape_id(shape):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(two_pass.TILE_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(two_pass.TILE_ELEMENTS, DEVICE, 1)
 
 
 def make_inputs(op, shape, dtype, per_head=True, draw=1):
@@ -30,7 +30,7 @@ def make_inputs(op, shape, dtype, per_head=True, draw=1):
         for s in ((B, N, H, D), keys, keys, (B, N, H, D))
     )
     temperature = 2 * torch.rand(H if per_head else 1, 1, 1, generator=generator) + 0.5
-    return [t.requires_grad_() for t in (q, k, v, temperature.to(dtype))], dout
+    return [t.requires_grad_() for t in (q, k, v, temperature.to(DEVICE, dtype))], dout
 
 
 def run(op, inputs, dout, backend, dtype, **options):
@@ -40,12 +40,13 @@ def run(op, inputs, dout, backend, dtype, **options):
     return dict(zip(("out", "q", "k", "v", "temperature"), (out.detach(), *gradients), strict=True))
 
 
+DROPOUT = {"dropout_p": 0.2, "seed": torch.tensor(5, device=DEVICE)}
 OPTIONS = (
     (channel_attention, {}),
-    (channel_attention, {"dropout_p": 0.2, "seed": torch.tensor(5)}),
+    (channel_attention, DROPOUT),
     (spatial_attention, {"normalize": False}),
     (spatial_attention, {"normalize": True}),
-    (spatial_attention, {"normalize": True, "dropout_p": 0.2, "seed": torch.tensor(5)}),
+    (spatial_attention, {"normalize": True, **DROPOUT}),
 )
 OPTION_IDS = ("channel", "channel-dropout", "spatial", "spatial-normalize", "spatial-dropout")
 
@@ -96,7 +97,8 @@ def test_paired_attention_is_made_of_the_two(backend):
     """EPA of kind "sum" is the two branches on the heads of one linear layer."""
     B, N, C, H, P = 1, 90, 16, 2, 7
     layer = epa_kernels.EPA(N, C, P, H, False, 0, 0, kind="sum", layout="tokens", backend=backend)
-    x = torch.randn(B, N, C, generator=torch.Generator().manual_seed(2))
+    layer.to(DEVICE)
+    x = torch.randn(B, N, C, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     q, k, vc, vs = layer.qkvv(x).view(B, N, 4, H, C // H).unbind(2)
     k_proj, v_proj = (torch.einsum("np,bnhd->bphd", layer.EF, t) for t in (k, vs))
     out_s = spatial_attention(q, k_proj, v_proj, layer.temperature2, normalize=True)

@@ -45,3 +45,17 @@ def test_counts_what_two_pass_multiplies(shape, kind, monkeypatch):
     # The count leaves out O(C^2 + CP) between the passes.
     for counter, counted in zip((forward, backward), floor.work(shape, kind), strict=True):
         assert counter.get_total_flops() == pytest.approx(2 * counted.multiply_adds, rel=0.005)
+
+
+def test_memory_of_autocast():
+    """x and y in bfloat16, the projection in float32: megabytes in the design's table."""
+    forward, _ = floor.work((1, 32768, 32, 4, 64), "shared", element_bytes=2)
+    assert forward.bytes / 1e6 == pytest.approx(6.3 + 8.4, rel=0.01)
+    whole, _ = floor.work((1, 32768, 32, 4, 64), "shared")
+    assert whole.bytes - forward.bytes == 2 * 3 * 32768 * 32
+
+
+def test_on_a_gpu_the_slowest_unit_is_the_floor():
+    work = floor.Work(multiply_adds=3e9, exponentials=4e9, bytes=5e9)
+    seconds = floor.gpu_seconds(work, floor.GpuPeaks(1e12, 1e12, 1e12))
+    assert seconds == {"memory": 5e-3, "matrix products": 6e-3, "exponentials": 4e-3}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BACKENDS, KINDS, make_layer
+from cases import BACKENDS, DEVICE, KINDS, make_layer
 from torch import nn
 
 import epa_kernels
@@ -33,8 +33,8 @@ def test_state_dict_is_the_published_one(kind):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_of_x(backend, N):
     """Tokens as transposed views of NCDHW and of channels-last volumes, as networks have them."""
-    layer = EPA(N, 8, 5, backend=backend).eval()
-    volume = torch.randn(2, 8, N, 1, 1)
+    layer = EPA(N, 8, 5, backend=backend, device=DEVICE).eval()
+    volume = torch.randn(2, 8, N, 1, 1, device=DEVICE)
     expected = layer(volume.flatten(2).transpose(1, 2).contiguous())
     channels_last = volume.to(memory_format=torch.channels_last_3d)
     for v in (volume, channels_last):
@@ -43,7 +43,7 @@ def test_any_strides_of_x(backend, N):
         torch.testing.assert_close(y, expected)
         y.square().sum().backward()
         assert v.grad.isfinite().all() and v.grad.abs().sum() > 0
-    expanded = torch.randn(1, 1, 8).expand(2, N, 8)
+    expanded = torch.randn(1, 1, 8, device=DEVICE).expand(2, N, 8)
     torch.testing.assert_close(layer(expanded), layer(expanded.contiguous()))
 
 
@@ -53,9 +53,9 @@ def test_any_strides_of_x(backend, N):
 def test_autocast(backend, kind, dtype):
     layer = make_layer((2, 70, 16, 2, 9), kind).float()
     layer.backend = backend
-    x = torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     exact = layer(x)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         y = layer(x.requires_grad_())
     assert y.dtype == dtype
     y.float().square().sum().backward()
@@ -68,9 +68,10 @@ def test_autocast(backend, kind, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_float64_alone(backend):
-    layer = EPA(20, 8, 5, backend=backend).double()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(1, 20, 8).double()).dtype == torch.float64
+    layer = EPA(20, 8, 5, backend=backend, device=DEVICE).double()
+    x = torch.randn(1, 20, 8, dtype=torch.float64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert layer(x).dtype == torch.float64
 
 
 def test_dropout_follows_mode_and_torch_s_seed():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, FUSED_BACKENDS, KINDS, make_layer
+from cases import BACKENDS, DEVICE, FUSED_BACKENDS, KINDS, make_layer
 from torch.library import opcheck
 
 import epa_kernels
@@ -26,7 +26,7 @@ def paired_arguments(shape, kind, dtype):
         if hasattr(layer, name):
             linear[name] = (getattr(layer, name).weight, getattr(layer, name).bias)
     tensors = (
-        torch.randn(B, N, C, dtype=dtype),
+        torch.randn(B, N, C, dtype=dtype, device=DEVICE),
         layer.qkvv.weight,
         layer.qkvv.bias,
         *((layer.EF.t(), None) if kind == "sum" else linear["E"]),
@@ -39,7 +39,7 @@ def paired_arguments(shape, kind, dtype):
     tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
     options = {"num_heads": H, "kind": kind, "layout": "official",
                "channel_dropout_p": 0.1, "spatial_dropout_p": 0.2}  # fmt: skip
-    return (*tensors, torch.tensor(5)), options
+    return (*tensors, torch.tensor(5, device=DEVICE)), options
 
 
 # What is kept has dtypes of its own beside float32; the traced gradients are compared in float64,
@@ -66,9 +66,10 @@ def test_opcheck_paired_attention(backend, kind, shape, dtype):
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_opcheck_spatial_and_channel_attention(backend, dropout_p):
-    q, k, v = (t.clone().requires_grad_() for t in torch.randn(3, 2, 65, 3, 8).unbind(0))
-    temperature = torch.ones(3, 1, 1, requires_grad=True)
-    seed = torch.tensor(3) if dropout_p else None
+    q, k, v = torch.randn(3, 2, 65, 3, 8, device=DEVICE).unbind(0)
+    q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+    temperature = torch.ones(3, 1, 1, device=DEVICE, requires_grad=True)
+    seed = torch.tensor(3, device=DEVICE) if dropout_p else None
     options = {"dropout_p": dropout_p}
     opcheck(op_of(backend, "channel_attention"), (q, k, v, temperature, seed), options)
     for normalize in (False, True):
@@ -84,7 +85,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend):
     layer = make_layer((2, 130, 16, 2, 9)).float()
-    x = torch.randn(2, 130, 16, requires_grad=True)
+    x = torch.randn(2, 130, 16, device=DEVICE, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with epa_kernels.use_backend(backend):
         expected, found = layer(x), compiled(x)
@@ -94,8 +95,8 @@ def test_compiles_without_a_graph_break(backend):
 
 
 def test_compiles_with_inductor_and_dropout():
-    layer = epa_kernels.EPA(130, 16, 9, 2)
-    y = torch.compile(layer, fullgraph=True)(torch.randn(2, 130, 16))
+    layer = epa_kernels.EPA(130, 16, 9, 2, device=DEVICE)
+    y = torch.compile(layer, fullgraph=True)(torch.randn(2, 130, 16, device=DEVICE))
     y.sum().backward()
     assert layer.E.weight.grad.abs().sum() > 0
 
@@ -111,11 +112,12 @@ def test_one_graph_serves_every_number_of_tokens_and_samples(backend):
         return graph.forward
 
     def call(q, k, v):
-        return epa_kernels.spatial_attention(q, k, v, torch.ones(1), backend=backend)
+        temperature = torch.ones(1, device=DEVICE)
+        return epa_kernels.spatial_attention(q, k, v, temperature, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
     for B, N in ((3, 100), (5, 57), (9, 301)):  # no size that equals another axis
-        q, k, v = torch.randn(B, N, 2, 4), torch.randn(B, 7, 2, 4), torch.randn(B, 7, 2, 4)
+        q, k, v = (torch.randn(B, tokens, 2, 4, device=DEVICE) for tokens in (N, 7, 7))
         torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
     assert graphs == 1
 
@@ -139,19 +141,20 @@ def test_paired_attention_compiles_with_dynamic_tokens(backend):
         )  # fmt: skip
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
-    weight, temperature = torch.randn(4 * C, C), torch.ones(H, 1, 1)
+    weight = torch.randn(4 * C, C, device=DEVICE)
+    temperature = torch.ones(H, 1, 1, device=DEVICE)
     for N in (40, 300, 77, 9, 13):
-        inputs = (torch.randn(2, N, C), weight, torch.randn(P, N), temperature)
+        x, projection = torch.randn(2, N, C, device=DEVICE), torch.randn(P, N, device=DEVICE)
+        inputs = (x, weight, projection, temperature)
         torch.testing.assert_close(compiled(*inputs), call(*inputs))
     assert graphs <= 2
 
 
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_second_derivative_names_the_reference(backend):
-    layer = epa_kernels.EPA(30, 8, 5, backend=backend)
-    gradient = torch.autograd.grad(
-        layer(torch.randn(1, 30, 8)).sum(), layer.qkvv.weight, create_graph=True
-    )[0]
+    layer = epa_kernels.EPA(30, 8, 5, backend=backend, device=DEVICE)
+    y = layer(torch.randn(1, 30, 8, device=DEVICE))
+    gradient = torch.autograd.grad(y.sum(), layer.qkvv.weight, create_graph=True)[0]
     with pytest.raises(RuntimeError, match=f"'{backend}' has no second derivative; .*'reference'"):
         gradient.sum().backward()
 
@@ -159,19 +162,19 @@ def test_second_derivative_names_the_reference(backend):
 @pytest.mark.parametrize("N", (30, 130), ids=("direct", "two_pass"))
 def test_exports_as_plain_operators(N):
     layer = make_layer((2, N, 16, 2, 9)).float().eval()
-    x = torch.randn(2, N, 16)
+    x = torch.randn(2, N, 16, device=DEVICE)
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}})
     assert not [node for node in program.graph.nodes if "epa_kernels" in str(node.target)]
     for B in (1, 4):
-        x = torch.randn(B, N, 16)
+        x = torch.randn(B, N, 16, device=DEVICE)
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def test_exports_to_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    layer = make_layer((2, 130, 16, 2, 9)).float().eval()
+    layer = make_layer((2, 130, 16, 2, 9)).cpu().float().eval()
     x, file = torch.randn(2, 130, 16), tmp_path / "epa.onnx"
     torch.onnx.export(layer, (x,), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -181,9 +184,9 @@ def test_exports_to_onnx(tmp_path):
 
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_frozen_inputs_get_no_gradient(backend):
-    layer = epa_kernels.EPA(30, 8, 5, backend=backend)
+    layer = epa_kernels.EPA(30, 8, 5, backend=backend, device=DEVICE)
     layer.E.requires_grad_(False)
-    x = torch.randn(1, 30, 8)
+    x = torch.randn(1, 30, 8, device=DEVICE)
     layer(x).sum().backward()
     assert layer.E.weight.grad is None and x.grad is None
     assert layer.qkvv.weight.grad is not None
@@ -195,7 +198,7 @@ def test_frozen_inputs_get_no_gradient(backend):
 def test_other_derivatives_name_the_reference_backend(backend):
     """A tangent that got lost would be a derivative of zero."""
     layer = make_layer((1, 20, 8, 2, 4))
-    x = torch.randn(1, 20, 8, dtype=torch.float64)
+    x = torch.randn(1, 20, 8, dtype=torch.float64, device=DEVICE)
 
     def dual(t):
         with torch.autograd.forward_ad.dual_level():

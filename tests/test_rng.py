@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import FUSED_BACKENDS
+from cases import DEVICE, FUSED_BACKENDS
 
 import epa_kernels
 from epa_kernels import rng
@@ -74,21 +74,21 @@ def test_mask_depends_on_position_only():
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_mask_of_a_backend_is_the_spec_s_bit_for_bit(backend, monkeypatch):
     """Uniform attention over one-hot values makes the output the mask itself."""
-    monkeypatch.setitem(epa_kernels.two_pass.TILE_ELEMENTS, "cpu", 1)
-    B, N, H, P, p, seed = 2, 300, 2, 13, 0.3, torch.tensor(2**40 + 7)
-    q, k_proj = torch.zeros(B, N, H, P), torch.zeros(B, P, H, P)
-    v_proj = torch.eye(P).view(1, P, 1, P).expand(B, P, H, P)
-    rows = torch.arange(B * H * N).view(B, H, N)
+    monkeypatch.setitem(epa_kernels.two_pass.TILE_ELEMENTS, DEVICE, 1)
+    B, N, H, P, p, seed = 2, 300, 2, 13, 0.3, torch.tensor(2**40 + 7, device=DEVICE)
+    q, k_proj = torch.zeros(B, N, H, P, device=DEVICE), torch.zeros(B, P, H, P, device=DEVICE)
+    v_proj = torch.eye(P, device=DEVICE).view(1, P, 1, P).expand(B, P, H, P)
+    temperature = torch.ones(1, device=DEVICE)
+    rows = torch.arange(B * H * N, device=DEVICE).view(B, H, N)
     m = rng.dropout_multiplier(seed, rows, P, p, rng.SPATIAL_MAP, torch.float32)
     options = {"dropout_p": p, "seed": seed, "backend": backend}
-    out = epa_kernels.spatial_attention(q, k_proj, v_proj, torch.ones(1), **options)
+    out = epa_kernels.spatial_attention(q, k_proj, v_proj, temperature, **options)
     assert torch.equal(out.transpose(1, 2) != 0, m != 0)
 
-    rows = torch.arange(B * H * P).view(B, H, P)
+    rows = torch.arange(B * H * P, device=DEVICE).view(B, H, P)
     m = rng.dropout_multiplier(seed, rows, P, p, rng.CHANNEL_MAP, torch.float32)
-    eye = torch.eye(P).view(1, P, 1, P).expand(B, P, H, P)
-    zero = torch.zeros(B, P, H, P)
-    out = epa_kernels.channel_attention(zero, zero, eye, torch.ones(1), **options)
+    zero = torch.zeros(B, P, H, P, device=DEVICE)
+    out = epa_kernels.channel_attention(zero, zero, v_proj, temperature, **options)
     assert torch.equal(out.permute(0, 2, 3, 1) != 0, m != 0)
 
 

@@ -1,0 +1,278 @@
+"""A device as the GPU check uses it: clocks, graphs, memory, streams, and what it is.
+
+Whatever benchmarks and tests need of torch.cuda is in `Gpu`, and nowhere else. `Cpu` answers the
+same calls with the same results, so that a dry run walks the same code; what a CPU cannot tell is
+None.
+"""
+
+import contextlib
+import gc
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import torch
+
+WARM_UP = 3  # calls in front of a capture, as torch's notes on CUDA graphs have it
+SETTLE_SECONDS, SETTLE_SIZE = 0.5, 4096
+
+
+def get(kind):
+    """The device "cuda" or "cpu"."""
+    return {"cuda": Gpu, "cpu": Cpu}[kind]()
+
+
+def versions():
+    """Of what a result may depend on; None where it is not installed."""
+
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    names = ("triton", "numpy", "pytest", "monai")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def summary(seconds):
+    """Median and the times that 20 and 80 % of the calls stay below, in microseconds."""
+    ordered = sorted(seconds)
+    p20, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+    return {
+        "median_us": statistics.median(ordered) * 1e6,
+        "p20_us": p20 * 1e6,
+        "p80_us": p80 * 1e6,
+        "calls": len(ordered),
+    }
+
+
+class Gpu:
+    """The current CUDA device."""
+
+    kind = "cuda"
+
+    def __init__(self):
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} finds no CUDA device")
+        self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self._cache_filler = None
+
+    def describe(self):
+        """What identifies the device; None for what neither torch nor nvidia-smi tells."""
+        fields = ("driver_version", "compute_mode", "clocks.max.sm", "power.limit")
+        driver, mode, clock, power = _nvidia_smi(fields)
+        properties = self._properties
+        return {
+            "name": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "driver": driver,
+            "compute_mode": mode,
+            "most_mhz": float(clock) if clock else None,
+            "power_limit_watts": float(power) if power else None,
+        }
+
+    def synchronize(self):
+        torch.cuda.synchronize()
+
+    def seconds(self, function, calls, before=None):
+        """Time of each call between two events, queued one behind another.
+
+        before: what to run in front of each call, outside its time.
+        """
+        events = []
+        for _ in range(calls):
+            if before is not None:
+                before()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    def host_seconds(self, function, calls):
+        """Time of each call until it returns, on an idle device: what launching costs."""
+        return _host_seconds(function, calls, self.synchronize)
+
+    def capture(self, function):
+        """(replay, result): a CUDA graph of a call, and the tensors that each replay writes."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function()
+        return graph.replay, result
+
+    def flush(self):
+        """Write more than the L2 cache holds, so that the next call finds nothing there."""
+        if self._cache_filler is None:
+            size = 4 * (getattr(self._properties, "L2_cache_size", None) or 2**26)
+            self._cache_filler = torch.empty(size, dtype=torch.uint8, device=self.kind)
+        self._cache_filler.zero_()
+
+    def settle(self):
+        """Keep the device busy until its clocks have risen."""
+        a = torch.randn(SETTLE_SIZE, SETTLE_SIZE, device=self.kind)
+        start = time.perf_counter()
+        while time.perf_counter() - start < SETTLE_SECONDS:
+            for _ in range(8):
+                torch.mm(a, a)
+            torch.cuda.synchronize()
+
+    def release(self):
+        """Give back the memory that no tensor holds."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def allocated_bytes(self):
+        return torch.cuda.memory_allocated()
+
+    def peak_bytes(self, function):
+        """Most memory that tensors held during a call, those from before it included."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+    @contextlib.contextmanager
+    def no_synchronization(self):
+        """Inside, a call that waits for the device raises."""
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def on_busy_stream(self, function):
+        """Result of a call on another stream that is busy with something else for 20 ms first."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(40_000_000)  # clock cycles
+            result = function()
+        side.synchronize()
+        return result
+
+    def is_alive(self):
+        """Whether the device still answers: an illegal access ends it for the whole process."""
+        try:
+            torch.ones(1, device=self.kind).sum().item()
+        except Exception:
+            return False
+        return True
+
+
+class Cpu:
+    """Stands in for a GPU in a dry run."""
+
+    kind = "cpu"
+
+    def describe(self):
+        return {
+            "name": f"{platform.processor() or platform.machine()} (dry run)",
+            **dict.fromkeys(("capability", "memory_bytes", "multiprocessors", "l2_bytes")),
+            **dict.fromkeys(("driver", "compute_mode", "most_mhz", "power_limit_watts")),
+        }
+
+    def synchronize(self):
+        pass
+
+    def seconds(self, function, calls, before=None):
+        times = []
+        for _ in range(calls):
+            if before is not None:
+                before()
+            times += _host_seconds(function, 1, self.synchronize)
+        return times
+
+    def host_seconds(self, function, calls):
+        return _host_seconds(function, calls, self.synchronize)
+
+    def capture(self, function):
+        result = function()
+
+        def replay():
+            again = function()
+            with torch.no_grad():
+                for old, new in zip(result or (), again or (), strict=True):
+                    old.copy_(new)
+
+        return replay, result
+
+    def flush(self):
+        pass
+
+    def settle(self):
+        pass
+
+    def release(self):
+        gc.collect()
+
+    def allocated_bytes(self):
+        return None
+
+    def peak_bytes(self, function):
+        function()
+        return None
+
+    @contextlib.contextmanager
+    def no_synchronization(self):
+        yield
+
+    def on_busy_stream(self, function):
+        return function()
+
+    def is_alive(self):
+        return True
+
+
+def _host_seconds(function, calls, synchronize):
+    times = []
+    for _ in range(calls):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    synchronize()
+    return times
+
+
+def _nvidia_smi(fields):
+    """What nvidia-smi says of the first device, None for each field that it does not tell."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        values = [value.strip() for value in said.stdout.splitlines()[0].split(",")]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return [None] * len(fields)
+    return [None if "N/A" in value or "[" in value else value for value in values]
+
+
+if __name__ == "__main__":
+    import json
+
+    try:
+        found = get(sys.argv[1])
+    except RuntimeError as error:
+        sys.exit(str(error))
+    print(json.dumps({**found.describe(), "versions": versions()}))
