@@ -14,8 +14,8 @@ import argparse
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +44,7 @@ def candidates(launch) -> Iterator:
             for warps in (1, 2, 0.5, 4, 0.25):
                 for stages in (launch.stages, 1, 2):
                     candidate = launch._replace(
-                        rows=max(16, int(launch.rows * rows)),
+                        rows=launch.rows and max(16, int(launch.rows * rows)),
                         columns=launch.columns and max(16, int(launch.columns * columns)),
                         warps=min(16, max(1, int(launch.warps * warps))),
                         stages=stages,
@@ -116,90 +116,60 @@ def fitting(architecture: str, layers: list[Layer], dtype: str) -> dict:
     return found
 
 
-def median_seconds(call: Callable[[], object], is_gpu: bool, repetitions: int) -> float:
-    """Median time of a call; on a GPU of a replayed graph, so that launches do not count."""
-    import torch
-
-    call()
-    times = []
-    if not is_gpu:
-        for _ in range(repetitions):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    for _ in range(repetitions):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
 def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -> dict:
-    """{key: launch shape} for the GPU at hand, where it is faster than the rule's."""
+    """{key: launch shape} for the GPU at hand, where another one than the rule's is faster."""
+    os.environ["EPA_KERNELS_TEST_DEVICE"] = where  # before cases is imported
     import torch
     from cases import assert_as_accurate, make_layer, run_layer
+    from gpu_check import device
 
     from epa_kernels.triton import configs
 
-    dtype_, batch = getattr(torch, dtype), 2
+    gpu, dtype_, batch = device.get(where), getattr(torch, dtype), 2
     shape = (batch, layer.tokens, layer.channels, layer.heads, layer.projected)
-    module = make_layer(shape, layer.kind, layer.layout, bias=False).to(where)
+    module = make_layer(shape, layer.kind, layer.layout, bias=False)
     generator = torch.Generator().manual_seed(0)
-    x, gy = (torch.randn(batch, *shape[1:3], generator=generator).to(where) for _ in range(2))
-    exact, spec = (
+    x, gy = (torch.randn(shape[:3], generator=generator).to(where, dtype_) for _ in range(2))
+    exact, definition = (
         run_layer(module, x, gy, backend="reference", dtype=d) for d in (torch.float64, dtype_)
     )
-    x, gy = x.to(dtype_), gy.to(dtype_)
     x.requires_grad_()
     module.backend = "triton"
-    architecture = configs.architecture(x)
-
-    def check():
-        found = run_layer(module, x, gy, backend="triton", dtype=dtype_)
-        assert_as_accurate(found, spec, exact)
-
-    def both():
-        return torch.autograd.grad(module(x), (x, *module.parameters()), gy)
-
-    launched, pick = {}, configs.pick
+    launched, pick, table = {}, configs.pick, {}
 
     def record(kernel, *shape):
         launched[kernel] = pick(kernel, *shape)
         return launched[kernel]
 
-    table = {}
+    def both():
+        return torch.autograd.grad(module(x), (x, *module.parameters()), gy)
+
+    def seconds():
+        """Median, of a replayed graph: launches do not count."""
+        found = run_layer(module, x, gy, backend="triton", dtype=dtype_)
+        assert_as_accurate(found, definition, exact)
+        replay, _result = gpu.capture(both)
+        return statistics.median(gpu.seconds(replay, repetitions))
+
     with mock.patch.object(configs, "TABLE", table):
         with mock.patch.object(configs, "pick", record):
-            check()
-        best = first = median_seconds(both, x.is_cuda, repetitions)
+            best = first = seconds()
         for kernel, launch in launched.items():
-            key = (architecture, kernel, *shapes(layer), DTYPES[dtype])
+            key = (configs.architecture(x), kernel, *shapes(layer), DTYPES[dtype])
             chosen = None
-            for candidate in list(candidates(launch))[1:most]:
+            for candidate in islice(candidates(launch), 1, most):
                 table[key] = candidate
                 try:
-                    check()
-                    seconds = median_seconds(both, x.is_cuda, repetitions)
+                    time = seconds()
                 except Exception as error:  # resources that the GPU lacks, or a wrong result
                     print(f"{key} {tuple(candidate)}: {error!r}"[:200], file=sys.stderr)
                     continue
-                if seconds < (1 - GAIN) * best:
-                    best, chosen = seconds, candidate
+                if time < (1 - GAIN) * best:
+                    best, chosen = time, candidate
             del table[key]
             if chosen:
                 table[key] = chosen
-        print(f"{layer}, {dtype}: {first * 1e6:.1f} -> {best * 1e6:.1f} us, forward+backward")
+    print(f"{layer}, {dtype}: {first * 1e6:.1f} -> {best * 1e6:.1f} us, forward and backward")
     return table
 
 

@@ -37,20 +37,12 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter(pytestconfig):
-    """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
+    """The interpreter that the tests of the Triton kernels need on a CPU."""
     if pytestconfig.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
         import triton_interpreter
 
-        from epa_kernels.triton import configs
-
         triton_interpreter.repair()
-        pick, rows = configs.pick, {"merge": 64, "gather": 64, "sum_chunks": 8192}
-
-        def larger(kernel, *shape):
-            launch = pick(kernel, *shape)
-            return launch._replace(rows=rows.get(kernel, launch.rows), chunks=2)
-
-        configs.pick, configs.SINGLE_CHUNK = larger, 100
+        triton_interpreter.enlarge_blocks()
 
 
 @pytest.fixture(scope="session", autouse=True)

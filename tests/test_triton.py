@@ -267,12 +267,13 @@ class NoHostValues(TorchDispatchMode):
 
 
 def test_a_training_step_waits_for_nothing():
-    """So that a CUDA graph can hold all of it; of the kernels `test_number_of_launches` shows it."""
+    """So that a CUDA graph can hold it; of the kernels `test_number_of_launches` shows it."""
     pytest.importorskip("monai")
     from unetrpp import UNETRPP
     from unetrpp.losses import deep_supervision_loss
 
     model = UNETRPP.from_preset("tiny", epa_backend="two_pass", attention_dropout=0.1)
+    model.train().deep_supervision = True
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.99, nesterov=True)
     x = torch.randn(2, 1, *model.img_size)
     with NoHostValues():

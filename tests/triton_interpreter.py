@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, so that results round as on a GPU.
+"""Triton's interpreter for tests: `repair`, so that results round as on a GPU, `enlarge_blocks`.
 
 It holds bfloat16 as bits: a product multiplies the bits, and a conversion from float32 truncates
 (triton 3.6 and 3.7, triton-lang/triton#4972). After `repair()` both give what a GPU gives.
@@ -62,3 +62,16 @@ def repair() -> None:
 
     ReduceOps.sum = repaired_sum
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = repaired_dot, repaired_cast
+
+
+def enlarge_blocks() -> None:
+    """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
+    from epa_kernels.triton import configs
+
+    pick, rows = configs.pick, {"merge": 64, "gather": 64, "sum_chunks": 8192}
+
+    def enlarged(kernel, *shape):
+        launch = pick(kernel, *shape)
+        return launch._replace(rows=rows.get(kernel, launch.rows), chunks=2)
+
+    configs.pick, configs.SINGLE_CHUNK = enlarged, 100

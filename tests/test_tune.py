@@ -1,0 +1,94 @@
+"""The table of launch shapes: how it is chosen, written, and looked up."""
+
+import os
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+from epa_kernels.triton import configs  # noqa: E402
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def tune():
+    import tune
+
+    return tune
+
+
+def test_candidates_begin_with_the_nearest_and_differ(tune):
+    launch = configs.rule("output_backward", 64, 16, 64, 2)
+    found = list(tune.candidates(launch))
+    assert found[0] == launch and len(found) == len(set(found)) > 50
+    assert all(c.rows >= 16 and c.columns >= 16 and 1 <= c.warps <= 16 for c in found)
+
+
+def test_the_table_wins_over_the_rule(monkeypatch):
+    x = torch.empty(0, dtype=torch.bfloat16)
+    rule = configs.rule("output", 32, 8, 64, 2)._replace(chunks=2)  # `enlarge_blocks`
+    assert configs.pick("output", x, 32, 8, 64) == rule
+    monkeypatch.setattr(configs, "architecture", lambda _: "gfx942")
+    monkeypatch.setattr(configs, "TABLE", {})
+    assert configs.pick("output", x, 32, 8, 64).warps == rule.warps // 2  # a warp has 64 threads
+    other = configs.Launch(16, 16, 1, chunks=2)
+    monkeypatch.setattr(configs, "TABLE", {("gfx942", "output", 8, 64, 2): other})
+    assert configs.pick("output", x, 32, 8, 64) == other
+    assert configs.pick("output", x.float(), 32, 8, 64) != other
+
+
+def test_a_written_table_is_read_back(tune, tmp_path):
+    path = tmp_path / "configs.py"
+    path.write_text(Path(configs.__file__).read_text())
+    table = {
+        ("sm_90", "output", 8, 64, 2): configs.Launch(64, 32, 8),
+        ("gfx942", "summary", 8, 64, 4): configs.Launch(32, 64, 4, 2, 64),
+    }
+    for written in (table, {}, table):
+        tune.write(written, path)
+        found = {}
+        exec(path.read_text(), found)
+        assert found["TABLE"] == written
+
+
+def test_the_fastest_is_searched_behind_the_accuracy_gate(tune, monkeypatch, capsys):
+    """The search of a GPU, walked in the interpreter."""
+    layer = tune.Layer(40, 8, 1, 3, "shared")
+    times = (1000 * 0.9**i for i in count())
+    monkeypatch.setattr(tune.statistics, "median", lambda _: next(times))
+    broken = configs.Launch(24)  # no power of two: does not run
+    monkeypatch.setattr(
+        tune, "candidates", lambda launch: [launch, launch._replace(warps=2), broken]
+    )
+    table = tune.fastest(layer, "float32", "cpu", repetitions=1, most=3)
+    assert {key[1] for key in table} > {"summary", "mix", "output", "gather"}
+    assert all(launch.warps == 2 for launch in table.values())
+    said = capsys.readouterr()
+    assert "1000000000.0 ->" in said.out and "(24, 0, 4, 1, 0)" in said.err
+
+
+def test_without_a_gpu_the_nearest_that_fits_is_taken(tmp_path):
+    """Half the registers a thread: the rule's launch shape spills, and another one is taken."""
+    code = f"""
+import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
+import tune
+from epa_kernels.triton import configs
+layer = tune.Layer(4096, 32, 4, 64, "shared")
+tune.resources = lambda binary: {{"spilled": 8 * (binary.metadata.num_warps < 8), "shared": 0}}
+tune.kernels = lambda *_: {{"sum_chunks": configs.Launch(1024)}}
+print(tune.fitting("sm_90", [layer], "bfloat16"))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert (
+        "('sm_90', 'sum_chunks', 8, 64, 2): Launch(rows=1024, columns=0, warps=8" in result.stdout
+    )
+    assert "8 bytes spilled" in result.stderr
