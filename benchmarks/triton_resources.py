@@ -202,7 +202,11 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
 
 
 def resources(binary) -> dict[str, int]:
-    """registers, spilled bytes (a thread), shared bytes (a block), tensor-core instructions."""
+    """registers, spilled bytes (a thread), shared bytes (a block), tensor-core instructions.
+
+    Of NVIDIA's compiler what it reports: a word that it parks in memory to stay within a multiple
+    of registers is no spill to it.
+    """
     if "amdgcn" in binary.asm:
         code = binary.asm["amdgcn"]
         registers, spilled = (
@@ -210,21 +214,20 @@ def resources(binary) -> dict[str, int]:
             for name in ("vgpr_count", "private_segment_fixed_size")
         )
     else:
-        import triton
+        from triton.backends.nvidia.compiler import get_ptxas
 
         code = binary.asm["ptx"]
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
+        target = re.search(r"\.target (\w+)", code)[1]
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(code)
             file.flush()
-            usage = subprocess.run(
-                [tool, "--dump-resource-usage", file.name],
+            said = subprocess.run(
+                [get_ptxas(binary.metadata.target.arch).path, "-v", "--regAllocOptLevel=2",
+                 f"--gpu-name={target}", file.name, "-o", os.devnull],
                 capture_output=True, text=True, check=True,
-            ).stdout  # fmt: skip
-        registers, stack, local = map(
-            int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage).groups()
-        )
-        spilled = stack + local
+            ).stderr  # fmt: skip
+        registers = int(re.search(r"Used (\d+) registers", said)[1])
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     return {
         "registers": registers,
         "spilled": spilled,

@@ -54,23 +54,16 @@ def candidates(launch) -> Iterator:
                         yield candidate
 
 
-def shapes(layer: Layer) -> tuple[int, int]:
-    """Head dim and projected tokens, which a launch shape is kept for."""
-    return layer.channels // layer.heads, layer.projected
-
-
 def kernels(architecture: str, layer: Layer, dtype: str) -> dict:
-    """{kernel: launch shape by the rule} of a layer."""
-    import torch
-
+    """{table key: launch shape by the rule} of every kernel of a layer."""
     from epa_kernels.triton import configs
 
-    x, (D, P), found = torch.empty(0, dtype=getattr(torch, dtype)), shapes(layer), {}
-    pick = configs.pick
+    found, pick = {}, configs.pick
 
-    def record(kernel, *shape):
-        found[kernel] = pick(kernel, x, layer.channels, D, P)
-        return found[kernel]
+    def record(kernel, x, channels, head_dim, projected):
+        launch = pick(kernel, x, channels, head_dim, projected)
+        found[architecture, kernel, head_dim, projected, DTYPES[dtype]] = launch
+        return launch
 
     with mock.patch.object(configs, "pick", record), mock.patch.object(configs, "TABLE", {}):
         launches(architecture, layer, dtype)
@@ -91,16 +84,16 @@ def misfit(architecture: str, layer: Layer, dtype: str, kernel: str) -> str | No
 
 
 def fitting(architecture: str, layers: list[Layer], dtype: str) -> dict:
-    """{key: launch shape} where the rule's does not fit every layer; all have one (D, P)."""
+    """{key: launch shape} where the rule's does not fit every layer."""
     from epa_kernels.triton import configs
 
     rules = {}
     for layer in layers:
-        for kernel, launch in kernels(architecture, layer, dtype).items():
-            rules.setdefault(kernel, []).append((layer, launch))
+        for key, launch in kernels(architecture, layer, dtype).items():
+            rules.setdefault(key, []).append((layer, launch))
     found = {}
-    for kernel, uses in rules.items():
-        key = (architecture, kernel, *shapes(layers[0]), DTYPES[dtype])
+    for key, uses in rules.items():
+        kernel = key[1]
         for candidate in candidates(uses[0][1]):
             same = all(candidate == launch for _, launch in uses)
             with mock.patch.object(configs, "TABLE", {} if same else {key: candidate}):
@@ -137,9 +130,11 @@ def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -
     module.backend = "triton"
     launched, pick, table = {}, configs.pick, {}
 
-    def record(kernel, *shape):
-        launched[kernel] = pick(kernel, *shape)
-        return launched[kernel]
+    def record(kernel, x, channels, head_dim, projected):
+        launch = pick(kernel, x, channels, head_dim, projected)
+        key = configs.architecture(x), kernel, head_dim, projected, DTYPES[dtype]
+        launched[key] = launch
+        return launch
 
     def both():
         return torch.autograd.grad(module(x), (x, *module.parameters()), gy)
@@ -154,8 +149,7 @@ def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -
     with mock.patch.object(configs, "TABLE", table):
         with mock.patch.object(configs, "pick", record):
             best = first = seconds()
-        for kernel, launch in launched.items():
-            key = (configs.architecture(x), kernel, *shapes(layer), DTYPES[dtype])
+        for key, launch in launched.items():
             chosen = None
             for candidate in islice(candidates(launch), 1, most):
                 table[key] = candidate
@@ -212,14 +206,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.compile_only:
         if interpreted:
             sys.exit("tune: TRITON_INTERPRET must not be 1, the interpreter compiles nothing.")
-        groups = {}
-        for name in args.layer:
-            groups.setdefault(shapes(LAYERS[name]), []).append(LAYERS[name])
+        layers = [LAYERS[name] for name in args.layer]
         for architecture in args.architecture:
             table = {key: value for key, value in table.items() if key[0] != architecture}
             for dtype in args.dtype:
-                for layers in groups.values():
-                    table |= fitting(architecture, layers, dtype)
+                table |= fitting(architecture, layers, dtype)
     else:
         if not torch.cuda.is_available() and not interpreted:
             sys.exit("tune: no GPU is available; --compile-only chooses without one.")

@@ -81,7 +81,7 @@ import tune
 from epa_kernels.triton import configs
 layer = tune.Layer(4096, 32, 4, 64, "shared")
 tune.resources = lambda binary: {{"spilled": 8 * (binary.metadata.num_warps < 8), "shared": 0}}
-tune.kernels = lambda *_: {{"sum_chunks": configs.Launch(1024)}}
+tune.kernels = lambda *_: {{("sm_90", "sum_chunks", 8, 64, 2): configs.Launch(1024)}}
 print(tune.fitting("sm_90", [layer], "bfloat16"))
 """
     result = subprocess.run(

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..ops import empty_gradient, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
-from .configs import chunks, precision
+from .configs import block, chunks, precision
 from .primitives import (
     channel_map,
     clamp_norm,
@@ -89,16 +89,20 @@ def channel_mix(
 def channel_forward(
     v, v_b, v_n, v_h, v_d, attention, out, N,
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out (B, N, H, D) = v A^T of one tile of a head."""
+    """out (B, N, H, D) = v A^T of one tile of a head, BK channels of v at a time."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     d = tl.arange(0, BD)
     in_n, in_d = n < N, d < D
-    tile = load_rows(v + b * v_b + h * v_h, v_n, v_d, n, d, in_n, in_d)
-    weights = load_rows(attention + (b * H + h) * D * D, D, 1, d, d, in_d, in_d).to(tile.dtype)
-    result = dot(tile, tl.trans(weights), tl.zeros((T, BD), ACC), PRECISION)
+    v += b * v_b + h * v_h
+    result = tl.zeros((T, BD), ACC)
+    for first in range(0, D, BK):
+        j = first + tl.arange(0, BK)
+        tile = load_rows(v, v_n, v_d, n, j, in_n, j < D)
+        weights = load_rows(attention + (b * H + h) * D * D, 1, D, j, d, j < D, in_d)
+        result = dot(tile, weights.to(tile.dtype), result, PRECISION)
     store_rows(out + b * N * H * D + h * D, H * D, 1, n, d, in_n, in_d, result)
 
 
@@ -144,7 +148,7 @@ def channel_backward(
     attention, ddots, dq_norm, dk_norm,
     dq, dq_b, dq_n, dq_h, dq_d, dk, dk_b, dk_n, dk_h, dk_d, dv, dv_b, dv_n, dv_h, dv_d, N,
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = k ddots^T + q d|q|/|q|, dk = q ddots + k d|k|/|k|, dv = dout A of one tile of a head."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -152,21 +156,29 @@ def channel_backward(
     n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     d = tl.arange(0, BD)
     in_n, in_d = n < N, d < D
-    q_tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
-    k_tile = load_rows(k + b * k_b + h * k_h, k_n, k_d, n, d, in_n, in_d)
-    tile = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
-    weights = load_rows(attention + head * D * D, D, 1, d, d, in_d, in_d).to(tile.dtype)
-    # In the accumulation dtype: of the order of 1/N, it would underflow in float16.
-    ddot = load_rows(ddots + head * D * D, D, 1, d, d, in_d, in_d)
-    q_wide, k_wide = q_tile.to(ACC), k_tile.to(ACC)
+    q, k, dout = q + b * q_b + h * q_h, k + b * k_b + h * k_h, dout + b * g_b + h * g_h
+    attention, ddots = attention + head * D * D, ddots + head * D * D
     factor = tl.load(dq_norm + head * D + d, mask=in_d, other=0.0)
-    result = dot(k_wide, tl.trans(ddot), q_wide * factor[None, :], PRECISION)
-    store_rows(dq + b * dq_b + h * dq_h, dq_n, dq_d, n, d, in_n, in_d, result)
+    dq_tile = load_rows(q, q_n, q_d, n, d, in_n, in_d).to(ACC) * factor[None, :]
     factor = tl.load(dk_norm + head * D + d, mask=in_d, other=0.0)
-    result = dot(q_wide, ddot, k_wide * factor[None, :], PRECISION)
-    store_rows(dk + b * dk_b + h * dk_h, dk_n, dk_d, n, d, in_n, in_d, result)
-    result = dot(tile, weights, tl.zeros((T, BD), ACC), PRECISION)
-    store_rows(dv + b * dv_b + h * dv_h, dv_n, dv_d, n, d, in_n, in_d, result)
+    dk_tile = load_rows(k, k_n, k_d, n, d, in_n, in_d).to(ACC) * factor[None, :]
+    dv_tile = tl.zeros((T, BD), ACC)
+    for first in range(0, D, BK):
+        j = first + tl.arange(0, BK)
+        in_j = j < D
+        # In the accumulation dtype: of the order of 1/N, they would underflow in float16.
+        ddot = load_rows(ddots, 1, D, j, d, in_j, in_d)
+        tile = load_rows(k, k_n, k_d, n, j, in_n, in_j).to(ACC)
+        dq_tile = dot(tile, ddot, dq_tile, PRECISION)
+        ddot = load_rows(ddots, D, 1, j, d, in_j, in_d)
+        tile = load_rows(q, q_n, q_d, n, j, in_n, in_j).to(ACC)
+        dk_tile = dot(tile, ddot, dk_tile, PRECISION)
+        tile = load_rows(dout, g_n, g_d, n, j, in_n, in_j)
+        weights = load_rows(attention, D, 1, j, d, in_j, in_d).to(tile.dtype)
+        dv_tile = dot(tile, weights, dv_tile, PRECISION)
+    store_rows(dq + b * dq_b + h * dq_h, dq_n, dq_d, n, d, in_n, in_d, dq_tile)
+    store_rows(dk + b * dk_b + h * dk_h, dk_n, dk_d, n, d, in_n, in_d, dk_tile)
+    store_rows(dv + b * dv_b + h * dv_h, dv_n, dv_d, n, d, in_n, in_d, dv_tile)
 
 
 def forward(q, k, v, temperature, seed, *, dropout_p):
@@ -190,8 +202,9 @@ def forward(q, k, v, temperature, seed, *, dropout_p):
     out = q.new_empty(B, N, H, D)
     launch, common = pick("channel_forward", q)
     channel_forward[(triton.cdiv(N, launch.rows), H, B)](
-        v, *v.stride(), attention, out, N, T=launch.rows, PRECISION=precision(q), **common
-    )
+        v, *v.stride(), attention, out, N,
+        T=launch.rows, BK=block(D, launch.columns), PRECISION=precision(q), **common,
+    )  # fmt: skip
     return out, gram, q_norm, k_norm
 
 
@@ -221,6 +234,7 @@ def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_
     channel_backward[(triton.cdiv(N, launch.rows), H, B)](
         dout, *dout.stride(), q, *q.stride(), k, *k.stride(), attention, ddots, dq_norm, dk_norm,
         dq, *dq.stride(), dk, *dk.stride(), dv, *dv.stride(), N,
-        T=launch.rows, PRECISION="tf32" if is_half else precision(q), **common,
+        T=launch.rows, BK=block(D, launch.columns),
+        PRECISION="tf32" if is_half else precision(q), **common,
     )  # fmt: skip
     return dq, dk, dv, temperature_gradient(dtemperature.sum(0), temperature)

@@ -56,11 +56,11 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size
         "spatial_backward": Launch(tokens // 2 if wide else tokens, warps=8, chunks=64),
         "spatial_merge": Launch(64),
         "spatial_norm_backward": Launch(128),
-        "channel_gram": Launch(64, chunks=64),
+        "channel_gram": Launch(32 if wide else 64, chunks=64),
         "channel_mix": Launch(0, warps=4 if D <= 32 else 8),
-        "channel_forward": Launch(64),
+        "channel_forward": Launch(64, 16 if wide else 64),
         "channel_mix_backward": Launch(0, warps=4 if D <= 32 else 8),
-        "channel_backward": Launch(64),
+        "channel_backward": Launch(64, 16 if wide else 32),
     }[kernel]
 
 
