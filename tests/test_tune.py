@@ -81,14 +81,12 @@ import tune
 from epa_kernels.triton import configs
 layer = tune.Layer(4096, 32, 4, 64, "shared")
 tune.resources = lambda binary: {{"spilled": 8 * (binary.metadata.num_warps < 8), "shared": 0}}
-tune.kernels = lambda *_: {{("sm_90", "sum_chunks", 8, 64, 2): configs.Launch(1024)}}
+tune.kernels = lambda *_: {{("sm_90", "sum_chunks", 8, 64, 2): configs.Launch(256)}}
 print(tune.fitting("sm_90", [layer], "bfloat16"))
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env=os.environ | {"TRITON_INTERPRET": "0"},
     )  # fmt: skip
-    assert (
-        "('sm_90', 'sum_chunks', 8, 64, 2): Launch(rows=1024, columns=0, warps=8" in result.stdout
-    )
+    assert "('sm_90', 'sum_chunks', 8, 64, 2): Launch(rows=256, columns=0, warps=8" in result.stdout
     assert "8 bytes spilled" in result.stderr

@@ -68,10 +68,10 @@ def enlarge_blocks() -> None:
     """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
     from epa_kernels.triton import configs
 
-    pick, rows = configs.pick, {"merge": 64, "gather": 64, "sum_chunks": 8192}
+    pick, rows = configs.pick, {"merge": 4096, "gather": 64, "sum_chunks": 8192}
 
     def enlarged(kernel, *shape):
         launch = pick(kernel, *shape)
         return launch._replace(rows=rows.get(kernel, launch.rows), chunks=2)
 
-    configs.pick, configs.SINGLE_CHUNK = enlarged, 100
+    configs.pick, configs.ONE_CHUNK, configs.FEW_TOKENS = enlarged, 40, 100

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
-SINGLE_CHUNK = 512
+# And up to FEW_TOKENS where that launch would be one too many.
+ONE_CHUNK, FEW_TOKENS = 128, 512
 
 
 class Launch(NamedTuple):
@@ -34,23 +35,41 @@ def block(size: int, largest: int = 2**30) -> int:
 
 
 def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size: int) -> Launch:
-    """Launch shape for any shape: what the registers of sm_80 to sm_120 hold without spilling."""
+    """Launch shape for any shape: what the registers of sm_80 to sm_120 hold without spilling.
+
+    Where several do, the one with the fewest machine instructions a token (docs/triton_kernels.md).
+    """
     wide = element_size >= 4
     C, D, P = block(channels), block(head_dim), block(projected)
+    few = 4 if D <= 16 else 8  # warps
     tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
+    if wide:
+        output = Launch(min(tokens // 2, 4096 // min(C, 128)), 64, 8)
+        output_backward = Launch(32 if D <= 64 else 16, 32 if C > 64 else 64, 8, 1, 64)
+        summary = Launch(64, 64, 4 if C <= 32 else 8, 2, 64)
+        summary_backward = Launch(32, 64, 4 if C <= 32 else 8, 2)
+    else:
+        output = Launch(min(tokens, 64) if C == 64 else tokens, 64, few)
+        output_backward = Launch(
+            min(tokens, 64 if D <= 16 else 32 if D <= 64 else 16),
+            128 if C == 256 else 64,
+            few,
+            1,
+            64,
+        )
+        summary = Launch(128 if C <= 32 else 64, 64, 4 if C <= 32 else 8, 2, 128)
+        summary_backward = Launch(128 if C <= 32 else 64, 64, 4)
     return {
-        "summary": Launch(64, 64, 4 if C <= 32 else 8, 2, 64),
-        "merge": Launch(16, 128),
-        "mix": Launch(32, 32, 4 if D <= 16 else 8 if D <= 64 else 16),
-        "output": Launch(min(tokens // 2, 4096 // min(C, 128)) if wide else tokens, 64, 8),
+        "summary": summary,
+        "merge": Launch(128),
+        "mix": Launch(32, 32, few if D <= 64 else 16),
+        "output": output,
         "product": Launch(64, 64),
-        "output_backward": Launch(
-            32 if D <= 64 else 16, 32 if wide and C > 64 else 128 if C == 256 else 64, 8, 1, 64
-        ),
-        "sum_chunks": Launch(1024),
-        "mix_backward": Launch(32, 32, 4 if D <= 16 else 8 if D <= 64 else 16, 1, 16),
+        "output_backward": output_backward,
+        "sum_chunks": Launch(256),
+        "mix_backward": Launch(32, 32, few if D <= 64 else 16, 1, 16),
         "gather": Launch(16, 32),
-        "summary_backward": Launch(32 if wide or C > 64 else 64, 64, 4 if C <= 32 else 8, 2),
+        "summary_backward": summary_backward,
         "square_sums": Launch(128, chunks=64),
         "spatial_forward": Launch(tokens // 2 if wide else tokens, warps=8),
         "spatial_backward": Launch(tokens // 2 if wide else tokens, warps=8, chunks=64),
@@ -75,10 +94,10 @@ def pick(kernel: str, x: Tensor, channels: int, head_dim: int, projected: int) -
     return launch
 
 
-def chunks(num_tokens: int, launch: Launch) -> tuple[int, int]:
+def chunks(num_tokens: int, launch: Launch, *, spare_launch: bool = False) -> tuple[int, int]:
     """(number of chunks, tokens of a chunk, a multiple of the tile)."""
     tiles = -(-num_tokens // launch.rows)
-    most = 1 if num_tokens <= SINGLE_CHUNK else launch.chunks
+    most = 1 if num_tokens <= (FEW_TOKENS if spare_launch else ONE_CHUNK) else launch.chunks
     size = -(-tiles // most) * launch.rows
     return -(-num_tokens // size), size
 

@@ -16,8 +16,8 @@ from .configs import block, chunks, precision
 
 # Up to so many channels out_s is projected on the spot; beyond, registers do not suffice.
 SPOT_CHANNELS, SPOT_CHANNELS_BACKWARD = 128, 32
-# Elements of a block where `gather` adds up.
-GATHER_BLOCK = 1024
+# Elements of a block where `gather` adds up, and how many numbers of each are read at a time.
+GATHER_BLOCK, GATHER_DEPTH = 256, 8
 
 
 class _Layer:
@@ -111,7 +111,9 @@ def _summary(layer):
     B, N, C, P, J = layer.B, layer.N, layer.C, layer.P, layer.J
     launch, common = layer.pick("summary")
     T, BC, BP = launch.rows, block(C, launch.columns), block(P, 64)
-    count, size = chunks(N, launch)
+    # The direct plan comes here twice, and mode flat has a product at the end of forward.
+    spare = plan(N, C) == "direct" or layer.mode(SPOT_CHANNELS).startswith("flat")
+    count, size = chunks(N, launch, spare_launch=spare)
     mean = torch.empty(B, C, dtype=mean_dtype(layer.x.device), device=layer.x.device)
     result = mean, layer.empty(B, C, C), layer.empty(B, J, P, C)
     sums = result if count == 1 else [t.new_empty(count, *t.shape) for t in result]
@@ -123,11 +125,10 @@ def _summary(layer):
     )  # fmt: skip
     if count > 1:
         launch, common = layer.pick("merge")
-        BM = launch.rows
-        kernels.merge[(triton.cdiv(C, BM) + triton.cdiv(J * P, BM), B)](
-            *sums, *result, N, size, count,
-            C=C, ROWS=J * P, BM=BM, BC=block(C, launch.columns), **common,
-        )  # fmt: skip
+        BLOCK = launch.rows
+        kernels.merge[(triton.cdiv(C * C, BLOCK) + triton.cdiv(J * P * C, BLOCK), B)](
+            *sums, *result, N, size, count, C=C, ROWS=J * P, BLOCK=BLOCK, BT=16, **common
+        )
     return result
 
 
@@ -204,7 +205,7 @@ def _output_backward(layer, mode, dy, dout, mean, mixed):
     launch, common = layer.pick("output_backward")
     if mode == "rows":
         launch = launch._replace(rows=max(launch.rows, C))
-    count, chunk = chunks(N, launch)
+    count, chunk = chunks(N, launch, spare_launch=plan(N, C) == "direct")
     sums = layer.empty(count, B, H, size)
     BC = block(C, launch.columns)
     kernels.output_backward[(count, H * triton.cdiv(C, BC), B)](
@@ -221,7 +222,7 @@ def _output_backward(layer, mode, dy, dout, mean, mixed):
     total = layer.empty(B, H, size)
     launch, common = layer.pick("sum_chunks")
     kernels.sum_chunks[(triton.cdiv(B * H * size, launch.rows),)](
-        sums, total, count, B * H * size, BLOCK=launch.rows, **common
+        sums, total, count, B * H * size, BLOCK=launch.rows, BT=16, **common
     )
     return dq, total, out_s
 
@@ -284,7 +285,7 @@ def backward(dy, *tensors, **options):
         layer.out_proj2_weight, mixed.value_matrix, mixed.value_constant, dgram, dtoken,
         dprojected, drows, matrix, *gradients.dense, *chunk_out_proj, count, B,
         C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, MODE=mode, BM=BM, BC=BC, BD=layer.BD,
-        BK=min(layer.BD, 32), BLOCK=BLOCK, PRECISION=layer.precision, **common,
+        BK=min(layer.BD, 32), BLOCK=BLOCK, BT=GATHER_DEPTH, PRECISION=layer.precision, **common,
     )  # fmt: skip
 
     dx, dproj_k = empty_gradient(inputs[0], layer.x), empty_gradient(inputs[3], layer.x)

@@ -121,46 +121,51 @@ def summary(
 @triton.jit
 def merge(
     means, grams, projections, mean, gram, projected, N, chunk, chunks,
-    C: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Sums over chunks: mean (B, C) float64, gram (B, C, C), projected (B, ROWS, C), ROWS = J*P."""
-    GRAM_BLOCKS: tl.constexpr = (C + BM - 1) // BM
-    b, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    is_gram = block < GRAM_BLOCKS
-    rows = tl.where(is_gram, block, block - GRAM_BLOCKS) * BM + tl.arange(0, BM)
-    in_rows = rows < tl.where(is_gram, C, ROWS)
-    B = tl.num_programs(1)
-    means += b * C
-    source = tl.where(is_gram, grams + b * C * C, projections + b * ROWS * C)
-    step = tl.where(is_gram, C, ROWS).to(tl.int64) * C * B
-    row_mean = tl.zeros((BM,), tl.float64)
-    in_gram = in_rows & is_gram
-    for t in range(0, chunks):
-        count = tl.minimum(N - t * chunk, chunk).to(tl.float64)
-        row_mean += tl.load(means + t * B * C + rows, mask=in_gram, other=0.0) * (count / N)
-    for first in range(0, C, BC):
-        columns = first + tl.arange(0, BC)
-        inside = columns < C
-        column_mean = tl.zeros((BC,), tl.float64)
-        for t in range(0, chunks):
-            count = tl.minimum(N - t * chunk, chunk).to(tl.float64)
-            column_mean += tl.load(means + t * B * C + columns, mask=inside, other=0.0) * (
-                count / N
-            )
-        total = tl.zeros((BM, BC), ACC)
-        for t in range(0, chunks):
-            total += load_rows(source + t * step, C, 1, rows, columns, in_rows, inside)
-            if is_gram:
-                count = tl.minimum(N - t * chunk, chunk).to(ACC)
-                delta = tl.load(means + t * B * C + columns, mask=inside, other=0.0) - column_mean
-                row_delta = tl.load(means + t * B * C + rows, mask=in_gram, other=0.0) - row_mean
-                total += row_delta.to(ACC)[:, None] * delta.to(ACC)[None, :] * count
-        if is_gram:
-            store_rows(gram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
-            if block == 0:
-                tl.store(mean + b * C + columns, column_mean, mask=inside)
-        else:
-            store_rows(projected + b * ROWS * C, C, 1, rows, columns, in_rows, inside, total)
+    """Sums over chunks: mean (B, C) float64, gram (B, C, C), projected (B, ROWS, C), ROWS = J*P.
+
+    A program has BLOCK elements of gram or projected, and reads BT chunks at a time.
+    """
+    GRAM_BLOCKS: tl.constexpr = (C * C + BLOCK - 1) // BLOCK
+    b, block, B = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(1)
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), ACC)
+    if block < GRAM_BLOCKS:
+        i += block * BLOCK
+        inside = i < C * C
+        means += b * C
+        first_row = tl.load(means + i // C, mask=inside, other=0.0)
+        first_column = tl.load(means + i % C, mask=inside, other=0.0)
+        rows, columns = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+        products = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, chunks, BT):
+            t = first + tl.arange(0, BT).to(tl.int64)
+            mask = (t < chunks)[:, None] & inside[None, :]
+            source = grams + (t[:, None] * B + b) * C * C + i[None, :]
+            total += tl.sum(tl.load(source, mask=mask, other=0.0), 0)
+            # Chan's formula, from differences to the first chunk's mean.
+            count = tl.minimum(N - t * chunk, chunk).to(tl.float64)[:, None]
+            source = means + t[:, None] * B * C
+            row = tl.load(source + (i // C)[None, :], mask=mask, other=0.0) - first_row[None, :]
+            column = tl.load(source + (i % C)[None, :], mask=mask, other=0.0)
+            column -= first_column[None, :]
+            weighted = tl.where(mask, count * column, 0.0)
+            rows += tl.sum(tl.where(mask, count * row, 0.0), 0)
+            columns += tl.sum(weighted, 0)
+            products += tl.sum(weighted * row, 0)
+        total += (products - rows * columns / N).to(ACC)
+        tl.store(gram + b * C * C + i, total, mask=inside)
+        tl.store(mean + b * C + i, first_column + columns / N, mask=i < C)
+    else:
+        i += (block - GRAM_BLOCKS) * BLOCK
+        inside = i < ROWS * C
+        for first in range(0, chunks, BT):
+            t = first + tl.arange(0, BT).to(tl.int64)
+            mask = (t < chunks)[:, None] & inside[None, :]
+            source = projections + (t[:, None] * B + b) * ROWS * C + i[None, :]
+            total += tl.sum(tl.load(source, mask=mask, other=0.0), 0)
+        tl.store(projected + b * ROWS * C + i, total, mask=inside)
 
 
 @triton.jit
@@ -623,12 +628,14 @@ def output_backward(
 
 
 @triton.jit
-def sum_chunks(sums, total, chunks, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """total (size) = sum of sums (chunks, size)."""
+def sum_chunks(sums, total, chunks, size, ACC: tl.constexpr, BLOCK: tl.constexpr, BT: tl.constexpr):
+    """total (size) = sum of sums (chunks, size), BT chunks at a time."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.zeros((BLOCK,), ACC)
-    for t in range(0, chunks):
-        value += tl.load(sums + t * size + i, mask=i < size, other=0.0)
+    for first in range(0, chunks, BT):
+        t = first + tl.arange(0, BT).to(tl.int64)
+        mask = (t < chunks)[:, None] & (i < size)[None, :]
+        value += tl.sum(tl.load(sums + t[:, None] * size + i[None, :], mask=mask, other=0.0), 0)
     tl.store(total + i, value, mask=i < size)
 
 
@@ -850,15 +857,17 @@ def mix_backward(
 @triton.jit
 def sum_to(
     source, stride, count, second_stride, second_count, offsets, target, i, inside,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """target[i] = sum of source[offsets] over two axes, in order; nothing without a target."""
     if target is not None:
         value = tl.zeros((i.shape[0],), ACC)
-        for first in range(0, count):
-            for second in range(0, second_count):
-                block = source + first * stride + second * second_stride
-                value += tl.load(block + offsets, mask=inside, other=0.0)
+        for second in range(0, second_count):
+            for first in range(0, count, BT):
+                t = first + tl.arange(0, BT).to(tl.int64)
+                mask = (t < count)[:, None] & inside[None, :]
+                block = source + second * second_stride + t[:, None] * stride + offsets[None, :]
+                value += tl.sum(tl.load(block, mask=mask, other=0.0), 0)
         tl.store(target + i, value.to(target.dtype.element_ty), mask=inside)
 
 
@@ -874,7 +883,7 @@ def gather(
     C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, J: tl.constexpr, O: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, MODE: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Over heads: what the last pass needs. Over samples: the gradients of the parameters.
 
@@ -1054,35 +1063,35 @@ def gather(
     elif section == 5:
         source = sums + CONSTANTS + ROWS
         if MODE == "rows":
-            sum_to(source, SIZE, B * H, 0, 1, i, dout_proj_weight, i, i < O * C, ACC)
+            sum_to(source, SIZE, B * H, 0, 1, i, dout_proj_weight, i, i < O * C, ACC, BT)
         if MODE == "tokens":
             c = i % C
             offsets = c // D * SIZE + i // C * D + c % D
-            sum_to(source, H * SIZE, B, 0, 1, offsets, dout_proj_weight, i, i < O * C, ACC)
+            sum_to(source, H * SIZE, B, 0, 1, offsets, dout_proj_weight, i, i < O * C, ACC, BT)
         if MODE == "flat" or MODE == "flat_tokens":
             source, count = chunk_out_proj_weight, B * chunks
-            sum_to(source, O * C, count, 0, 1, i, dout_proj_weight, i, i < O * C, ACC)
+            sum_to(source, O * C, count, 0, 1, i, dout_proj_weight, i, i < O * C, ACC, BT)
     else:
-        sum_to(sample_qkvv_bias, 4 * C, B, 0, 1, i, dqkvv_bias, i, i < 4 * C, ACC)
-        sum_to(sample_temperatures, 2 * H, B, 0, 1, i, dtemperature, i, i < H, ACC)
-        sum_to(sample_temperatures + H, 2 * H, B, 0, 1, i, dtemperature2, i, i < H, ACC)
+        sum_to(sample_qkvv_bias, 4 * C, B, 0, 1, i, dqkvv_bias, i, i < 4 * C, ACC, BT)
+        sum_to(sample_temperatures, 2 * H, B, 0, 1, i, dtemperature, i, i < H, ACC, BT)
+        sum_to(sample_temperatures + H, 2 * H, B, 0, 1, i, dtemperature2, i, i < H, ACC, BT)
         offsets = i // ROWS * SIZE + CONSTANTS + i % ROWS
-        sum_to(sums, H * SIZE, B, 0, 1, offsets, dout_proj2_bias, i, i < O, ACC)
+        sum_to(sums, H * SIZE, B, 0, 1, offsets, dout_proj2_bias, i, i < O, ACC, BT)
         if MODE == "rows":
             source = sums + CONSTANTS + ROWS + O * C
-            sum_to(source, SIZE, B * H, 0, 1, i, dout_proj_bias, i, i < O, ACC)
+            sum_to(source, SIZE, B * H, 0, 1, i, dout_proj_bias, i, i < O, ACC, BT)
         if MODE == "tokens":
             source = sums + CONSTANTS + ROWS + O * D
-            sum_to(source, H * SIZE, B, 0, 1, i, dout_proj_bias, i, i < O, ACC)
+            sum_to(source, H * SIZE, B, 0, 1, i, dout_proj_bias, i, i < O, ACC, BT)
         if MODE == "flat" or MODE == "flat_tokens":
-            sum_to(chunk_out_proj_bias, O, B * chunks, 0, 1, i, dout_proj_bias, i, i < O, ACC)
+            sum_to(chunk_out_proj_bias, O, B * chunks, 0, 1, i, dout_proj_bias, i, i < O, ACC, BT)
         inside = i < P
-        sum_to(dkv_sums, 4 * P, B * H, P, 3 - J, i, dproj_k_bias, i, inside, ACC)
-        sum_to(dkv_sums + P, 4 * P, B * H, 0, 1, i, dproj_v_bias, i, inside, ACC)
+        sum_to(dkv_sums, 4 * P, B * H, P, 3 - J, i, dproj_k_bias, i, inside, ACC, BT)
+        sum_to(dkv_sums + P, 4 * P, B * H, 0, 1, i, dproj_v_bias, i, inside, ACC, BT)
         if drows is not None:
-            sum_to(dkv_sums + 2 * P, 4 * P, B * H, P, 3 - J, i, drows, i, inside, ACC)
+            sum_to(dkv_sums + 2 * P, 4 * P, B * H, P, 3 - J, i, drows, i, inside, ACC, BT)
             if J == 2:
-                sum_to(dkv_sums + 3 * P, 4 * P, B * H, 0, 1, i, drows + P, i, inside, ACC)
+                sum_to(dkv_sums + 3 * P, 4 * P, B * H, 0, 1, i, drows + P, i, inside, ACC, BT)
 
 
 @triton.jit
