@@ -83,7 +83,7 @@ def misfit(architecture: str, layer: Layer, dtype: str, kernel: str) -> str | No
     return None
 
 
-def fitting(architecture: str, layers: list[Layer], dtype: str) -> dict:
+def fitting(architecture: str, layers: list[Layer], dtype: str, only: list[str] = ()) -> dict:
     """{key: launch shape} where the rule's does not fit every layer."""
     from epa_kernels.triton import configs
 
@@ -94,6 +94,8 @@ def fitting(architecture: str, layers: list[Layer], dtype: str) -> dict:
     found = {}
     for key, uses in rules.items():
         kernel = key[1]
+        if only and kernel not in only:
+            continue
         for candidate in candidates(uses[0][1]):
             same = all(candidate == launch for _, launch in uses)
             with mock.patch.object(configs, "TABLE", {} if same else {key: candidate}):
@@ -109,7 +111,9 @@ def fitting(architecture: str, layers: list[Layer], dtype: str) -> dict:
     return found
 
 
-def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -> dict:
+def fastest(
+    layer: Layer, dtype: str, where: str, repetitions: int, most: int, only: list[str] = ()
+) -> dict:
     """{key: launch shape} for the GPU at hand, where another one than the rule's is faster."""
     os.environ["EPA_KERNELS_TEST_DEVICE"] = where  # before cases is imported
     import torch
@@ -123,9 +127,13 @@ def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -
     module = make_layer(shape, layer.kind, layer.layout, bias=False)
     generator = torch.Generator().manual_seed(0)
     x, gy = (torch.randn(shape[:3], generator=generator).to(where, dtype_) for _ in range(2))
-    exact, definition = (
-        run_layer(module, x, gy, backend="reference", dtype=d) for d in (torch.float64, dtype_)
-    )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.to(dtype_))
+    exact = run_layer(module, x, gy, backend="reference", dtype=torch.float64)
+    # As autocast leaves them: parameters in float32.
+    low = {"dtype": dtype_, "parameter_dtype": torch.float32}
+    definition = run_layer(module, x, gy, backend="reference", **low)
     x.requires_grad_()
     module.backend = "triton"
     launched, pick, table = {}, configs.pick, {}
@@ -141,7 +149,7 @@ def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -
 
     def seconds():
         """Median, of a replayed graph: launches do not count."""
-        found = run_layer(module, x, gy, backend="triton", dtype=dtype_)
+        found = run_layer(module, x, gy, backend="triton", **low)
         assert_as_accurate(found, definition, exact)
         replay, _result = gpu.capture(both)
         return statistics.median(gpu.seconds(replay, repetitions))
@@ -150,12 +158,16 @@ def fastest(layer: Layer, dtype: str, where: str, repetitions: int, most: int) -
         with mock.patch.object(configs, "pick", record):
             best = first = seconds()
         for key, launch in launched.items():
+            if only and key[1] not in only:
+                continue
             chosen = None
             for candidate in islice(candidates(launch), 1, most):
                 table[key] = candidate
                 try:
                     time = seconds()
                 except Exception as error:  # resources that the GPU lacks, or a wrong result
+                    if not gpu.is_alive():
+                        raise
                     print(f"{key} {tuple(candidate)}: {error!r}"[:200], file=sys.stderr)
                     continue
                 if time < (1 - GAIN) * best:
@@ -190,8 +202,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--compile-only", action="store_true", help="choose by what compiles")
     parser.add_argument("--architecture", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--layer", nargs="*", default=tuple(LAYERS), choices=LAYERS)
+    parser.add_argument(
+        "--layer", nargs="*", choices=LAYERS,
+        help="default with --compile-only all; else Synapse's, of which no two share a line",
+    )  # fmt: skip
     parser.add_argument("--dtype", nargs="*", default=tuple(DTYPES), choices=DTYPES)
+    parser.add_argument("--kernel", nargs="*", default=(), help="default all")
     parser.add_argument("--candidates", type=int, default=24, help="tried a kernel, default 24")
     parser.add_argument("--repetitions", type=int, default=50, help="timed, default 50")
     parser.add_argument("--write", action="store_true", help="put the table into configs.py")
@@ -203,21 +219,32 @@ def main(arguments: list[str] | None = None) -> None:
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     table = dict(configs.TABLE)
+    names = args.layer or [n for n in LAYERS if args.compile_only or n.startswith("synapse/")]
     if args.compile_only:
         if interpreted:
             sys.exit("tune: TRITON_INTERPRET must not be 1, the interpreter compiles nothing.")
-        layers = [LAYERS[name] for name in args.layer]
+        layers = [LAYERS[name] for name in names]
         for architecture in args.architecture:
-            table = {key: value for key, value in table.items() if key[0] != architecture}
+            table = {
+                key: value
+                for key, value in table.items()
+                if key[0] != architecture or (args.kernel and key[1] not in args.kernel)
+            }
             for dtype in args.dtype:
-                table |= fitting(architecture, layers, dtype)
+                table |= fitting(architecture, layers, dtype, args.kernel)
     else:
         if not torch.cuda.is_available() and not interpreted:
             sys.exit("tune: no GPU is available; --compile-only chooses without one.")
         where = "cuda" if torch.cuda.is_available() else "cpu"
-        for name in args.layer:
+        if heads := [name for name in names if LAYERS[name].kind == "heads"]:
+            sys.exit(f"tune: {', '.join(heads)} can be chosen by --compile-only alone.")
+        for name in names:
             for dtype in args.dtype:
-                table |= fastest(LAYERS[name], dtype, where, args.repetitions, args.candidates)
+                table |= fastest(
+                    LAYERS[name], dtype, where, args.repetitions, args.candidates, args.kernel
+                )
+                if args.write:  # after each, so that an end by force loses little
+                    write(table, Path(configs.__file__))
     print(TABLE + lines(table))
     if args.write:
         write(table, Path(configs.__file__))

@@ -74,6 +74,9 @@ class _Run:
             "PYTHONUNBUFFERED": "1",
             "EPA_KERNELS_TEST_DEVICE": self.kind,
         }
+        # Of this run alone: what an earlier one compiled would make its first calls look fast.
+        environment.setdefault("TRITON_CACHE_DIR", str(self.folder / "triton"))
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))
         if self.args.dry_run:
             environment |= {"TRITON_INTERPRET": "1", "EPA_KERNELS_DRY_RUN": "1"}
         if self.args.dry_run or step in PARALLEL:
@@ -100,7 +103,7 @@ class _Run:
 
     def identify(self):
         """Describe the device; whether there is one."""
-        is_there, said = self.python("-m", "gpu_check.device", self.kind, seconds=60)
+        is_there, said = self.python("-m", "gpu_check.device", self.kind, seconds=180)
         lines = said.strip().splitlines() or ["torch says nothing"]
         if not is_there:
             last = lines[-1]

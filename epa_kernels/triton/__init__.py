@@ -7,6 +7,7 @@ tests.
 import functools
 import importlib
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,43 +41,24 @@ def why_not(op: str, x: Tensor) -> list[str]:
     return reasons
 
 
-def paired_attention(*tensors, **options):
-    """Op `paired_attention`, see `ops`."""
-    from .paired import forward
+def _implementation(module: str, function: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of a module that imports Triton, on the device of its first tensor.
 
-    return forward(*tensors, **options)
+    Triton launches on the current device, and the dispatcher sets none for an op in Python.
+    """
 
+    def run(*tensors, **options):
+        implementation = getattr(importlib.import_module(f".{module}", __package__), function)
+        with torch.cuda.device_of(tensors[0]):
+            return implementation(*tensors, **options)
 
-def paired_attention_bwd(*tensors, **options):
-    """Op `paired_attention_bwd`, see `ops`."""
-    from .paired import backward
-
-    return backward(*tensors, **options)
-
-
-def spatial_attention(*tensors, **options):
-    """Op `spatial_attention`, see `ops`."""
-    from .spatial import forward
-
-    return forward(*tensors, **options)
+    return run
 
 
-def spatial_attention_bwd(*tensors, **options):
-    """Op `spatial_attention_bwd`, see `ops`."""
-    from .spatial import backward
-
-    return backward(*tensors, **options)
-
-
-def channel_attention(*tensors, **options):
-    """Op `channel_attention`, see `ops`."""
-    from .channel import forward
-
-    return forward(*tensors, **options)
-
-
-def channel_attention_bwd(*tensors, **options):
-    """Op `channel_attention_bwd`, see `ops`."""
-    from .channel import backward
-
-    return backward(*tensors, **options)
+# The ops, see `ops`.
+paired_attention = _implementation("paired", "forward")
+paired_attention_bwd = _implementation("paired", "backward")
+spatial_attention = _implementation("spatial", "forward")
+spatial_attention_bwd = _implementation("spatial", "backward")
+channel_attention = _implementation("channel", "forward")
+channel_attention_bwd = _implementation("channel", "backward")

@@ -115,13 +115,31 @@ def architecture(x: Tensor) -> str:
     return _architecture(x.device.index) if x.device.type == "cuda" else ""
 
 
+def _is_highest() -> bool:
+    """Whether torch multiplies float32 in float32, by its new setting or by its old one."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # once the new setting was used, torch refuses the old one
+        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
+
+
 def precision(x: Tensor) -> str:
-    """How float32 factors multiply: torch.set_float32_matmul_precision decides.
+    """How float32 factors multiply: torch's setting for float32 matrix products decides.
 
     "highest" is float32 arithmetic; "high" and "medium" use the tensor cores of NVIDIA GPUs three
     times on TF32 parts, which loses no more than float32 does over some hundred terms. So do the
     small float32 matrices between tokens of 16 bits.
     """
-    highest = torch.get_float32_matmul_precision() == "highest" and x.element_size() == 4
-    is_amd = architecture(x).startswith("gfx")
-    return "ieee" if highest or is_amd or x.dtype == torch.float64 else "tf32x3"
+    is_exact = x.dtype == torch.float64 or (x.dtype == torch.float32 and _is_highest())
+    return "ieee" if is_exact or architecture(x).startswith("gfx") else "tf32x3"
+
+
+def check(op: str, batch: int, head_dim: int, projected: int) -> None:
+    """Refuse what was never compiled: larger blocks than these find no registers."""
+    limits = {"batch": (batch, 65535), "head dim": (head_dim, 128)}
+    limits["number of projected tokens"] = projected, 512
+    broken = [f"{name} {n} > {most}" for name, (n, most) in limits.items() if n > most]
+    if broken:
+        raise NotImplementedError(
+            f"{op}: backend 'triton' cannot run: {', '.join(broken)}; use backend 'two_pass'."
+        )

@@ -31,6 +31,7 @@ class _Layer:
         B, N, C = self.shape = x.shape
         H, P = num_heads, proj_k_weight.shape[0]
         self.B, self.N, self.C, self.H, self.P, self.D = B, N, C, H, P, C // H
+        configs.check("paired_attention", B, self.D, P)
         self.J = 2 if kind == "split" else 1
         self.O = C if kind == "sum" else C // 2
         self.is_sum = kind == "sum"

@@ -889,8 +889,10 @@ def gather(
 
         dgram (B, C, C), dtoken (B, C), dprojected (B, J, P, C), drows (J, P), matrix (B, O, C)
 
-    The second grid axis is what a program makes, the first its block of it: SECTIONS of
-    `paired.backward`.
+    The second grid axis is what a program makes, the first its block of it:
+
+        0 dgram, dtoken   1 dprojected   2 matrix   3 dqkvv_weight   4 dout_proj2_weight
+        5 dout_proj_weight   6 all that is a vector
     """
     D: tl.constexpr = C // H
     SUM: tl.constexpr = dout_proj2_weight is None
@@ -904,6 +906,13 @@ def gather(
     row = tl.arange(0, BM)
     d = tl.arange(0, BD)
     in_d = d < D
+    # Sections differ in size: a program beyond its own has nothing to do.
+    size = tl.where(section == 0, B * BLOCKS * COLUMN_BLOCKS, B * J * P_BLOCKS)
+    size = tl.where(section == 2, B * O_BLOCKS, size)
+    size = tl.where(section == 3, 4 * H * COLUMN_BLOCKS, size)
+    size = tl.where(section == 4, O_BLOCKS, size)
+    if (section < 5) & (block >= size):
+        return
     if section == 0:
         # Of x^T x: Wq^T (ddots Wk + dq_norm Wq) + Wk^T (ddots^T Wq + dk_norm Wk).
         b = (block // (BLOCKS * COLUMN_BLOCKS)).to(tl.int64)

@@ -53,7 +53,8 @@ def dropout_multiplier(seed, rows, COLUMNS: tl.constexpr, cut, MAP: tl.constexpr
     low = tl.join(tl.join(c0, c2), tl.join(c1, c3)) & 0xFFFF
     high = tl.join(tl.join(c0, c2), tl.join(c1, c3)) >> 16
     half = tl.reshape(tl.join(low, high), (rows.shape[0], COLUMNS)).to(tl.int32)
-    scale = tl.full((1, 1), 65536.0, dtype) / (65536 - cut).to(dtype)
+    # As a tensor: a cut of 1 is a constant to the compiler, which has no dtype to change.
+    scale = tl.full((1, 1), 65536.0, dtype) / (tl.full((1, 1), 65536.0, dtype) - cut)
     return tl.where(half >= cut, scale, 0.0).to(dtype)
 
 

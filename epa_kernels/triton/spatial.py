@@ -193,7 +193,8 @@ def spatial_norm_backward(
 
 def pick(kernel, q, projected=0):
     """Launch shape of a kernel on q (B, N, H, D), and the arguments that every kernel takes."""
-    H, D = q.shape[2:]
+    B, _, H, D = q.shape
+    configs.check("spatial_attention" if projected else "channel_attention", B, D, projected)
     launch = configs.pick(kernel, q, H * D, D, projected)
     acc = tl.float64 if q.dtype == torch.float64 else tl.float32
     return launch, {
