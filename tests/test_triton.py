@@ -3,6 +3,7 @@
 That they compute what the spec does is tested where every backend is.
 """
 
+import ast
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from cases import KINDS, LAYOUTS, make_layer, run_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import epa_kernels
 from epa_kernels import dispatch
 from epa_kernels import triton as backend
 
@@ -351,6 +353,52 @@ print(json.dumps(found))
     for key, taken in found:
         row = table[key]
         assert {name: int(row[name]) for name in taken} == taken, row
+
+
+def test_the_smallest_dropout_rate_compiles():
+    """It drops one in 65536: an argument of 1 is a constant to the compiler."""
+    code = """
+layers = (r.LAYERS["synapse/stage1"], r.LAYERS["heads/stage1"])
+calls = [c for layer in layers for c in r.launches("sm_90", layer, "bfloat16", dropout=1 / 65536)]
+names = ("output", "mix", "spatial_forward", "channel_mix")
+print([c.kernel.__name__ for c in calls if c.kernel.__name__ in names and c.compile("sm_90")])
+"""
+    found = resources("exec(" + repr(code) + ")")
+    assert all(name in found for name in ("output", "mix", "spatial_forward", "channel_mix"))
+
+
+@pytest.mark.parametrize(
+    "setting, expected",
+    (
+        ("pass", ("ieee", "tf32x3")),
+        ("torch.set_float32_matmul_precision('high')", ("tf32x3", "tf32x3")),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", ("tf32x3", "tf32x3")),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", ("ieee", "tf32x3")),
+    ),
+)
+def test_float32_products_follow_the_setting_of_torch(setting, expected):
+    code = (
+        f"import torch; from epa_kernels.triton.configs import precision; {setting};"
+        "print([precision(torch.empty(0, dtype=d)) for d in (torch.float32, torch.bfloat16)])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True, check=True
+    )
+    assert tuple(ast.literal_eval(result.stdout)) == expected
+
+
+def test_sizes_that_were_never_compiled_are_refused():
+    q, k = torch.randn(1, 5, 1, 256), torch.randn(1, 600, 1, 256)
+    for call, message in (
+        (lambda: epa_kernels.EPA(8, 256, 2, 1, backend="triton")(torch.randn(1, 8, 256)),
+         "paired_attention: .*'triton' cannot run: head dim 256 > 128; use backend 'two_pass'"),
+        (lambda: epa_kernels.channel_attention(q, q, q, torch.ones(1), backend="triton"),
+         "channel_attention: .*head dim 256 > 128"),
+        (lambda: epa_kernels.spatial_attention(q, k, k, torch.ones(1), backend="triton"),
+         "head dim 256 > 128, number of projected tokens 600 > 512"),
+    ):  # fmt: skip
+        with pytest.raises(NotImplementedError, match=message):
+            call()
 
 
 def test_triton_is_imported_with_the_first_tensor_it_runs_on():
