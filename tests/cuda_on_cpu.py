@@ -1,0 +1,46 @@
+"""Builds csrc/cuda for a CPU, on the emulator of tests/cuda_emulator."""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+EMULATOR, SOURCES = TESTS / "cuda_emulator", TESTS.parent / "csrc"
+# The kernels read rows of 16-bit numbers as words.
+FLAGS = (
+    "-std=c++17 -O2 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra "
+    "-Wno-unknown-pragmas"
+).split()
+
+
+def compile_object(source, to, *flags, sources=SOURCES):
+    include = [f"-I{EMULATOR}", f"-I{sources}", f"-I{sources / 'cuda'}"]
+    command = ["g++", *FLAGS, *include, *flags, "-x", "c++", "-c", str(source), "-o", str(to)]
+    subprocess.run(command, check=True)
+    return to
+
+
+def build_module(folder: Path):
+    """The module `_C_cuda`, whose kernels take addresses on the CPU."""
+    import pybind11
+
+    binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O0"]
+    objects = [
+        compile_object(EMULATOR / "emulator.cpp", folder / "emulator.o"),
+        compile_object(SOURCES / "cuda/bind_cuda.cpp", folder / "bind_cuda.o", *binding),
+    ]
+    for source in sorted((SOURCES / "cuda").glob("*.cu")):
+        objects.append(compile_object(source, folder / f"{source.stem}.o"))
+    module = folder / "_C_cuda.so"
+    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(module)], check=True)
+    spec = importlib.util.spec_from_file_location("epa_kernels._C_cuda", module)
+    result = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(result)
+    return result
+
+
+def why_not() -> str:
+    """Why nothing can be compiled here, or ""."""
+    return "" if shutil.which("g++") else "g++ is not installed, which compiles the CUDA kernels"
