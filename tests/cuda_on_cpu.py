@@ -1,6 +1,7 @@
 """Builds csrc/cuda for a CPU, on the emulator of tests/cuda_emulator."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -44,3 +45,39 @@ def build_module(folder: Path):
 def why_not() -> str:
     """Why nothing can be compiled here, or ""."""
     return "" if shutil.which("g++") else "g++ is not installed, which compiles the CUDA kernels"
+
+
+# Name -> flags of the kernels, flags of the emulator.
+SANITIZERS = {
+    "values": ((), ()),
+    "thread": (("-fsanitize=thread", "-g1"), ("-DEMULATOR_TSAN",)),
+    "address": (("-fsanitize=address,undefined", "-fno-sanitize-recover", "-g1"),) * 2,
+}
+
+
+class Checker:
+    """Builds check_spatial.cpp with a sanitizer; `sources` may be a copy with a bug in it."""
+
+    def __init__(self, folder: Path, sanitizer: str):
+        self.folder, (self.flags, flags) = folder, SANITIZERS[sanitizer]
+        source, program = EMULATOR / "emulator.cpp", EMULATOR / "check_spatial.cpp"
+        self.objects = [
+            compile_object(source, folder / "emulator.o", *flags),
+            compile_object(program, folder / "check.o", *self.flags, "-O1"),
+        ]
+
+    def run(self, sources: Path = SOURCES) -> subprocess.CompletedProcess:
+        kernels = sources / "cuda/spatial_attention.cu"
+        kernels = compile_object(
+            kernels, self.folder / "kernels.o", *self.flags, "-O1", sources=sources
+        )
+        program = self.folder / "check"
+        link = ["g++", *self.flags, str(kernels), *map(str, self.objects), "-o", str(program)]
+        subprocess.run(link, check=True)
+        # Else every report is looked up in the symbols, for seconds.
+        environment = {
+            **os.environ,
+            "TSAN_OPTIONS": "halt_on_error=1",
+            "ASAN_OPTIONS": "detect_leaks=0",
+        }
+        return subprocess.run([program], capture_output=True, text=True, env=environment)
