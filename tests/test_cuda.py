@@ -7,20 +7,23 @@ from cases import Errors, strided
 
 from epa_kernels import cuda, reference
 
-NAMES = ("out", "q", "k_proj", "v_proj", "temperature")
+NAMES = ("out", "q", "k", "v", "temperature")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # B, N, P, H, D. Odd and prime on purpose; the last for float64 and the generic kernels alone.
 SHAPES = ((2, 1, 3, 2, 1), (1, 67, 33, 3, 8), (2, 131, 1, 1, 20), (1, 83, 67, 2, 65))
 # Where the specialised kernels run: tiles and more, N below a warp's rows, P below and at its most.
 SPECIALISED = ((2, 131, 64, 2, 8), (1, 67, 33, 2, 16), (1, 15, 9, 3, 32), (1, 259, 64, 1, 64))
 DROPOUT = {"dropout_p": 0.2, "seed": torch.tensor(-5)}
-OPTIONS = (
-    {"normalize": False},
-    {"normalize": True},
-    {"normalize": False, **DROPOUT},
-    {"normalize": True, **DROPOUT},
-)
-OPTION_IDS = ("plain", "normalize", "dropout", "normalize-dropout")
+# Op, options.
+SPATIAL, CHANNEL = "spatial_attention", "channel_attention"
+CASES = {
+    "spatial": (SPATIAL, {"normalize": False}),
+    "spatial-normalize": (SPATIAL, {"normalize": True}),
+    "spatial-dropout": (SPATIAL, {"normalize": False, **DROPOUT}),
+    "spatial-normalize-dropout": (SPATIAL, {"normalize": True, **DROPOUT}),
+    "channel": (CHANNEL, {}),
+    "channel-dropout": (CHANNEL, DROPOUT),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,11 +40,12 @@ def shape_id(shape):
     return "B{}N{}P{}H{}D{}".format(*shape)
 
 
-def make_inputs(shape, dtype, per_head=True, draw=1, dense=False):
-    """q, k_proj, v_proj, temperature and the gradient of out; slices unless dense."""
+def make_inputs(op, shape, dtype, per_head=True, draw=1, dense=False):
+    """q, k, v, temperature and the gradient of out; slices unless dense."""
     B, N, P, H, D = shape
     generator = torch.Generator().manual_seed(draw)
-    sizes = ((B, N, H, D), (B, P, H, D), (B, P, H, D), (B, N, H, D))
+    keys = (B, P if op == SPATIAL else N, H, D)
+    sizes = ((B, N, H, D), keys, keys, (B, N, H, D))
     q, k, v, dout = (strided(*size, dtype=dtype, generator=generator) for size in sizes)
     if dense:
         q, k, v, dout = (t.contiguous() for t in (q, k, v, dout))
@@ -49,49 +53,51 @@ def make_inputs(shape, dtype, per_head=True, draw=1, dense=False):
     return [q, k, v, temperature.to(dtype)], dout
 
 
-def run_cuda(inputs, dout, *, normalize, dropout_p=0.0, seed=None):
-    options = {"normalize": normalize, "dropout_p": dropout_p}
-    out, q_norm = cuda.spatial_attention(*inputs, seed, **options)
-    gradients = cuda.spatial_attention_bwd(dout, *inputs, q_norm, seed, **options)
+def run_cuda(op, inputs, dout, *, seed=None, dropout_p=0.0, **options):
+    options["dropout_p"] = dropout_p
+    out, *kept = getattr(cuda, op)(*inputs, seed, **options)
+    gradients = getattr(cuda, f"{op}_bwd")(dout, *inputs, *kept, seed, **options)
     return dict(zip(NAMES, (out, *gradients), strict=True))
 
 
-def run_spec(inputs, dout, dtype, **options):
+def run_spec(op, inputs, dout, dtype, **options):
     inputs = [t.detach().to(dtype).requires_grad_() for t in inputs]
-    out = reference.spatial_attention(*inputs, **options)
+    out = getattr(reference, op)(*inputs, **options)
     gradients = torch.autograd.grad(out, inputs, dout.to(dtype))
     return dict(zip(NAMES, (out.detach(), *gradients), strict=True))
 
 
 @pytest.mark.parametrize("per_head", (True, False), ids=("per-head", "one-temperature"))
-@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_matches_spec_in_float64(shape, options, per_head):
-    inputs, dout = make_inputs(shape, torch.float64, per_head)
-    exact = run_spec(inputs, dout, torch.float64, **options)
-    found = run_cuda(inputs, dout, **options)
+def test_matches_spec_in_float64(shape, case, per_head):
+    op, options = CASES[case]
+    inputs, dout = make_inputs(op, shape, torch.float64, per_head)
+    exact = run_spec(op, inputs, dout, torch.float64, **options)
+    found = run_cuda(op, inputs, dout, **options)
     for name, truth in exact.items():
         # Where N = 1 the normalised q has no gradient: zero against rounding.
         scale = max(truth.abs().max().item(), 1e-3 * exact["out"].abs().max().item())
         assert (found[name] - truth).abs().max() <= 1e-11 * scale, name
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "shape, dtype",
     [(shape, torch.float32) for shape in SHAPES[1:]]
     + [(shape, dtype) for shape in SPECIALISED + SHAPES[3:] for dtype in DTYPES[1:]],
     ids=lambda value: shape_id(value) if isinstance(value, tuple) else str(value),
 )
-def test_low_precision_is_as_accurate_as_spec(shape, dtype, options):
+def test_low_precision_is_as_accurate_as_spec(shape, dtype, case):
+    op, options = CASES[case]
     errors = Errors()
     for draw in range(4 if dtype == torch.float32 else 2):
         # Rows that are aligned, and rows that are not: the kernels load them differently.
-        inputs, dout = make_inputs(shape, dtype, draw=draw, dense=draw % 2)
-        exact = run_spec(inputs, dout, torch.float64, **options)
-        same_dtype = run_spec(inputs, dout, dtype, **options)
-        if dtype == torch.bfloat16 and options == OPTIONS[2]:
+        inputs, dout = make_inputs(op, shape, dtype, draw=draw, dense=draw % 2)
+        exact = run_spec(op, inputs, dout, torch.float64, **options)
+        same_dtype = run_spec(op, inputs, dout, dtype, **options)
+        if dtype == torch.bfloat16 and case == "spatial-dropout":
             # A sum that cancels: the definition's own cosine there is below the bound.
             del exact["temperature"]
-        errors.add(run_cuda(inputs, dout, **options), same_dtype, exact)
+        errors.add(run_cuda(op, inputs, dout, **options), same_dtype, exact)
     errors.check()

@@ -42,12 +42,42 @@ epa::cuda::SpatialAttention spatial(const std::array<int64_t, 5> &size, bool nor
           pointer(stream)};
 }
 
+// size: B, N, H, D; kept: gram, q_norm, k_norm.
+epa::cuda::ChannelAttention channel(const std::array<int64_t, 4> &size, uint32_t threshold,
+                                    Address seed, const std::array<View, 3> &view,
+                                    Address temperature, int64_t temperature_stride,
+                                    const std::array<Address, 3> &kept, Address workspace,
+                                    Address stream) {
+  return {size[0],
+          size[1],
+          size[2],
+          size[3],
+          threshold,
+          pointer<const int64_t>(seed),
+          view[0],
+          view[1],
+          view[2],
+          pointer(temperature),
+          temperature_stride,
+          pointer(kept[0]),
+          pointer(kept[1]),
+          pointer(kept[2]),
+          pointer(workspace),
+          pointer(stream)};
+}
+
 // Of the workspaces' sizes, which depend on no address.
 epa::cuda::SpatialAttention spatial_sizes(const std::array<int64_t, 5> &size, bool normalize,
                                           int dtype) {
   View view = {};
   view.dtype = static_cast<epa::Dtype>(dtype);
   return spatial(size, normalize, 0, 0, {view, view, view}, 0, 0, 0, 0, 0);
+}
+
+epa::cuda::ChannelAttention channel_sizes(const std::array<int64_t, 4> &size, int dtype) {
+  View view = {};
+  view.dtype = static_cast<epa::Dtype>(dtype);
+  return channel(size, 0, 0, {view, view, view}, 0, 0, {}, 0, 0);
 }
 
 } // namespace
@@ -83,4 +113,30 @@ PYBIND11_MODULE(_C_cuda, m) {
                                              temperature_stride, q_norm, workspace, stream),
                                      dout, {dview[0], dview[1], dview[2], pointer(dtemperature)});
   });
+  m.def("channel_attention_fwd_workspace", [](const std::array<int64_t, 4> &size, int dtype) {
+    return epa::cuda::channel_attention_fwd_workspace(channel_sizes(size, dtype));
+  });
+  m.def("channel_attention_bwd_workspace", [](const std::array<int64_t, 4> &size, int dtype) {
+    return epa::cuda::channel_attention_bwd_workspace(channel_sizes(size, dtype));
+  });
+  m.def("channel_attention_fwd",
+        [](const std::array<int64_t, 4> &size, uint32_t threshold, Address seed,
+           const std::array<View, 3> &view, Address temperature, int64_t temperature_stride,
+           const std::array<Address, 3> &kept, Address workspace, Address stream, View out) {
+          py::gil_scoped_release release;
+          epa::cuda::channel_attention_fwd(channel(size, threshold, seed, view, temperature,
+                                                   temperature_stride, kept, workspace, stream),
+                                           out);
+        });
+  m.def("channel_attention_bwd",
+        [](const std::array<int64_t, 4> &size, uint32_t threshold, Address seed,
+           const std::array<View, 3> &view, Address temperature, int64_t temperature_stride,
+           const std::array<Address, 3> &kept, Address workspace, Address stream, View dout,
+           const std::array<View, 3> &dview, Address dtemperature) {
+          py::gil_scoped_release release;
+          epa::cuda::channel_attention_bwd(channel(size, threshold, seed, view, temperature,
+                                                   temperature_stride, kept, workspace, stream),
+                                           dout,
+                                           {dview[0], dview[1], dview[2], pointer(dtemperature)});
+        });
 }

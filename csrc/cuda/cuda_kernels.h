@@ -31,9 +31,32 @@ struct SpatialAttentionGradients {
   void *temperature; // T (B, H), for the caller to add over B
 };
 
+struct ChannelAttention {
+  int64_t B, N, H, D; // limits as above
+  uint32_t threshold;
+  const int64_t *seed;
+  View q, k, v; // (B, N, H, D)
+  const void *temperature;
+  int64_t temperature_stride;
+  void *gram;            // T (B, H, D, D)  kept: <q_i, k_j>
+  void *q_norm, *k_norm; // T (B, H, D)     kept
+  void *workspace;
+  void *stream;
+};
+
+struct ChannelAttentionGradients {
+  View q, k, v;
+  void *temperature; // T (B, H), for the caller to add over B
+};
+
 int64_t spatial_attention_fwd_workspace(const SpatialAttention &);
 int64_t spatial_attention_bwd_workspace(const SpatialAttention &);
 void spatial_attention_fwd(const SpatialAttention &, View out);
 void spatial_attention_bwd(const SpatialAttention &, View dout, const SpatialAttentionGradients &);
+
+int64_t channel_attention_fwd_workspace(const ChannelAttention &);
+int64_t channel_attention_bwd_workspace(const ChannelAttention &);
+void channel_attention_fwd(const ChannelAttention &, View out);
+void channel_attention_bwd(const ChannelAttention &, View dout, const ChannelAttentionGradients &);
 
 } // namespace epa::cuda

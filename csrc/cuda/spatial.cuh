@@ -4,21 +4,9 @@
 //   sums   workspace: of q^2 (B, H, chunks, D) forward; of what makes the gradients of k_proj and
 //          v_proj (B, H, chunks, 2, P, D) backward; added up in the order of chunks
 #pragma once
-#include "../philox.h"
-#include "launch.h"
-#include "numbers.h"
+#include "heads.cuh"
 
 namespace epa::cuda {
-
-// Tokens, or projected ones, by head: (B, N, H, D).
-template <class T> struct Heads {
-  T *data;
-  int64_t stride_b, stride_n, stride_h, stride_d;
-
-  __device__ __forceinline__ T *row(int64_t b, int64_t n, int64_t h) const {
-    return data + b * stride_b + n * stride_n + h * stride_h;
-  }
-};
 
 template <class T> struct Spatial {
   using A = Accumulate<T>;
@@ -32,17 +20,6 @@ template <class T> struct Spatial {
   int64_t temperature_stride;
   A *q_norm;
 };
-
-// Whether dropout keeps column p of row (b, h, n) of the map.
-__device__ __forceinline__ bool is_kept(int64_t seed, int64_t row, int p, uint32_t threshold) {
-  uint16_t halves[COLUMNS_PER_COUNTER];
-  philox(seed, row, p / COLUMNS_PER_COUNTER, SPATIAL_MAP, halves);
-  // Selected, not indexed: an index that is no constant puts an array into memory.
-  uint32_t half = 0;
-  for (int i = 0; i < COLUMNS_PER_COUNTER; ++i)
-    if (i == p % COLUMNS_PER_COUNTER) half = halves[i];
-  return half >= threshold;
-}
 
 // norm (D), shared: |q| of the block's head from `count` sums of squares, or ones where there are
 // none. The caller's next barrier makes it visible.

@@ -1,40 +1,15 @@
 // Spatial attention on a GPU: which kernels run, on which grid. reference.spatial_attention is the
 // definition, spatial.cuh the plan.
-#include "cuda_kernels.h"
+#include "host.h"
 #include "spatial_generic.cuh"
 #include "spatial_mma.cuh"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 namespace epa::cuda {
 namespace {
 
-// Chunks that leave sums: enough blocks for a GPU, few enough to add up.
-constexpr int64_t SUM_CHUNKS = 64, SUM_TILE = 64;
-constexpr int64_t OUTPUT_CHUNK = 256;
-constexpr int64_t SHARED_LIMIT = 48 << 10;
 constexpr int MOST_ROWS = 16;
-
-struct Chunks {
-  int64_t count, size;
-};
-
-Chunks sum_chunks(int64_t N) {
-  const int64_t tiles = (N + SUM_TILE - 1) / SUM_TILE;
-  const int64_t size = (tiles + SUM_CHUNKS - 1) / SUM_CHUNKS * SUM_TILE;
-  return {(N + size - 1) / size, size};
-}
-
-Chunks output_chunks(int64_t N) { return {(N + OUTPUT_CHUNK - 1) / OUTPUT_CHUNK, OUTPUT_CHUNK}; }
-
-int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
-
-template <class T> Heads<T> heads(const View &view) {
-  return {static_cast<T *>(view.data), view.stride[0], view.stride[1], view.stride[2],
-          view.stride[3]};
-}
 
 template <class T> struct Launcher {
   using A = Accumulate<T>;
@@ -65,13 +40,7 @@ template <class T> struct Launcher {
   dim3 grid(Chunks chunks) const { return dim3(chunks.count, a.H, a.B); }
 
   void check(const char *kernel) const {
-    const cudaError_t error = cudaGetLastError();
-    if (error == cudaSuccess) return;
-    std::string shape;
-    for (int64_t size : {a.B, a.N, a.H, a.D, a.P}) shape += " " + std::to_string(size);
-    throw std::runtime_error("spatial_attention: " + std::string(kernel) +
-                             " did not start for B N H D P =" + shape + ": " +
-                             cudaGetErrorString(error) + ".");
+    check_launch("spatial_attention", kernel, "B N H D P", {a.B, a.N, a.H, a.D, a.P});
   }
 
   void forward(View out) const {

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(GENERIC_THREADS)
     softmax_row(a, a.q.row(b, n, h), k, scale, weights);
     if (a.threshold)
       for (int p = lane; p < a.P; p += 32)
-        if (!is_kept(seed, (b * a.H + h) * a.N + n, p, a.threshold)) weights[p] = 0;
+        if (!is_kept(seed, (b * a.H + h) * a.N + n, p, SPATIAL_MAP, a.threshold)) weights[p] = 0;
     __syncwarp();
     T *row = out.row(b, n, h);
     for (int d = lane; d < a.D; d += 32) {
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(GENERIC_THREADS)
       softmax_row(a, a.q.row(b, n, h), k, scale, weights);
       A along = 0;
       for (int p = lane; p < a.P; p += 32) {
-        const bool is_dropped = a.threshold && !is_kept(seed, head * a.N + n, p, a.threshold);
+        const bool is_dropped =
+            a.threshold && !is_kept(seed, head * a.N + n, p, SPATIAL_MAP, a.threshold);
         A dattention = 0;
         for (int d = 0; d < a.D; ++d)
           dattention += widen(gradient[d * dout.stride_d]) *
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(GENERIC_THREADS)
       for (int p = lane; p < a.P; p += 32) {
         dlogit[p] = weights[p] * (dlogit[p] - along);
         if (a.threshold)
-          weights[p] *= is_kept(seed, head * a.N + n, p, a.threshold) ? multiplier : A(0);
+          weights[p] *=
+              is_kept(seed, head * a.N + n, p, SPATIAL_MAP, a.threshold) ? multiplier : A(0);
       }
       __syncwarp();
       for (int d = lane; d < a.D; d += 32) {
