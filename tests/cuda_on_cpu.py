@@ -56,28 +56,27 @@ SANITIZERS = {
 
 
 class Checker:
-    """Builds check_spatial.cpp with a sanitizer; `sources` may be a copy with a bug in it."""
+    """Builds check_kernels.cpp with a sanitizer; `sources` may be a copy with a bug in it."""
 
     def __init__(self, folder: Path, sanitizer: str):
         self.folder, (self.flags, flags) = folder, SANITIZERS[sanitizer]
-        source, program = EMULATOR / "emulator.cpp", EMULATOR / "check_spatial.cpp"
         self.objects = [
-            compile_object(source, folder / "emulator.o", *flags),
-            compile_object(program, folder / "check.o", *self.flags, "-O1"),
+            compile_object(EMULATOR / "emulator.cpp", folder / "emulator.o", *flags),
+            compile_object(EMULATOR / "check_kernels.cpp", folder / "check.o", *self.flags, "-O1"),
+            *map(self.compile, sorted((SOURCES / "cuda").glob("*.cu"))),
         ]
 
-    def run(self, sources: Path = SOURCES) -> subprocess.CompletedProcess:
-        kernels = sources / "cuda/spatial_attention.cu"
-        kernels = compile_object(
-            kernels, self.folder / "kernels.o", *self.flags, "-O1", sources=sources
-        )
+    def compile(self, source: Path) -> Path:
+        to = self.folder / f"{source.stem}.o"
+        return compile_object(source, to, *self.flags, "-O1", sources=source.parents[1])
+
+    def run(self, changed: Path | None = None) -> subprocess.CompletedProcess:
+        """The program's end, with `changed` in place of the .cu of its name."""
+        if changed is not None:
+            self.compile(changed)
         program = self.folder / "check"
-        link = ["g++", *self.flags, str(kernels), *map(str, self.objects), "-o", str(program)]
+        link = ["g++", *self.flags, *map(str, self.objects), "-o", str(program)]
         subprocess.run(link, check=True)
-        # Else every report is looked up in the symbols, for seconds.
-        environment = {
-            **os.environ,
-            "TSAN_OPTIONS": "halt_on_error=1",
-            "ASAN_OPTIONS": "detect_leaks=0",
-        }
+        options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+        environment = {**os.environ, **options}
         return subprocess.run([program], capture_output=True, text=True, env=environment)

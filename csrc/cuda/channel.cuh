@@ -113,10 +113,12 @@ __global__ void __launch_bounds__(CHANNEL_THREADS, 2)
   for (int i = threadIdx.x; i < length; i += CHANNEL_THREADS) {
     A sum = 0;
     for (int64_t c = 0; c < a.chunks; ++c) sum += sums[(head * a.chunks + c) * length + i];
-    if (i < size)
+    if (i < size) {
       a.gram[head * size + i] = sum;
-    else
-      (i < size + a.D ? a.q_norm : a.k_norm)[head * a.D + (i - size) % a.D] = clamped_norm(sum);
+    } else {
+      A *norms = i < size + a.D ? a.q_norm : a.k_norm;
+      norms[head * a.D + (i - size) % a.D] = clamped_norm(sum);
+    }
   }
   __syncthreads();
   const A t = a.temperature[h * a.temperature_stride];
