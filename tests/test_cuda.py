@@ -101,3 +101,65 @@ def test_low_precision_is_as_accurate_as_spec(shape, dtype, case):
             del exact["temperature"]
         errors.add(run_cuda(op, inputs, dout, **options), same_dtype, exact)
     errors.check()
+
+
+# P at its most and beyond a warp, D beyond a block of channels and of its matrix's elements.
+LARGE = ((1, 5, 512, 1, 8), (1, 37, 70, 1, 130))
+
+
+@pytest.mark.parametrize("case", ("spatial-normalize-dropout", "channel-dropout"))
+@pytest.mark.parametrize("shape", LARGE, ids=shape_id)
+def test_large_shapes_match_spec(shape, case):
+    op, options = CASES[case]
+    inputs, dout = make_inputs(op, shape, torch.float64)
+    exact = run_spec(op, inputs, dout, torch.float64, **options)
+    found = run_cuda(op, inputs, dout, **options)
+    for name, truth in exact.items():
+        assert (found[name] - truth).abs().max() <= 1e-11 * truth.abs().max(), name
+
+
+@pytest.mark.parametrize("case", ("spatial-normalize-dropout", "channel-dropout"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_change_no_bit(dtype, case):
+    """Channels next to each other, or heads, or nothing: the same numbers, each in its strides."""
+    op, options = CASES[case]
+    inputs, dout = make_inputs(op, SPECIALISED[0], dtype, dense=True)
+    dense = run_cuda(op, inputs, dout, **options)
+    permuted = [t.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1) for t in (*inputs[:3], dout)]
+    found = run_cuda(op, [*permuted[:3], inputs[3]], permuted[3], **options)
+    assert found["q"].stride() == permuted[0].stride()
+    for name, value in dense.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("case", ("spatial-normalize", "channel"))
+@pytest.mark.parametrize("shape", (SHAPES[1], SPECIALISED[1]), ids=shape_id)
+def test_nothing_around_a_tensor_is_read(shape, case):
+    """Slices of tensors of NaN: the result has none, and the same bits as from tensors of zeros."""
+    op, options = CASES[case]
+    inputs, dout = make_inputs(op, shape, torch.bfloat16)
+
+    def inside(t, value):
+        larger = torch.full([n + 2 for n in t.shape], value, dtype=t.dtype)
+        result = larger[tuple(slice(1, -1) for _ in t.shape)]
+        return result.copy_(t)
+
+    results = []
+    for value in (float("nan"), 0.0):
+        *tensors, gradient = (inside(t, value) for t in (*inputs[:3], dout))
+        results.append(run_cuda(op, [*tensors, inputs[3]], gradient, **options))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]) and value.isfinite().all(), name
+
+
+def test_nan_comes_out():
+    """One of q in spatial attention spoils its row, one of k_proj every row of its head."""
+    for case, shape in (("spatial", SPECIALISED[0]), ("spatial", SHAPES[1])):
+        op, options = CASES[case]
+        for tensor, rows in ((0, slice(3, 4)), (1, slice(None))):
+            inputs, dout = make_inputs(op, shape, torch.bfloat16, dense=True)
+            inputs[tensor][0, 3, 1, 2] = float("nan")
+            out = run_cuda(op, inputs, dout, **options)["out"]
+            expected = torch.zeros(out.shape, dtype=torch.bool)
+            expected[0, rows, 1] = True
+            assert torch.equal(out.isnan(), expected)
