@@ -115,6 +115,7 @@ BUGS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kernels_are_right_and_every_planted_bug_is_found(checker, tmp_path):
     sanitizer, checker = checker
     clean = checker.run()
