@@ -5,6 +5,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define EPA_HD __host__ __device__
+#else
+#define EPA_HD
+#endif
+
 namespace epa {
 
 constexpr uint32_t CHANNEL_MAP = 0, SPATIAL_MAP = 1;
@@ -13,8 +19,8 @@ constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57;
 constexpr uint32_t PHILOX_W0 = 0x9E3779B9, PHILOX_W1 = 0xBB67AE85;
 
 // The eight halves of one counter, column by column.
-static inline void philox(uint64_t seed, uint64_t row, uint32_t group, uint32_t map,
-                          uint16_t halves[8]) {
+EPA_HD static inline void philox(uint64_t seed, uint64_t row, uint32_t group, uint32_t map,
+                                 uint16_t halves[8]) {
   uint32_t c[4] = {group, (uint32_t)row, (uint32_t)(row >> 32), map};
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -30,6 +36,8 @@ static inline void philox(uint64_t seed, uint64_t row, uint32_t group, uint32_t 
   }
 }
 
-static inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536 - threshold); }
+EPA_HD static inline double dropout_scale(uint32_t threshold) {
+  return 65536.0 / (65536 - threshold);
+}
 
 } // namespace epa

@@ -1,0 +1,31 @@
+// Tokens by head and dropout, as every kernel takes them.
+#pragma once
+#include "../philox.h"
+#include "launch.h"
+#include "numbers.h"
+
+namespace epa::cuda {
+
+// Tokens, or projected ones, by head: (B, N, H, D).
+template <class T> struct Heads {
+  T *data;
+  int64_t stride_b, stride_n, stride_h, stride_d;
+
+  __device__ __forceinline__ T *row(int64_t b, int64_t n, int64_t h) const {
+    return data + b * stride_b + n * stride_n + h * stride_h;
+  }
+};
+
+// Whether dropout keeps a column of a row of the map.
+__device__ __forceinline__ bool is_kept(int64_t seed, int64_t row, int column, uint32_t map,
+                                        uint32_t threshold) {
+  uint16_t halves[COLUMNS_PER_COUNTER];
+  philox(seed, row, column / COLUMNS_PER_COUNTER, map, halves);
+  // Selected, not indexed: an index that is no constant puts an array into memory.
+  uint32_t half = 0;
+  for (int i = 0; i < COLUMNS_PER_COUNTER; ++i)
+    if (i == column % COLUMNS_PER_COUNTER) half = halves[i];
+  return half >= threshold;
+}
+
+} // namespace epa::cuda

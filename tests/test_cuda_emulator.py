@@ -1,0 +1,138 @@
+"""The emulator that runs CUDA kernels on a CPU, and the bugs that it finds in them."""
+
+import shutil
+import subprocess
+
+import cuda_on_cpu
+import pytest
+from cuda_on_cpu import SOURCES
+
+pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())
+
+
+@pytest.fixture(scope="module")
+def self_check(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("self_check")
+    objects = [
+        cuda_on_cpu.compile_object(cuda_on_cpu.EMULATOR / name, folder / f"{name}.o", "-O1")
+        for name in ("emulator.cpp", "self_check.cpp")
+    ]
+    program = folder / "self_check"
+    subprocess.run(["g++", *map(str, objects), "-o", str(program)], check=True)
+
+    def run(case):
+        return subprocess.run([program, case], capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("case", ("product of 8", "product of 16", "transpose", "barrier"))
+def test_emulator_computes_as_documented(self_check, case):
+    result = self_check(case)
+    assert result.returncode == 0, result
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    (
+        ("divergent barrier", "divergence"),
+        ("barriers of two kinds", "divergence|deadlock"),
+        ("shuffle of half a warp", "deadlock|divergence"),
+        ("shared memory", "more than 48 KB"),
+        ("threads", "block of a size not allowed"),
+    ),
+)
+def test_emulator_refuses(self_check, case, message):
+    result = self_check(case)
+    assert result.returncode == 2, result
+    assert any(part in result.stdout for part in message.split("|")), result
+
+
+@pytest.fixture(scope="module", params=cuda_on_cpu.SANITIZERS)
+def checker(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, cuda_on_cpu.Checker(folder, request.param)
+
+
+# Name, how it shows, op, file of csrc/cuda, what is right, what is planted instead. A bug stays in
+# the program until one in the same op takes its place, so those of an op stand together.
+BUGS = (
+    (
+        "barrier-before-keys-are-read", "values", "spatial", "spatial_mma.cuh",
+        "scale[d] = factor / scale[d];\n  __syncthreads();",
+        "scale[d] = factor / scale[d];",
+    ),
+    (
+        "column-mask", "values", "spatial", "spatial_mma.cuh",
+        "8 * j + 2 * t + i < P ? logit * factor : -INFINITY", "logit * factor",
+    ),
+    (
+        "dropout-row", "values", "spatial", "spatial_mma.cuh",
+        "philox(seed, row + 8 * r,", "philox(seed, row,",
+    ),
+    (
+        "divergent-barrier", "values", "spatial", "spatial_mma.cuh",
+        "    __syncwarp();\n    float map", "    if (lane < 16) __syncwarp();\n    float map",
+    ),
+    (
+        "norm-gradient", "values", "channel", "channel.cuh",
+        "along_k += ddots[column]", "along_k += ddots[row]",
+    ),
+    (
+        "barrier-before-map-is-overwritten", "thread", "spatial", "spatial_mma.cuh",
+        "add_products<T, D>(dvalues, maps, gradients);\n    __syncthreads();",
+        "add_products<T, D>(dvalues, maps, gradients);",
+    ),
+    (
+        "barrier-at-end-of-generic-tile", "thread", "spatial", "spatial_generic.cuh",
+        "dvalues[i] + dvalue;\n    }\n    __syncthreads();", "dvalues[i] + dvalue;\n    }",
+    ),
+    (
+        "sum-shared-by-blocks", "thread", "spatial", "spatial_mma.cuh",
+        "sums += (head * gridDim.x + index) * 2", "sums += head * gridDim.x * 2",
+    ),
+    (
+        "barrier-before-sums-are-read", "thread", "channel", "channel.cuh",
+        "if (lane == 0) totals[warp] = total;\n  __syncthreads();",
+        "if (lane == 0) totals[warp] = total;",
+    ),
+    (
+        "row-mask-of-loads", "address", "spatial", "spatial_mma.cuh",
+        "if (row < inside) value =", "value =",
+    ),
+    (
+        "row-mask-of-results", "address", "spatial", "spatial_mma.cuh",
+        "if (n + g + 8 * r >= stop) continue;", "",
+    ),
+    (
+        "shared-overrun", "address", "spatial", "spatial_mma.cuh",
+        "maps, [TILE_ROWS * MAP_STRIDE]", "maps, [TILE_ROWS * MAP_STRIDE - 10]",
+    ),
+    (
+        "column-mask-of-sums", "address", "channel", "channel.cuh",
+        "if (element < length && group == 0)", "if (group == 0)",
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kernels_are_right_and_every_planted_bug_is_found(checker, tmp_path):
+    sanitizer, checker = checker
+    clean = checker.run()
+    assert clean.returncode == 0, clean
+    original = {op: SOURCES / f"cuda/{op}_attention.cu" for op in ("spatial", "channel")}
+    planted = ""
+    for name, shows, op, file, right, wrong in BUGS:
+        if shows != sanitizer:
+            continue
+        if planted not in ("", op):
+            checker.compile(original[planted])
+        planted = op
+        sources = tmp_path / name
+        shutil.copytree(SOURCES, sources)
+        text = (sources / "cuda" / file).read_text()
+        assert text.count(right) == 1, name
+        (sources / "cuda" / file).write_text(text.replace(right, wrong))
+        found = checker.run(sources / f"cuda/{op}_attention.cu")
+        report = {"thread": "data race", "address": "AddressSanitizer"}.get(sanitizer, "")
+        assert found.returncode != 0 and report in found.stderr, (name, found)
