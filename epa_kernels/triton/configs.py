@@ -26,7 +26,43 @@ class Launch(NamedTuple):
 
 # (architecture, kernel, head dim, projected tokens, bytes of an element) -> launch shape, where
 # another one than `rule`'s is better. Made by `python -m benchmarks.tune`.
-TABLE: dict[tuple[str, str, int, int, int], Launch] = {}
+TABLE: dict[tuple[str, str, int, int, int], Launch] = {
+    ("sm_120", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
+    ("sm_120", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
+    ("sm_120", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_120", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_120", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
+    ("sm_120", "spatial_backward", 8, 64, 4): Launch(64, 0, 16, 1, 64),
+    ("sm_120", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
+    ("sm_120", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
+    ("sm_120", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
+    ("sm_80", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
+    ("sm_80", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
+    ("sm_80", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_80", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_80", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
+    ("sm_80", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
+    ("sm_80", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
+    ("sm_80", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
+    ("sm_86", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
+    ("sm_86", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
+    ("sm_86", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_86", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_86", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
+    ("sm_86", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
+    ("sm_86", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
+    ("sm_86", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
+    ("sm_89", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
+    ("sm_89", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
+    ("sm_89", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_89", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
+    ("sm_89", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
+    ("sm_89", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
+    ("sm_89", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
+    ("sm_89", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
+    ("sm_90", "summary", 8, 64, 4): Launch(64, 64, 8, 2, 64),
+    ("sm_90", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
+}
 
 
 def block(size: int, largest: int = 2**30) -> int:
@@ -44,7 +80,7 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size
     few = 4 if D <= 16 else 8  # warps
     tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
     if wide:
-        output = Launch(min(tokens // 2, 4096 // min(C, 128)), 64, 8)
+        output = Launch(max(16, min(tokens // 2, 4096 // min(C, 128))), 64, 8)
         output_backward = Launch(32 if D <= 64 else 16, 32 if C > 64 else 64, 8, 1, 64)
         summary = Launch(64, 64, 4 if C <= 32 else 8, 2, 64)
         summary_backward = Launch(32, 64, 4 if C <= 32 else 8, 2)
@@ -71,8 +107,8 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size
         "gather": Launch(16, 32),
         "summary_backward": summary_backward,
         "square_sums": Launch(128, chunks=64),
-        "spatial_forward": Launch(tokens // 2 if wide else tokens, warps=8),
-        "spatial_backward": Launch(tokens // 2 if wide else tokens, warps=8, chunks=64),
+        "spatial_forward": Launch(max(16, tokens // 2) if wide else tokens, warps=8),
+        "spatial_backward": Launch(max(16, tokens // 2) if wide else tokens, warps=8, chunks=64),
         "spatial_merge": Launch(64),
         "spatial_norm_backward": Launch(128),
         "channel_gram": Launch(32 if wide else 64, chunks=64),
