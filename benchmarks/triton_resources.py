@@ -68,8 +68,6 @@ LAYERS = {
     "D24": Layer(4096, 96, 4, 64, "shared"),
     "D128": Layer(4096, 512, 4, 64, "shared"),
     "P512": Layer(4096, 32, 4, 512, "shared"),
-    "D128 P512": Layer(4096, 256, 2, 512, "shared"),
-    "heads D128 P512": Layer(4096, 256, 2, 512, "heads"),
 }
 
 

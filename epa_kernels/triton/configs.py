@@ -174,6 +174,8 @@ def check(op: str, batch: int, head_dim: int, projected: int) -> None:
     """Refuse what was never compiled: larger blocks than these find no registers."""
     limits = {"batch": (batch, 65535), "head dim": (head_dim, 128)}
     limits["number of projected tokens"] = projected, 512
+    size = block(head_dim) * block(projected)
+    limits["keys of a head, in powers of two,"] = size, 8192
     broken = [f"{name} {n} > {most}" for name, (n, most) in limits.items() if n > most]
     if broken:
         raise NotImplementedError(
