@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if args.write:  # after each, so that an end by force loses little
                     write(table, Path(configs.__file__))
     print(TABLE + lines(table))
-    if args.write:
+    if args.write and args.compile_only:
         write(table, Path(configs.__file__))
 
 

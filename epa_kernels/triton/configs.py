@@ -25,7 +25,8 @@ class Launch(NamedTuple):
 
 
 # (architecture, kernel, head dim, projected tokens, bytes of an element) -> launch shape, where
-# another one than `rule`'s is better. Made by `python -m benchmarks.tune`.
+# another one than `rule`'s fits better: chosen by what compiles without spilling, no GPU has timed
+# them. `python -m benchmarks.tune` makes the lines anew.
 TABLE: dict[tuple[str, str, int, int, int], Launch] = {
     ("sm_120", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
     ("sm_120", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
@@ -71,10 +72,8 @@ def block(size: int, largest: int = 2**30) -> int:
 
 
 def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size: int) -> Launch:
-    """Launch shape for any shape: what the registers of sm_80 to sm_120 hold without spilling.
-
-    Where several do, the one with the fewest machine instructions a token (docs/triton_kernels.md).
-    """
+    """Launch shape for any shape: of those that spill least on sm_90, the one with the fewest
+    machine instructions a token; docs/triton_kernels.md says what spills elsewhere."""
     wide = element_size >= 4
     C, D, P = block(channels), block(head_dim), block(projected)
     few = 4 if D <= 16 else 8  # warps
