@@ -32,7 +32,7 @@ SHARED_LIMITS = {
     "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
 ARCHITECTURES = tuple(SHARED_LIMITS)
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: see `multiplying`
 TABLE = Path(__file__).parent / "results" / "triton_resources.csv"
 TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|v_mfma"
 
@@ -157,6 +157,19 @@ def device(architecture: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def multiplying(dtype: str) -> Iterator[Any]:
+    """The dtype of the tokens; "tf32" is float32 under torch's float32_matmul_precision "high"."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) -> list[Launch]:
     """Every launch of forward and backward of a layer, with dropout, B = 2 and no qkvv bias.
 
@@ -168,10 +181,9 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
     from epa_kernels.triton import channel, paired, spatial
 
     N, C, H, P, kind, layout = layer
-    x = torch.empty(2, N, C, dtype=getattr(torch, dtype))
     size, split, concat = torch.empty, kind == "split", kind != "sum"
-    inputs = (
-        x, size(4 * C, C), None, size(P, N), size(P) if concat else None,
+    weights = (
+        size(4 * C, C), None, size(P, N), size(P) if concat else None,
         size(P, N) if split else None, size(P) if split else None, size(H), size(H),
         *((size(C // 2, C), size(C // 2)) * 2 if concat else (None,) * 4),
     )  # fmt: skip
@@ -183,7 +195,9 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
     def record(kernel, *arguments, grid, warmup, **constants):
         found.append(Launch(direction, kernel, arguments, constants))
 
-    with device(architecture), mock.patch.object(JITFunction, "run", record):
+    patch = mock.patch.object(JITFunction, "run", record)
+    with device(architecture), multiplying(dtype) as tokens_dtype, patch:
+        x = size(2, N, C, dtype=tokens_dtype)
         if kind == "heads":
             q, t = x.view(2, N, H, C // H), size(H, 1, 1)
             k_proj = q.new_empty(2, P, H, C // H)
@@ -193,9 +207,9 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
             spatial.backward(q, q, k_proj, k_proj, t, q_norm, seed, normalize=True, dropout_p=0.1)
             channel.backward(q, q, q, q, t, *norms, seed, dropout_p=0.1)
             return found
-        y, *kept = paired.forward(*inputs, seed, **options)
+        y, *kept = paired.forward(x, *weights, seed, **options)
         direction = "backward"
-        paired.backward(y, *inputs, *kept, seed, **options)
+        paired.backward(y, x, *weights, *kept, seed, **options)
     return found
 
 

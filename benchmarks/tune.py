@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
@@ -28,12 +29,13 @@ from triton_resources import (  # noqa: E402
     SHARED_LIMITS,
     Layer,
     launches,
+    multiplying,
     resources,
 )
 
-DTYPES = {"bfloat16": 2, "float32": 4}  # one of each size: a launch shape depends on the size alone
+DTYPES = ("bfloat16", "float32", "tf32")  # one of each `configs.numbers`
 GAIN = 0.02  # share of the time that a candidate must save, or the noise would choose
-TABLE = "TABLE: dict[tuple[str, str, int, int, int], Launch] = "
+TABLE = "TABLE: dict[tuple[str, str, int, int, str], Launch] = "
 
 
 def candidates(launch) -> Iterator:
@@ -62,7 +64,7 @@ def kernels(architecture: str, layer: Layer, dtype: str) -> dict:
 
     def record(kernel, x, channels, head_dim, projected):
         launch = pick(kernel, x, channels, head_dim, projected)
-        found[architecture, kernel, head_dim, projected, DTYPES[dtype]] = launch
+        found[architecture, kernel, head_dim, projected, configs.numbers(x)] = launch
         return launch
 
     with mock.patch.object(configs, "pick", record), mock.patch.object(configs, "TABLE", {}):
@@ -112,7 +114,7 @@ def fitting(architecture: str, layers: list[Layer], dtype: str, only: list[str] 
 
 
 def fastest(
-    layer: Layer, dtype: str, where: str, repetitions: int, most: int, only: list[str] = ()
+    layer: Layer, dtype: Any, where: str, repetitions: int, most: int, only: list[str] = ()
 ) -> dict:
     """{key: launch shape} for the GPU at hand, where another one than the rule's is faster."""
     os.environ["EPA_KERNELS_TEST_DEVICE"] = where  # before cases is imported
@@ -122,17 +124,17 @@ def fastest(
 
     from epa_kernels.triton import configs
 
-    gpu, dtype_, batch = device.get(where), getattr(torch, dtype), 2
+    gpu, batch = device.get(where), 2
     shape = (batch, layer.tokens, layer.channels, layer.heads, layer.projected)
     module = make_layer(shape, layer.kind, layer.layout, bias=False)
     generator = torch.Generator().manual_seed(0)
-    x, gy = (torch.randn(shape[:3], generator=generator).to(where, dtype_) for _ in range(2))
+    x, gy = (torch.randn(shape[:3], generator=generator).to(where, dtype) for _ in range(2))
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(parameter.to(dtype_))
+            parameter.copy_(parameter.to(dtype))
     exact = run_layer(module, x, gy, backend="reference", dtype=torch.float64)
     # As autocast leaves them: parameters in float32.
-    low = {"dtype": dtype_, "parameter_dtype": torch.float32}
+    low = {"dtype": dtype, "parameter_dtype": torch.float32}
     definition = run_layer(module, x, gy, backend="reference", **low)
     x.requires_grad_()
     module.backend = "triton"
@@ -140,7 +142,7 @@ def fastest(
 
     def record(kernel, x, channels, head_dim, projected):
         launch = pick(kernel, x, channels, head_dim, projected)
-        key = configs.architecture(x), kernel, head_dim, projected, DTYPES[dtype]
+        key = configs.architecture(x), kernel, head_dim, projected, configs.numbers(x)
         launched[key] = launch
         return launch
 
@@ -182,8 +184,8 @@ def fastest(
 def lines(table: dict) -> str:
     """The table as it stands in configs.py."""
     rows = [
-        f'    ("{arch}", "{kernel}", {D}, {P}, {size}): Launch({", ".join(map(str, launch))}),\n'
-        for (arch, kernel, D, P, size), launch in sorted(table.items())
+        f'    ("{arch}", "{kernel}", {D}, {P}, "{kind}"): Launch({", ".join(map(str, launch))}),\n'
+        for (arch, kernel, D, P, kind), launch in sorted(table.items())
     ]
     return "{\n" + "".join(rows) + "}" if rows else "{}"
 
@@ -240,9 +242,10 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"tune: {', '.join(heads)} can be chosen by --compile-only alone.")
         for name in names:
             for dtype in args.dtype:
-                table |= fastest(
-                    LAYERS[name], dtype, where, args.repetitions, args.candidates, args.kernel
-                )
+                with multiplying(dtype) as tokens:
+                    table |= fastest(
+                        LAYERS[name], tokens, where, args.repetitions, args.candidates, args.kernel
+                    )
                 if args.write:  # after each, so that an end by force loses little
                     write(table, Path(configs.__file__))
     print(TABLE + lines(table))

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import BACKENDS, COMPILED_BACKENDS, DEVICE, DRAWS, FUSED_BACKENDS, Errors, draws, strided
+from cases import (
+    BACKENDS,
+    COMPILED_BACKENDS,
+    DEVICE,
+    DRAWS,
+    FUSED_BACKENDS,
+    Errors,
+    draws,
+    relative_l2,
+    strided,
+)
 
 import epa_kernels
 from epa_kernels import channel_attention, spatial_attention, two_pass
@@ -77,6 +87,20 @@ def test_low_precision_is_as_accurate_as_spec(backend, shape, op, options, dtype
         same_dtype = run(op, inputs, dout, "reference", dtype, **options)
         errors.add(run(op, inputs, dout, backend, dtype, **options), same_dtype, exact)
     errors.check()
+
+
+@pytest.mark.parametrize("op, options", OPTIONS, ids=OPTION_IDS)
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_small_gradients_keep_their_digits_in_float16(backend, op, options):
+    inputs, dout = make_inputs(op, (1, 500, 33, 2, 8), torch.float16)
+    dout = dout * 1e-5
+    exact = run(op, inputs, dout, "reference", torch.float64, **options)
+    same_dtype = run(op, inputs, dout, "reference", torch.float16, **options)
+    found = run(op, inputs, dout, backend, torch.float16, **options)
+    # The gradient of a normalised q is rounded twice.
+    for name, factor in (("q", 1.5), ("k", 1.1), ("v", 1.1)):
+        allowed = relative_l2(same_dtype[name], exact[name])
+        assert relative_l2(found[name], exact[name]) <= factor * allowed, name
 
 
 @pytest.mark.parametrize("op, options", OPTIONS, ids=OPTION_IDS)

@@ -160,6 +160,27 @@ def test_low_precision_is_as_accurate_as_spec(backend, shape, kind, dtype, small
     errors.check()
 
 
+@pytest.mark.parametrize("size", (1e-3, 1e-5))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_small_gradients_keep_their_digits_in_float16(backend, kind, size):
+    """What a batch's mean leaves: over N tokens, sums of 1e-9 that float16 does not hold."""
+    shape = (1, 1024, 32, 2, 33)
+    layer = make_layer(shape, kind)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.half())
+    x, gy = torch.randn(2, *shape[:3], generator=torch.Generator().manual_seed(7)).unbind(0)
+    x, gy = x.half(), (size * gy).half()
+    exact = run_layer(layer, x, gy, backend="reference", dtype=torch.float64)
+    low = {"dtype": torch.float16, "parameter_dtype": torch.float32}  # as autocast leaves them
+    same_dtype, found = (run_layer(layer, x, gy, backend=b, **low) for b in ("reference", backend))
+    for name, truth in exact.items():
+        if truth.numel() >= Errors.FEWEST:
+            allowed = relative_l2(same_dtype[name], truth)
+            assert relative_l2(found[name], truth) <= 1.5 * allowed, name
+
+
 CONSTANT = {
     "shared": ((2, 1024, 32, 4, 64), "shared", False),
     "split-bias": ((2, 1024, 32, 4, 32), "split", True),

@@ -411,6 +411,25 @@ def test_sizes_that_were_never_compiled_are_refused():
             call()
 
 
+def test_offsets_beyond_32_bits_are_refused():
+    """Of channels and heads; those of tokens and samples may be as wide."""
+    refused = pytest.raises(
+        NotImplementedError, match="offset of a channel of a token 2147483648 >"
+    )
+    wide = torch.empty_strided((1, 1, 1, 2), (0, 0, 0, 2**31), device="meta")
+    near = torch.empty(1, 1, 1, 2, device="meta")
+    temperature = torch.ones(1)
+    for tensors in ((wide, near, near), (near, wide, near), (near, near, wide)):
+        with refused:
+            backend.channel_attention(*tensors, temperature, None, dropout_p=0.0)
+        with refused:
+            backend.spatial_attention(*tensors, temperature, None, normalize=True, dropout_p=0.0)
+    tensors, options = ops_arguments((1, 1, 2, 1, 1), "shared", "official")
+    tensors[0] = wide.view(1, 1, 2)
+    with refused:
+        backend.paired_attention(*tensors, None, **options)
+
+
 def test_triton_is_imported_with_the_first_tensor_it_runs_on():
     code = (
         "import sys, torch, epa_kernels; x = torch.zeros(1, 8, 4);"
@@ -437,4 +456,14 @@ def test_reasons_are_given_where_it_cannot_run(monkeypatch):
     with pytest.raises(RuntimeError, match="cannot be imported .broken."):
         dispatch.select("paired_attention", x, backend="triton")
     assert dispatch.select("paired_attention", x) != "triton"
+    monkeypatch.undo()
+    monkeypatch.setattr(backend.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
+    backend.no_launcher.cache_clear()
+    assert "no C compiler" in backend.no_launcher()
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda _: "/nowhere")
+    backend.no_launcher.cache_clear()
+    assert "needs /nowhere/Python.h" in backend.no_launcher()
+    backend.no_launcher.cache_clear()
     assert any("not run on a GPU yet" in r for r in dispatch.BACKENDS["triton"].why_not_chosen())

@@ -24,7 +24,7 @@ def tune():
 
 
 def test_candidates_begin_with_the_nearest_and_differ(tune):
-    launch = configs.rule("output_backward", 64, 16, 64, 2)
+    launch = configs.rule("output_backward", 64, 16, 64, "half")
     found = list(tune.candidates(launch))
     assert found[0] == launch and len(found) == len(set(found)) > 50
     assert all(c.rows >= 16 and c.columns >= 16 and 1 <= c.warps <= 16 for c in found)
@@ -32,13 +32,13 @@ def test_candidates_begin_with_the_nearest_and_differ(tune):
 
 def test_the_table_wins_over_the_rule(monkeypatch):
     x = torch.empty(0, dtype=torch.bfloat16)
-    rule = configs.rule("output", 32, 8, 64, 2)._replace(chunks=2)  # `enlarge_blocks`
+    rule = configs.rule("output", 32, 8, 64, "half")._replace(chunks=2)  # `enlarge_blocks`
     assert configs.pick("output", x, 32, 8, 64) == rule
     monkeypatch.setattr(configs, "architecture", lambda _: "gfx942")
     monkeypatch.setattr(configs, "TABLE", {})
     assert configs.pick("output", x, 32, 8, 64).warps == rule.warps // 2  # a warp has 64 threads
     other = configs.Launch(16, 16, 1, chunks=2)
-    monkeypatch.setattr(configs, "TABLE", {("gfx942", "output", 8, 64, 2): other})
+    monkeypatch.setattr(configs, "TABLE", {("gfx942", "output", 8, 64, "half"): other})
     assert configs.pick("output", x, 32, 8, 64) == other
     assert configs.pick("output", x.float(), 32, 8, 64) != other
 
@@ -47,8 +47,8 @@ def test_a_written_table_is_read_back(tune, tmp_path):
     path = tmp_path / "configs.py"
     path.write_text(Path(configs.__file__).read_text())
     table = {
-        ("sm_90", "output", 8, 64, 2): configs.Launch(64, 32, 8),
-        ("gfx942", "summary", 8, 64, 4): configs.Launch(32, 64, 4, 2, 64),
+        ("sm_90", "output", 8, 64, "half"): configs.Launch(64, 32, 8),
+        ("gfx942", "summary", 8, 64, "tf32x3"): configs.Launch(32, 64, 4, 2, 64),
     }
     for written in (table, {}, table):
         tune.write(written, path)
@@ -66,7 +66,7 @@ def test_the_fastest_is_searched_behind_the_accuracy_gate(tune, monkeypatch, cap
     monkeypatch.setattr(
         tune, "candidates", lambda launch: [launch, launch._replace(warps=2), broken]
     )
-    table = tune.fastest(layer, "float32", "cpu", repetitions=1, most=3)
+    table = tune.fastest(layer, torch.float32, "cpu", repetitions=1, most=3)
     assert {key[1] for key in table} > {"summary", "mix", "output", "gather"}
     assert all(launch.warps == 2 for launch in table.values())
     said = capsys.readouterr()
@@ -81,12 +81,15 @@ import tune
 from epa_kernels.triton import configs
 layer = tune.Layer(4096, 32, 4, 64, "shared")
 tune.resources = lambda binary: {{"spilled": 8 * (binary.metadata.num_warps < 8), "shared": 0}}
-tune.kernels = lambda *_: {{("sm_90", "sum_chunks", 8, 64, 2): configs.Launch(256)}}
+tune.kernels = lambda *_: {{("sm_90", "sum_chunks", 8, 64, "half"): configs.Launch(256)}}
 print(tune.fitting("sm_90", [layer], "bfloat16"))
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env=os.environ | {"TRITON_INTERPRET": "0"},
     )  # fmt: skip
-    assert "('sm_90', 'sum_chunks', 8, 64, 2): Launch(rows=256, columns=0, warps=8" in result.stdout
+    assert (
+        "('sm_90', 'sum_chunks', 8, 64, 'half'): Launch(rows=256, columns=0, warps=8"
+        in result.stdout
+    )
     assert "8 bytes spilled" in result.stderr

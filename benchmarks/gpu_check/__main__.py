@@ -184,6 +184,7 @@ class _Run:
             if name == "build":
                 self.build()
                 _, self.backends = self.python("-m", "epa_kernels", seconds=60)
+                print(self.backends, flush=True)
             else:
                 step = self.step(name)
                 processes.run(step, self.folder, self.environment(name), start + seconds)

@@ -7,7 +7,10 @@ tests.
 import functools
 import importlib
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +28,21 @@ def missing() -> str | None:
     return None
 
 
+@functools.cache
+def no_launcher() -> str | None:
+    """Why Triton cannot compile the C code that launches kernels, None if it can."""
+    import triton
+
+    if triton.knobs.build.impl:
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler to build its launcher; install gcc, or set CC"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"Triton's launcher needs {header}; install the headers of Python"
+    return None
+
+
 def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,6 +53,8 @@ def why_not(op: str, x: Tensor) -> list[str]:
     if x.device.type != "cuda" and not (x.device.type == "cpu" and _is_interpreted()):
         reasons.append(f"x is on {x.device.type}, the kernels run on GPUs")
     elif not torch.compiler.is_compiling() and (reason := missing()):  # inductor needs it itself
+        reasons.append(reason)
+    elif not (torch.compiler.is_compiling() or _is_interpreted()) and (reason := no_launcher()):
         reasons.append(reason)
     if x.dtype not in _DTYPES:
         reasons.append(f"dtype {x.dtype} is none of {', '.join(map(str, _DTYPES))}")

@@ -22,7 +22,7 @@ from .primitives import (
     softmax_backward,
     store_rows,
 )
-from .spatial import per_head, pick
+from .spatial import check, per_head, pick
 
 
 @triton.jit
@@ -184,6 +184,7 @@ def channel_backward(
 def forward(q, k, v, temperature, seed, *, dropout_p):
     """Op `channel_attention`, see `ops`."""
     B, N, H, D = q.shape
+    check(0, q, k, v)
     dtype = accumulate_dtype(q.dtype)
     launch, common = pick("channel_gram", q)
     count, size = chunks(N, launch)
@@ -211,6 +212,7 @@ def forward(q, k, v, temperature, seed, *, dropout_p):
 def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_p):
     """Op `channel_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
+    check(0, q, k, v, dout)
     launch, common = pick("channel_gram", q)
     count, size = chunks(N, launch)
     sums = gram.new_empty(B, H, count, D, D)

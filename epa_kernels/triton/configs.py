@@ -4,6 +4,7 @@ A block is a power of two of at least 16, the least that a matrix product takes.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,45 +25,45 @@ class Launch(NamedTuple):
     chunks: int = 0  # that the tokens of a sample are cut into, for a kernel that leaves sums
 
 
-# (architecture, kernel, head dim, projected tokens, bytes of an element) -> launch shape, where
-# another one than `rule`'s fits better: chosen by what compiles without spilling, no GPU has timed
+# (architecture, kernel, head dim, projected tokens, `numbers`) -> launch shape, where another one
+# than `rule`'s fits better: chosen by what compiles without spilling, no GPU has timed
 # them. `python -m benchmarks.tune` makes the lines anew.
-TABLE: dict[tuple[str, str, int, int, int], Launch] = {
-    ("sm_120", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
-    ("sm_120", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
-    ("sm_120", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_120", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_120", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
-    ("sm_120", "spatial_backward", 8, 64, 4): Launch(64, 0, 16, 1, 64),
-    ("sm_120", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
-    ("sm_120", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
-    ("sm_120", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
-    ("sm_80", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
-    ("sm_80", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
-    ("sm_80", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_80", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_80", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
-    ("sm_80", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
-    ("sm_80", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
-    ("sm_80", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
-    ("sm_86", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
-    ("sm_86", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
-    ("sm_86", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_86", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_86", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
-    ("sm_86", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
-    ("sm_86", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
-    ("sm_86", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
-    ("sm_89", "gather", 64, 32, 4): Launch(16, 32, 4, 2, 0),
-    ("sm_89", "mix", 64, 32, 2): Launch(32, 16, 8, 1, 0),
-    ("sm_89", "output_backward", 8, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_89", "output_backward", 16, 64, 2): Launch(32, 64, 8, 1, 64),
-    ("sm_89", "output_backward", 64, 32, 4): Launch(32, 16, 8, 1, 64),
-    ("sm_89", "summary", 32, 64, 2): Launch(64, 32, 8, 2, 128),
-    ("sm_89", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
-    ("sm_89", "summary_backward", 16, 64, 2): Launch(64, 64, 8, 2, 0),
-    ("sm_90", "summary", 8, 64, 4): Launch(64, 64, 8, 2, 64),
-    ("sm_90", "summary", 32, 64, 4): Launch(64, 32, 8, 2, 64),
+TABLE: dict[tuple[str, str, int, int, str], Launch] = {
+    ("sm_120", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
+    ("sm_120", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
+    ("sm_120", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_120", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_120", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
+    ("sm_120", "spatial_backward", 8, 64, "ieee"): Launch(64, 0, 16, 1, 64),
+    ("sm_120", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
+    ("sm_120", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
+    ("sm_120", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
+    ("sm_80", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
+    ("sm_80", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
+    ("sm_80", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_80", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_80", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
+    ("sm_80", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
+    ("sm_80", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
+    ("sm_80", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
+    ("sm_86", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
+    ("sm_86", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
+    ("sm_86", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_86", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_86", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
+    ("sm_86", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
+    ("sm_86", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
+    ("sm_86", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
+    ("sm_89", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
+    ("sm_89", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
+    ("sm_89", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_89", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_89", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
+    ("sm_89", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
+    ("sm_89", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
+    ("sm_89", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
+    ("sm_90", "summary", 8, 64, "ieee"): Launch(64, 64, 8, 2, 64),
+    ("sm_90", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
 }
 
 
@@ -71,10 +72,10 @@ def block(size: int, largest: int = 2**30) -> int:
     return min(max(16, 1 << (size - 1).bit_length()), largest)
 
 
-def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size: int) -> Launch:
+def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str) -> Launch:
     """Launch shape for any shape: of those that spill least on sm_90, the one with the fewest
     machine instructions a token; docs/triton_kernels.md says what spills elsewhere."""
-    wide = element_size >= 4
+    wide = numbers != "half"
     C, D, P = block(channels), block(head_dim), block(projected)
     few = 4 if D <= 16 else 8  # warps
     tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
@@ -120,10 +121,10 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, element_size
 
 def pick(kernel: str, x: Tensor, channels: int, head_dim: int, projected: int) -> Launch:
     """Launch shape of a kernel on the device of x, from TABLE or by `rule`."""
-    where, size = architecture(x), x.element_size()
-    launch = TABLE.get((where, kernel, head_dim, projected, size))
+    where, kind = architecture(x), numbers(x)
+    launch = TABLE.get((where, kernel, head_dim, projected, kind))
     if launch is None:
-        launch = rule(kernel, channels, head_dim, projected, size)
+        launch = rule(kernel, channels, head_dim, projected, kind)
         if where.startswith("gfx"):  # a warp has 64 threads
             launch = launch._replace(warps=launch.warps // 2)
     return launch
@@ -169,9 +170,22 @@ def precision(x: Tensor) -> str:
     return "ieee" if is_exact or architecture(x).startswith("gfx") else "tf32x3"
 
 
-def check(op: str, batch: int, head_dim: int, projected: int) -> None:
-    """Refuse what was never compiled: larger blocks than these find no registers."""
+def numbers(x: Tensor) -> str:
+    """Of 16 bits, "half", or how float32 factors multiply: what decides over registers."""
+    return "half" if x.element_size() == 2 else precision(x)
+
+
+def check(op: str, batch: int, head_dim: int, projected: int, tensors: Iterable[Tensor]) -> None:
+    """Refuse what was never compiled, for which there are no registers.
+
+    tensors: (B, N, ...), whose offsets within a token the kernels hold in 32 bits
+    """
     limits = {"batch": (batch, 65535), "head dim": (head_dim, 128)}
+    offsets = (
+        sum((n - 1) * step for n, step in zip(t.shape[2:], t.stride()[2:], strict=True))
+        for t in tensors
+    )
+    limits["offset of a channel of a token"] = max(offsets), 2**31 - 1
     limits["number of projected tokens"] = projected, 512
     size = block(head_dim) * block(projected)
     limits["keys of a head, in powers of two,"] = size, 8192

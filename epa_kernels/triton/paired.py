@@ -31,7 +31,7 @@ class _Layer:
         B, N, C = self.shape = x.shape
         H, P = num_heads, proj_k_weight.shape[0]
         self.B, self.N, self.C, self.H, self.P, self.D = B, N, C, H, P, C // H
-        configs.check("paired_attention", B, self.D, P)
+        configs.check("paired_attention", B, self.D, P, [x])
         self.J = 2 if kind == "split" else 1
         self.O = C if kind == "sum" else C // 2
         self.is_sum = kind == "sum"
@@ -141,7 +141,8 @@ def _mix(layer, mean, gram, projected, dout=None, dy=None):
         shapes += [(B, C, C)] * 2 + [(B, C)] * 4 + [(B, H, D, D)]
     mixed = _Mixed(*(layer.empty(*shape) for shape in shapes))
     launch, common = layer.pick("mix")
-    BC, T, BM = block(C, launch.columns), 64, 64
+    tile, _ = layer.pick("product")
+    BC, T, BM = block(C, launch.columns), tile.rows, block(C, tile.columns)
     tiles = 0 if dout is None else triton.cdiv(N, T) * triton.cdiv(C, BM)
     kernels.mix[(H + tiles, B)](
         mean, gram, projected, layer.row_sums, layer.qkvv_weight, layer.qkvv_bias,

@@ -32,6 +32,8 @@ from .primitives import (
     dot,
     dropout_multiplier,
     exp2_rows,
+    gradient_dot,
+    gradient_dtype,
     load_rows,
     per_norm,
     softmax_backward,
@@ -511,6 +513,7 @@ def output_backward(
     x += b * x_b
     dy += b * N * C
     dtype: tl.constexpr = x.dtype.element_ty
+    small: tl.constexpr = gradient_dtype(dtype, ACC)
     own_mean = tl.load(mean + b * C + own, mask=in_own, other=0.0).to(ACC)
     centre = tl.load(q_mean + b * C + h * D + d, mask=in_d, other=0.0)
     scale = tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0)
@@ -586,18 +589,21 @@ def output_backward(
             mask = in_n[:, None] & in_d[None, :]
             dout_s = tl.load(dout + b * N * C + f, mask=mask, other=0.0)
             if MODE == "flat" or MODE == "flat_tokens":
-                rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
-                tl.store(out_s + b * N * C + f, rows, mask=mask)
+                if block == 0:
+                    rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
+                    tl.store(out_s + b * N * C + f, rows, mask=mask)
 
         dattention = dot(dout_s, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
         if DROPOUT:
             dattention *= multiplier
         dlogits = tl.where(in_n[:, None], softmax_backward(weights, dattention), 0.0)
         dlogits_sum += tl.sum(dlogits, 0)
-        dlogits = dlogits.to(dtype)
-        dq_tile = dot(dlogits, k, tl.zeros((T, BD), ACC), PRECISION)
+        dlogits = dlogits.to(small)
+        dq_tile = gradient_dot(dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION)
         dq_tile = (dq_tile * scale[None, :]).to(dtype)
-        dkeys = dot(tl.trans(dlogits), q_centred.to(dtype), dkeys, PRECISION)
+        dkeys = gradient_dot(
+            tl.trans(dlogits), q_centred.to(dtype).to(small), dkeys, dtype, PRECISION
+        )
         dv_proj = dot(tl.trans(attention), dout_s, dv_proj, PRECISION)
         dq_weight = dot(tl.trans(dq_tile), tile, dq_weight, PRECISION)
         dy_c = load_rows(dy + C - O + h * ROWS, C, 1, n, r, in_n, in_r)
@@ -918,15 +924,14 @@ def gather(
         b = (block // (BLOCKS * COLUMN_BLOCKS)).to(tl.int64)
         rows = block // COLUMN_BLOCKS % BLOCKS * BM + row
         columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
-        in_rows, inside = (rows < C) & (b < B), columns < C
-        in_d &= b < B
+        in_rows, inside = rows < C, columns < C
         total, token = tl.zeros((BM, BC), ACC), tl.zeros((BM,), ACC)
         for h in range(0, H):
             wq, wk = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
             square, head = ddots + (b * H + h) * D * D, dheads + b * 6 * C + h * D
             for first in range(0, D, BK):
                 k = first + tl.arange(0, BK)
-                in_k = (k < D) & (b < B)
+                in_k = k < D
                 norm = tl.load(head + k, mask=in_k, other=0.0)
                 w = load_rows(wq, C, 1, k, rows, in_k, in_rows).to(ACC)
                 dmean = tl.load(head + 2 * C + k, mask=in_k, other=0.0)
@@ -953,7 +958,7 @@ def gather(
         b = (block // (J * P_BLOCKS)).to(tl.int64)
         j = block // P_BLOCKS % J
         rows = block % P_BLOCKS * BM + row
-        in_rows = (rows < P) & (b < B)
+        in_rows = rows < P
         # k and vs of one projection are added up here; of two, each has its own.
         begin, end = tl.where(J == 1, 0, j * C), tl.where(J == 1, 2 * C, (j + 1) * C)
         for first in range(0, C, BC):
@@ -980,7 +985,7 @@ def gather(
         if out_proj2_weight is not None:
             b = (block // O_BLOCKS).to(tl.int64)
             rows = block % O_BLOCKS * BM + row
-            in_rows = (rows < O) & (b < B)
+            in_rows = rows < O
             for first in range(0, C, BC):
                 columns = first + tl.arange(0, BC)
                 inside = columns < C
@@ -989,13 +994,12 @@ def gather(
                     k = other + tl.arange(0, BC)
                     weight = load_rows(out_proj2_weight, C, 1, rows, k, in_rows, k < C).to(ACC)
                     vm = value_matrix + b * C * C
-                    vm = load_rows(vm, C, 1, k, columns, (k < C) & (b < B), inside)
+                    vm = load_rows(vm, C, 1, k, columns, k < C, inside)
                     total = dot(weight, vm, total, PRECISION)
                 store_rows(matrix + b * O * C, C, 1, rows, columns, in_rows, inside, total)
     elif section == 3:
         part, h = block // COLUMN_BLOCKS // H, block // COLUMN_BLOCKS % H
         columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
-        in_d &= part < 4
         inside = columns < C
         total = tl.zeros((BD, BC), ACC)
         for sample in range(0, B):
@@ -1119,6 +1123,7 @@ def summary_backward(
     n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     in_n = n < N
     dtype: tl.constexpr = x.dtype.element_ty
+    small: tl.constexpr = gradient_dtype(dtype, ACC)
     if sample < B:
         if block < COLUMN_BLOCKS:
             b = sample.to(tl.int64)
@@ -1134,9 +1139,9 @@ def summary_backward(
                 total = dot(tile, w, total, PRECISION)
                 centre = tl.load(mean + b * C + k, mask=in_k, other=0.0).to(ACC)
                 tile = load_rows(x + b * x_b, x_n, x_c, n, k, in_n, in_k).to(ACC)
-                tile = (tile - centre[None, :]).to(dtype)
-                w = load_rows(dgram + b * C * C, C, 1, k, columns, in_k, inside).to(dtype)
-                total = dot(tile, w, total, PRECISION)
+                tile = (tile - centre[None, :]).to(dtype).to(small)
+                w = load_rows(dgram + b * C * C, C, 1, k, columns, in_k, inside).to(small)
+                total = gradient_dot(tile, w, total, dtype, PRECISION)
             for first in range(0, O, BC):
                 k = first + tl.arange(0, BC)
                 in_k = k < O
@@ -1146,14 +1151,14 @@ def summary_backward(
             for first in range(0, P, BP):
                 p = first + tl.arange(0, BP).to(tl.int64)
                 in_p = p < P
-                tile = load_rows(proj_k, proj_k_n, proj_k_p, n, p, in_n, in_p).to(dtype)
+                tile = load_rows(proj_k, proj_k_n, proj_k_p, n, p, in_n, in_p).to(small)
                 z = dprojected + b * J * P * C
-                w = load_rows(z, C, 1, p, columns, in_p, inside).to(dtype)
-                total = dot(tile, w, total, PRECISION)
+                w = load_rows(z, C, 1, p, columns, in_p, inside).to(small)
+                total = gradient_dot(tile, w, total, dtype, PRECISION)
                 if J == 2:
-                    tile = load_rows(proj_v, proj_v_n, proj_v_p, n, p, in_n, in_p).to(dtype)
-                    w = load_rows(z + P * C, C, 1, p, columns, in_p, inside).to(dtype)
-                    total = dot(tile, w, total, PRECISION)
+                    tile = load_rows(proj_v, proj_v_n, proj_v_p, n, p, in_n, in_p).to(small)
+                    w = load_rows(z + P * C, C, 1, p, columns, in_p, inside).to(small)
+                    total = gradient_dot(tile, w, total, dtype, PRECISION)
             store_rows(dx + b * dx_b, dx_n, dx_c, n, columns, in_n, inside, total)
     elif block < J * P_BLOCKS:
         p = (block % P_BLOCKS).to(tl.int64) * BP + tl.arange(0, BP)
@@ -1167,9 +1172,9 @@ def summary_backward(
             for first in range(0, C, BC):
                 k = first + tl.arange(0, BC)
                 in_k = k < C
-                tile = load_rows(x, x_n, x_c, n, k, in_n, in_k)
-                z = load_rows(dprojected, C, 1, p, k, in_p, in_k).to(dtype)
-                total = dot(z, tl.trans(tile), total, PRECISION)
+                tile = load_rows(x, x_n, x_c, n, k, in_n, in_k).to(small)
+                z = load_rows(dprojected, C, 1, p, k, in_p, in_k).to(small)
+                total = gradient_dot(z, tl.trans(tile), total, dtype, PRECISION)
             x += x_b
             dprojected += J * P * C
         if J == 1 or j == 0:

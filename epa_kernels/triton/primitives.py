@@ -19,6 +19,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
+@triton.constexpr_function
+def gradient_dtype(tokens, accumulate):
+    """In which small gradients multiply tokens: of 1e-6, say, float16 would keep no digits."""
+    return accumulate if tokens == tl.float16 else tokens
+
+
+@triton.jit
+def gradient_dot(a, b, acc, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+    """`dot` of factors in `gradient_dtype`; TF32 has the digits of float16."""
+    IN_PARTS: tl.constexpr = TOKENS == tl.float16 and PRECISION == "tf32x3"
+    return dot(a, b, acc, "tf32" if IN_PARTS else PRECISION)
+
+
 @triton.jit
 def load_rows(pointer, row_stride, column_stride, rows, columns, row_inside, column_inside):
     """The block of a matrix at rows x columns, 0 outside."""

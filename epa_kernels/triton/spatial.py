@@ -19,6 +19,8 @@ from .primitives import (
     dot,
     dropout_multiplier,
     exp2_rows,
+    gradient_dot,
+    gradient_dtype,
     load_rows,
     per_norm,
     softmax_backward,
@@ -107,6 +109,7 @@ def spatial_backward(
     in_d, in_p = d < D, p < P
     head = b * H + h
     dtype: tl.constexpr = q.dtype.element_ty
+    small: tl.constexpr = gradient_dtype(dtype, ACC)
     norm = tl.load(q_norm + head * D + d, mask=in_d, other=1.0)
     t = tl.load(temperature + h * temperature_h).to(ACC)
     k = load_rows(k_proj + b * k_b + h * k_h, k_p, k_d, p, d, in_p, in_d)
@@ -129,10 +132,11 @@ def spatial_backward(
         dattention = dot(gradient, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
         if DROPOUT:
             dattention *= multiplier
-        dlogits = tl.where(in_n[:, None], softmax_backward(weights, dattention), 0.0).to(dtype)
-        dq_tile = dot(dlogits, k, tl.zeros((T, BD), ACC), PRECISION) * (t / norm)[None, :]
+        dlogits = tl.where(in_n[:, None], softmax_backward(weights, dattention), 0.0).to(small)
+        dq_tile = gradient_dot(dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION)
+        dq_tile *= (t / norm)[None, :]
         store_rows(dq + b * d_b + h * d_h, d_n, d_d, n, d, in_n, in_d, dq_tile)
-        dkeys = dot(tl.trans(dlogits), tile, dkeys, PRECISION)
+        dkeys = gradient_dot(tl.trans(dlogits), tile.to(small), dkeys, dtype, PRECISION)
         dv_proj = dot(tl.trans(attention.to(dtype)), gradient, dv_proj, PRECISION)
     sums += (head * chunks + index) * 2 * P * D
     store_rows(sums, D, 1, p, d, in_p, in_d, dkeys)
@@ -191,10 +195,14 @@ def spatial_norm_backward(
     store_rows(target, d_n, d_d, n, d, in_n, in_d, value)
 
 
+def check(projected, q, *others):
+    op = "spatial_attention" if projected else "channel_attention"
+    configs.check(op, q.shape[0], q.shape[3], projected, (q, *others))
+
+
 def pick(kernel, q, projected=0):
     """Launch shape of a kernel on q (B, N, H, D), and the arguments that every kernel takes."""
-    B, _, H, D = q.shape
-    configs.check("spatial_attention" if projected else "channel_attention", B, D, projected)
+    H, D = q.shape[2:]
     launch = configs.pick(kernel, q, H * D, D, projected)
     acc = tl.float64 if q.dtype == torch.float64 else tl.float32
     return launch, {
@@ -213,6 +221,7 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
     P, dtype = k_proj.shape[1], accumulate_dtype(q.dtype)
+    check(P, q, k_proj.unsqueeze(1), v_proj.unsqueeze(1))
     sums, count = None, 0
     if normalize:
         launch, common = pick("square_sums", q, P)
@@ -234,6 +243,7 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
     """Op `spatial_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
     P = k_proj.shape[1]
+    check(P, q, dout, k_proj.unsqueeze(1), v_proj.unsqueeze(1))
     dq, dk_proj, dv_proj = (empty_gradient(t, q) for t in (q, k_proj, v_proj))
     launch, common = pick("spatial_backward", q, P)
     count, size = chunks(N, launch)
