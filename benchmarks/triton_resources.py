@@ -255,9 +255,9 @@ def needed(architectures=ARCHITECTURES, layers=tuple(LAYERS), dtypes=DTYPES) -> 
         for layer in layers:
             for dtype in dtypes:
                 # float16 has the size of bfloat16, and shapes that no network has show what bounds
-                # the kernels: one architecture is enough.
-                is_extra = dtype == "float16" or "/" not in layer
-                if is_extra and architecture != "sm_90":
+                # the kernels: one architecture is enough, but for the stages of one network.
+                is_usual = "/" in layer and (dtype != "float16" or layer.startswith("synapse/"))
+                if not is_usual and architecture != "sm_90":
                     continue
                 for launch in launches(architecture, LAYERS[layer], dtype):
                     blocks = {

@@ -64,7 +64,7 @@ def kernels(architecture: str, layer: Layer, dtype: str) -> dict:
 
     def record(kernel, x, channels, head_dim, projected):
         launch = pick(kernel, x, channels, head_dim, projected)
-        found[architecture, kernel, head_dim, projected, configs.numbers(x)] = launch
+        found[architecture, kernel, head_dim, projected, configs.numbers(x, kernel)] = launch
         return launch
 
     with mock.patch.object(configs, "pick", record), mock.patch.object(configs, "TABLE", {}):
@@ -142,7 +142,7 @@ def fastest(
 
     def record(kernel, x, channels, head_dim, projected):
         launch = pick(kernel, x, channels, head_dim, projected)
-        key = configs.architecture(x), kernel, head_dim, projected, configs.numbers(x)
+        key = configs.architecture(x), kernel, head_dim, projected, configs.numbers(x, kernel)
         launched[key] = launch
         return launch
 

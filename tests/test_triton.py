@@ -29,18 +29,6 @@ SHAPES = {"rows": (2, 160, 32, 2, 9), "flat": (1, 130, 40, 2, 5), "direct": (2, 
 GUARD = 64  # elements of NaN on each side of a buffer
 # Layers of benchmarks/triton_resources.py that must launch, but may spill.
 NOT_PUBLISHED = ("D128", "P512")
-# Kernels that spill somewhere; the table has the bytes, docs/triton_kernels.md the largest.
-SPILLING = {
-    "sm_80": (),
-    "sm_86": ("channel_backward", "channel_gram", "gather", "spatial_backward", "summary"),
-    "sm_89": ("channel_backward", "channel_gram", "gather", "spatial_backward", "summary"),
-    "sm_90": ("channel_backward", "mix_backward", "output_backward", "summary"),
-    "sm_100": (
-        "channel_backward", "gather", "mix_backward", "output", "output_backward", "summary"
-    ),
-    "sm_120": ("channel_backward", "gather", "mix", "output"),
-    "gfx942": ("output_backward",),
-}  # fmt: skip
 
 
 class Guards:
@@ -315,7 +303,7 @@ def recorded():
 
 
 def test_every_launch_fits_every_architecture():
-    """Spills where they are known, shared memory that there is, tensor cores for large products.
+    """No published layer spills, the shared memory is there, large products use tensor cores.
 
     The table says what compiling gave; the next tests show that it is of these sources, and true.
     """
@@ -324,9 +312,8 @@ def test_every_launch_fits_every_architecture():
     assert {row["architecture"] for row in rows} == set(limits)
     for row in rows:
         assert int(row["shared"]) <= limits[row["architecture"]], row
-        known = row["layer"] in NOT_PUBLISHED or row["kernel"] in SPILLING[row["architecture"]]
-        assert int(row["spilled"]) == 0 or known, row
-        halves = row["dtype"] != "float32"
+        assert int(row["spilled"]) == 0 or row["layer"] in NOT_PUBLISHED, row
+        halves = row["dtype"] in ("bfloat16", "float16")
         if halves and row["kernel"] in ("summary", "output", "output_backward", "summary_backward"):
             assert int(row["tensor_core"]) > 0, row
 
@@ -348,12 +335,12 @@ def test_resources_are_of_these_sources():
     "architecture", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 )
 def test_resources_are_what_compiling_gives(architecture):
-    """A seventh of the architecture's rows, and its stage 1 in bfloat16 as a whole."""
+    """One in twenty of the architecture's rows, and its stage 1 in bfloat16 as a whole."""
     code = f"""
 found = []
 for i, (key, (row, launch)) in enumerate(r.needed([{architecture!r}]).items()):
     first = row["layer"] == "synapse/stage1" and row["dtype"] == "bfloat16"
-    if first or i % 7 == r.ARCHITECTURES.index({architecture!r}):
+    if first or i % 20 == r.ARCHITECTURES.index({architecture!r}):
         found.append((key, r.resources(launch.compile({architecture!r}))))
 print(json.dumps(found))
 """
@@ -380,16 +367,17 @@ print([c.kernel.__name__ for c in calls if c.kernel.__name__ in names and c.comp
 @pytest.mark.parametrize(
     "setting, expected",
     (
-        ("pass", ("ieee", "tf32x3")),
-        ("torch.set_float32_matmul_precision('high')", ("tf32x3", "tf32x3")),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", ("tf32x3", "tf32x3")),
-        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", ("ieee", "tf32x3")),
+        ("pass", ("ieee", "tf32x3", "ieee")),
+        ("torch.set_float32_matmul_precision('high')", ("tf32x3", "tf32x3", "ieee")),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", ("tf32x3", "tf32x3", "ieee")),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", ("ieee", "tf32x3", "ieee")),
     ),
 )
 def test_float32_products_follow_the_setting_of_torch(setting, expected):
     code = (
         f"import torch; from epa_kernels.triton.configs import precision; {setting};"
-        "print([precision(torch.empty(0, dtype=d)) for d in (torch.float32, torch.bfloat16)])"
+        "x, y = torch.empty(0), torch.empty(0, dtype=torch.bfloat16);"
+        "print((precision(x), precision(y), precision(x, 'output_backward')))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True, check=True

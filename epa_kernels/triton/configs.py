@@ -13,6 +13,8 @@ from torch import Tensor
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # And up to FEW_TOKENS where that launch would be one too many.
 ONE_CHUNK, FEW_TOKENS = 128, 512
+# Their factors in three parts each find no registers: float32 tokens multiply in float32.
+IN_FLOAT32 = ("output_backward", "spatial_backward")
 
 
 class Launch(NamedTuple):
@@ -29,41 +31,28 @@ class Launch(NamedTuple):
 # than `rule`'s fits better: chosen by what compiles without spilling, no GPU has timed
 # them. `python -m benchmarks.tune` makes the lines anew.
 TABLE: dict[tuple[str, str, int, int, str], Launch] = {
-    ("sm_120", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
-    ("sm_120", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
+    ("gfx942", "output_backward", 64, 32, "half"): Launch(16, 128, 4, 1, 64),
+    ("sm_100", "mix_backward", 16, 64, "half"): Launch(32, 32, 8, 1, 16),
     ("sm_120", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_120", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
-    ("sm_120", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
-    ("sm_120", "spatial_backward", 8, 64, "ieee"): Launch(64, 0, 16, 1, 64),
     ("sm_120", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
-    ("sm_120", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
     ("sm_120", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
-    ("sm_80", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
-    ("sm_80", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
     ("sm_80", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_80", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
-    ("sm_80", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
     ("sm_80", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
-    ("sm_80", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
     ("sm_80", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
-    ("sm_86", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
-    ("sm_86", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
     ("sm_86", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_86", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_86", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
     ("sm_86", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
-    ("sm_86", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
     ("sm_86", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
-    ("sm_89", "gather", 64, 32, "ieee"): Launch(16, 32, 4, 2, 0),
-    ("sm_89", "mix", 64, 32, "half"): Launch(32, 16, 8, 1, 0),
     ("sm_89", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_89", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_89", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
     ("sm_89", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
-    ("sm_89", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
     ("sm_89", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
+    ("sm_90", "mix_backward", 8, 64, "half"): Launch(32, 32, 8, 1, 16),
     ("sm_90", "summary", 8, 64, "ieee"): Launch(64, 64, 8, 2, 64),
-    ("sm_90", "summary", 32, 64, "ieee"): Launch(64, 32, 8, 2, 64),
 }
 
 
@@ -73,17 +62,19 @@ def block(size: int, largest: int = 2**30) -> int:
 
 
 def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str) -> Launch:
-    """Launch shape for any shape: of those that spill least on sm_90, the one with the fewest
-    machine instructions a token; docs/triton_kernels.md says what spills elsewhere."""
-    wide = numbers != "half"
+    """Launch shape for any shape: of those that do not spill, the one with the fewest machine
+    instructions a token on sm_90, where they were counted (docs/triton_kernels.md)."""
+    wide, exact, in_parts = numbers != "half", numbers == "ieee", numbers == "tf32x3"
     C, D, P = block(channels), block(head_dim), block(projected)
     few = 4 if D <= 16 else 8  # warps
+    mixing = 16 if D > 64 else few
     tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
     if wide:
-        output = Launch(max(16, min(tokens // 2, 4096 // min(C, 128))), 64, 8)
-        output_backward = Launch(32 if D <= 64 else 16, 32 if C > 64 else 64, 8, 1, 64)
-        summary = Launch(64, 64, 4 if C <= 32 else 8, 2, 64)
+        output = Launch(max(16, min(tokens // 4, 4096 // min(C, 128))), 64, 8)
+        output_backward = Launch(32 if D <= 32 else 16, 32 if C > 64 else 64, 8, 1, 64)
+        summary = Launch(64 if C <= 32 else 32, 64, 4 if C <= 32 else 8, 2, 64)
         summary_backward = Launch(32, 64, 4 if C <= 32 else 8, 2)
+        channel_backward = Launch(64, 16, 8 if D <= 32 else 16)
     else:
         output = Launch(min(tokens, 64) if C == 64 else tokens, 64, few)
         output_backward = Launch(
@@ -95,33 +86,37 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
         )
         summary = Launch(128 if C <= 32 else 64, 64, 4 if C <= 32 else 8, 2, 128)
         summary_backward = Launch(128 if C <= 32 else 64, 64, 4)
+        channel_backward = Launch(64, 32)
+    if in_parts:  # each factor is two
+        output, summary = Launch(16, 32, 8), Launch(32, 32, 4, 2, 64)
+        summary_backward, channel_backward = Launch(32, 64, 8, 2), Launch(32, 16)
     return {
         "summary": summary,
         "merge": Launch(128),
-        "mix": Launch(32, 32, few if D <= 64 else 16),
+        "mix": Launch(32, 16 if D > 32 else 32, max(8, mixing) if wide else mixing),
         "output": output,
-        "product": Launch(64, 64),
+        "product": Launch(64, 32 if in_parts else 64),
         "output_backward": output_backward,
         "sum_chunks": Launch(256),
-        "mix_backward": Launch(32, 32, few if D <= 64 else 16, 1, 16),
-        "gather": Launch(16, 32),
+        "mix_backward": Launch(32, 32, max(8, mixing) if in_parts else mixing, 1, 16),
+        "gather": Launch(16, 16 if exact and D > 32 else 32, 4 if exact else few),
         "summary_backward": summary_backward,
         "square_sums": Launch(128, chunks=64),
         "spatial_forward": Launch(max(16, tokens // 2) if wide else tokens, warps=8),
-        "spatial_backward": Launch(max(16, tokens // 2) if wide else tokens, warps=8, chunks=64),
+        "spatial_backward": Launch(max(16, tokens // 4) if wide else tokens, warps=8, chunks=64),
         "spatial_merge": Launch(64),
         "spatial_norm_backward": Launch(128),
-        "channel_gram": Launch(32 if wide else 64, chunks=64),
+        "channel_gram": Launch(32 if wide else 64, warps=8 if wide else 4, chunks=64),
         "channel_mix": Launch(0, warps=4 if D <= 32 else 8),
         "channel_forward": Launch(64, 16 if wide else 64),
         "channel_mix_backward": Launch(0, warps=4 if D <= 32 else 8),
-        "channel_backward": Launch(64, 16 if wide else 32),
+        "channel_backward": channel_backward,
     }[kernel]
 
 
 def pick(kernel: str, x: Tensor, channels: int, head_dim: int, projected: int) -> Launch:
     """Launch shape of a kernel on the device of x, from TABLE or by `rule`."""
-    where, kind = architecture(x), numbers(x)
+    where, kind = architecture(x), numbers(x, kernel)
     launch = TABLE.get((where, kernel, head_dim, projected, kind))
     if launch is None:
         launch = rule(kernel, channels, head_dim, projected, kind)
@@ -159,20 +154,22 @@ def _is_highest() -> bool:
         return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
-def precision(x: Tensor) -> str:
-    """How float32 factors multiply: torch's setting for float32 matrix products decides.
+def precision(x: Tensor, kernel: str = "") -> str:
+    """How float32 factors of a kernel multiply: torch's setting for matrix products decides.
 
     "highest" is float32 arithmetic; "high" and "medium" use the tensor cores of NVIDIA GPUs three
     times on TF32 parts, which loses no more than float32 does over some hundred terms. So do the
     small float32 matrices between tokens of 16 bits.
     """
-    is_exact = x.dtype == torch.float64 or (x.dtype == torch.float32 and _is_highest())
+    is_exact = x.dtype == torch.float64
+    if x.dtype == torch.float32:
+        is_exact = kernel in IN_FLOAT32 or _is_highest()
     return "ieee" if is_exact or architecture(x).startswith("gfx") else "tf32x3"
 
 
-def numbers(x: Tensor) -> str:
+def numbers(x: Tensor, kernel: str) -> str:
     """Of 16 bits, "half", or how float32 factors multiply: what decides over registers."""
-    return "half" if x.element_size() == 2 else precision(x)
+    return "half" if x.element_size() == 2 else precision(x, kernel)
 
 
 def check(op: str, batch: int, head_dim: int, projected: int, tensors: Iterable[Tensor]) -> None:

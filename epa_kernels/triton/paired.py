@@ -207,6 +207,8 @@ def _output_backward(layer, mode, dy, dout, mean, mixed):
     launch, common = layer.pick("output_backward")
     if mode == "rows":
         launch = launch._replace(rows=max(launch.rows, C))
+    if mode == "tokens":  # which holds all channels of its head's dWo1
+        launch = launch._replace(rows=min(launch.rows, 32))
     count, chunk = chunks(N, launch, spare_launch=plan(N, C) == "direct")
     sums = layer.empty(count, B, H, size)
     BC = block(C, launch.columns)
@@ -217,7 +219,7 @@ def _output_backward(layer, mode, dy, dout, mean, mixed):
         dq, out_s, sums, N, chunk, layer.spatial_cut,
         C=C, H=H, P=P, O=O, MODE=mode, ROWS=layer.ROWS, SIZE=size, T=launch.rows, BC=BC,
         BD=layer.BD, BP=layer.BP, BO=layer.BO, BR=block(layer.ROWS),
-        DROPOUT=layer.spatial_dropout, PRECISION=layer.precision, **common,
+        DROPOUT=layer.spatial_dropout, PRECISION=precision(layer.x, "output_backward"), **common,
     )  # fmt: skip
     if count == 1:
         return dq, sums[0], out_s

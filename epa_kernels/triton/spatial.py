@@ -252,7 +252,7 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
         dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
         *per_head(temperature), q_norm, seed, dq, *dq.stride(), sums, N, size,
         threshold(dropout_p), P=P, T=launch.rows, BP=block(P), NORMALIZE=normalize,
-        DROPOUT=dropout_p > 0, PRECISION=precision(q), **common,
+        DROPOUT=dropout_p > 0, PRECISION=precision(q, "spatial_backward"), **common,
     )  # fmt: skip
     dtemperature, dnorm = q_norm.new_empty(B, H), torch.empty_like(q_norm)
     launch, common = pick("spatial_merge", q, P)
