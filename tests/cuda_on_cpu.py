@@ -37,7 +37,8 @@ def build_module(folder: Path):
         objects.append(compile_object(source, folder / f"{source.stem}.o"))
     module = folder / "_C_cuda.so"
     subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(module)], check=True)
-    spec = importlib.util.spec_from_file_location("epa_kernels._C_cuda", module)
+    # pybind11 gives the same module for the same name.
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu._C_cuda", module)
     result = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(result)
     return result
