@@ -77,7 +77,7 @@ def ask(command: str, **options: str) -> str:
     except OSError as error:
         raise RuntimeError(f"the compiler {compiler} cannot run ({error.strerror})") from error
     if result.returncode:
-        said = result.stderr.strip().partition("\n")[0]
+        said = result.stderr.strip().partition("\n")[0] or f"exit status {result.returncode}"
         raise RuntimeError(f"the compiler {compiler} cannot compile them ({said})")
     return result.stdout
 
@@ -113,17 +113,17 @@ def cuda_objects() -> dict[str, tuple[Path, str]]:
     asked = {major + minor for major, minor in re.findall(r"(\d+)\.(\d)", CAPABILITIES)}
     chosen = sorted(number for number in map(int, asked.intersection(known)) if number >= FEWEST)
     if not chosen:
-        raise RuntimeError(f"the compiler {NVCC.split()[0]} knows none of {CAPABILITIES}")
-    ask(f"{NVCC} -x cu -E /dev/null")
-    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", ask(f"{NVCC} --version")).groups())
+        raise RuntimeError(f"the compiler {shlex.split(NVCC)[0]} knows none of {CAPABILITIES}")
+    macros = ask(f"{NVCC} -x cu -E -Xcompiler -dM /dev/null")
+    (version,) = re.findall(r"#define CUDART_VERSION (\d+)", macros)
     binaries = " ".join(f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen)
     ptx = "-gencode=arch=compute_{0},code=compute_{0}".format(chosen[-1])
-    options = " ".join(shlex.split(CXX)[1:])
+    options = shlex.join(shlex.split(CXX)[1:])
     compiler = f"{NVCC} {binaries} {ptx} {through_nvcc(f'{options} {FLAGS}')}"
     folder, numbers = Path("csrc/cuda"), ",".join(map(str, chosen))
-    macros = f"-DEPA_ARCHITECTURES={numbers} -DEPA_CUDA_VERSION={1000 * major + 10 * minor}"
     objects = {f"{source.stem}.cuda": (source, compiler) for source in sorted(folder.glob("*.cu"))}
-    command = f"{CXX} {LANGUAGE} {FLAGS} {macros} {CXXFLAGS}"
+    facts = f"-DEPA_ARCHITECTURES={numbers} -DEPA_CUDA_VERSION={version}"
+    command = f"{CXX} {LANGUAGE} {FLAGS} {facts} {CXXFLAGS}"
     objects["bind_cuda"] = folder / "bind_cuda.cpp", command
     return objects
 

@@ -89,7 +89,7 @@ NO_NVCC = {"CUDA_HOME": "/nonexistent"}
 FAKE_NVCC = """#!/bin/sh
 case "$*" in
   *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
-  *--version*) echo 'Cuda compilation tools, release 12.4, V12.4.131' ;;
+  *-E*) echo '#define CUDART_VERSION 12040' ;;
   *-c*.cu*) echo "a kernel is wrong" >&2; exit 1 ;;
 esac
 """
