@@ -50,7 +50,8 @@ X86_64 = {"baseline": "", "avx2": AVX2, "avx512": AVX512}
 
 TOOLKIT = os.getenv("CUDA_HOME")
 NVCC = f"{TOOLKIT}/bin/nvcc" if TOOLKIT else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-NVCC = shlex.join([NVCC, "-std=c++17", "-ccbin", shlex.split(CXX)[0]])
+# An architecture a thread: the largest source would decide how long a build takes.
+NVCC = shlex.join([NVCC, "-std=c++17", "--threads=0", "-ccbin", shlex.split(CXX)[0]])
 CAPABILITIES = os.getenv("TORCH_CUDA_ARCH_LIST") or "8.0 9.0 10.0 12.0"
 FEWEST = 80  # the kernels have instructions of sm_80
 
