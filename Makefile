@@ -39,7 +39,7 @@ lint: $(VENV)
 SANITIZE := -fsanitize=address,undefined
 sanitize: $(VENV)
 	$(PIP) setuptools pybind11 ninja numpy pytest
-	EPA_KERNELS_CPU=1 CXX=g++ LDFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE) -O1 -g -DEPA_POISON \
+	EPA_KERNELS_CPU=1 EPA_KERNELS_CUDA=0 CXX=g++ LDFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE) -O1 -g -DEPA_POISON \
 		-fno-sanitize-recover=undefined" \
 		$(RUN)/python setup.py -q build_ext --build-lib build/sanitize/lib \
 		--build-temp build/sanitize/temp

@@ -1,12 +1,18 @@
-"""Build `epa_kernels._C`, the CPU kernels of csrc, with ninja; pyproject.toml says all the rest.
+"""Build the kernels of csrc with ninja; pyproject.toml says all the rest.
 
-Every file of csrc/cpu is compiled once per instruction set, and the machine that runs chooses one:
-the result depends on no processor, and on nothing of torch. Where nothing can be compiled, the
-package is built without the module and a sentence says so; an error in the sources is an error.
+epa_kernels._C runs on CPUs: every file of csrc/cpu is compiled once per instruction set, and the
+machine that runs chooses one. epa_kernels._C_cuda runs on NVIDIA GPUs: nvcc compiles csrc/cuda, on
+Linux. Neither depends on the machine that builds, or on anything of torch. A module that cannot be
+compiled is left out, and a sentence says so; an error in the sources is an error.
 
-    EPA_KERNELS_CPU    0 leaves the module out, 1 makes it an error that nothing can be compiled
-    CXX                the compiler, GCC or Clang, with options or not; else c++, g++ or clang++
-    CXXFLAGS, LDFLAGS  come last, so they win; with CXXFLAGS the module keeps its symbols
+    EPA_KERNELS_CPU       0 leaves _C out, 1 makes it an error that it cannot be compiled
+    EPA_KERNELS_CUDA      the same for _C_cuda
+    CXX                   the compiler, GCC or Clang, with options or not; else c++, g++ or clang++
+    CXXFLAGS, LDFLAGS     come last, so they win; with CXXFLAGS, which nvcc does not get, the
+                          modules keep their symbols
+    CUDA_HOME             the toolkit of nvcc; else that on the PATH, else /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST  compute capabilities to compile for, as PyTorch has it; those that nvcc
+                          knows are taken, and of the highest PTX too. Default "8.0 9.0 10.0 12.0"
 """
 
 import os
@@ -16,15 +22,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
-SWITCH, MACOS = os.getenv("EPA_KERNELS_CPU"), sys.platform == "darwin"
+MACOS = sys.platform == "darwin"
 CXX, CXXFLAGS, LDFLAGS = (
     shlex.join(shlex.split(os.getenv(name, ""))) for name in ("CXX", "CXXFLAGS", "LDFLAGS")
 )
@@ -33,59 +41,139 @@ OPENMP = "" if MACOS else "-fopenmp"
 LANGUAGE = f"-std=c++17 {OPENMP} -I{shlex.quote(sysconfig.get_path('include'))} -Icsrc"
 FLAGS = "-O3 -g0 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
 LINK = "-bundle -undefined dynamic_lookup" if MACOS else "-shared -fopenmp"
-LINK += "" if MACOS or CXXFLAGS else " -s"
+STRIP = "" if MACOS or CXXFLAGS else "-s"
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
 # The linker gets the objects in this order. Of an inline function that several of them define it
 # keeps the first, which every processor must be able to run.
 X86_64 = {"baseline": "", "avx2": AVX2, "avx512": AVX512}
 
+TOOLKIT = os.getenv("CUDA_HOME")
+NVCC = f"{TOOLKIT}/bin/nvcc" if TOOLKIT else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+# An architecture a thread: the largest source would decide how long a build takes.
+NVCC = shlex.join([NVCC, "-std=c++17", "--threads=0", "-ccbin", shlex.split(CXX)[0]])
+CAPABILITIES = os.getenv("TORCH_CUDA_ARCH_LIST") or "8.0 9.0 10.0 12.0"
+FEWEST = 80  # the kernels have instructions of sm_80
 
-def find_isas() -> dict[str, str]:
-    """The flags of each instruction set to compile for; a RuntimeError says why there is none."""
-    if SWITCH == "0" or sys.platform == "win32":
-        raise RuntimeError("EPA_KERNELS_CPU is 0" if SWITCH == "0" else "they need GCC or Clang")
-    source = "#include <Python.h>\n#include <vector>\n"
-    command = shlex.split(f"{CXX} {LANGUAGE} -x c++ -E -dM -")
+
+class Module(NamedTuple):
+    """A module: the variable that switches it, what is said where it is left out, and its parts.
+
+    objects: () -> {name: (source, command)}; a RuntimeError says why there can be none.
+    link: the command that links them, in front of them and behind.
+    """
+
+    switch: str
+    kernels: str
+    without: str
+    objects: Callable[[], dict[str, tuple[Path, str]]]
+    link: tuple[str, str]
+
+
+def ask(command: str, **options: str) -> str:
+    """What a compiler prints; a RuntimeError says why it cannot."""
+    compiler, *_ = words = shlex.split(command)
     try:
-        probe = subprocess.run(command, input=source, capture_output=True, text=True)
+        result = subprocess.run(words, capture_output=True, text=True, **options)
     except OSError as error:
-        raise RuntimeError(f"the compiler {CXX} cannot run ({error.strerror})") from error
-    if probe.returncode or "#define __GNUC__ " not in probe.stdout:
-        said = probe.stderr.strip().partition("\n")[0] or "neither GCC nor Clang"
-        raise RuntimeError(f"the compiler {CXX} cannot compile them ({said})")
-    return X86_64 if "#define __x86_64__ 1" in probe.stdout else {"baseline": ""}
+        raise RuntimeError(f"the compiler {compiler} cannot run ({error.strerror})") from error
+    if result.returncode:
+        said = result.stderr.strip().partition("\n")[0] or f"exit status {result.returncode}"
+        raise RuntimeError(f"the compiler {compiler} cannot compile them ({said})")
+    return result.stdout
 
 
-def ninja_file(target: str, temp: Path) -> str:
-    """How `target` is built from the sources, by way of objects in `temp`."""
+def cpu_objects() -> dict[str, tuple[Path, str]]:
+    if sys.platform == "win32":
+        raise RuntimeError("they need GCC or Clang")
+    source = "#include <Python.h>\n#include <vector>\n"
+    macros = ask(f"{CXX} {LANGUAGE} -x c++ -E -dM -", input=source)
+    if "#define __GNUC__ " not in macros:
+        raise RuntimeError(f"the compiler {CXX} cannot compile them (neither GCC nor Clang)")
+    isas = X86_64 if "#define __x86_64__ 1" in macros else {"baseline": ""}
+    choice, compiler = Path("csrc/cpu/isa.cpp"), f"{CXX} {LANGUAGE} {FLAGS}"
+    objects = {"isa": (choice, f"{compiler} {CXXFLAGS}")}
+    objects["bind_cpu"] = Path("csrc/bind_cpu.cpp"), f"{compiler} {CXXFLAGS}"
+    for isa, flags in isas.items():
+        for source in sorted(set(choice.parent.glob("*.cpp")) - {choice}):
+            command = f"{compiler} -DEPA_ISA={isa} {flags} {CXXFLAGS}"
+            objects[f"{source.stem}.{isa}"] = source, command
+    return objects
+
+
+def through_nvcc(flags: str) -> str:
+    """Flags of the compiler that nvcc calls."""
+    words = (word.replace(",", "\\,") for word in shlex.split(flags))
+    return shlex.join(argument for word in words for argument in ("-Xcompiler", word))
+
+
+def cuda_objects() -> dict[str, tuple[Path, str]]:
+    if sys.platform != "linux":
+        raise RuntimeError("they are compiled on Linux alone")
+    known = re.findall(r"compute_(\d+)", ask(f"{NVCC} --list-gpu-arch"))
+    asked = {major + minor for major, minor in re.findall(r"(\d+)\.(\d)", CAPABILITIES)}
+    chosen = sorted(number for number in map(int, asked.intersection(known)) if number >= FEWEST)
+    if not chosen:
+        raise RuntimeError(f"the compiler {shlex.split(NVCC)[0]} knows none of {CAPABILITIES}")
+    macros = ask(f"{NVCC} -x cu -E -Xcompiler -dM /dev/null")
+    (version,) = re.findall(r"#define CUDART_VERSION (\d+)", macros)
+    binaries = " ".join(f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen)
+    ptx = "-gencode=arch=compute_{0},code=compute_{0}".format(chosen[-1])
+    options = shlex.join(shlex.split(CXX)[1:])
+    compiler = f"{NVCC} {binaries} {ptx} {through_nvcc(f'{options} {FLAGS}')}"
+    folder, numbers = Path("csrc/cuda"), ",".join(map(str, chosen))
+    objects = {f"{source.stem}.cuda": (source, compiler) for source in sorted(folder.glob("*.cu"))}
+    facts = f"-DEPA_ARCHITECTURES={numbers} -DEPA_CUDA_VERSION={version}"
+    command = f"{CXX} {LANGUAGE} {FLAGS} {facts} {CXXFLAGS}"
+    objects["bind_cuda"] = folder / "bind_cuda.cpp", command
+    return objects
+
+
+MODULES = {
+    "_C": Module(
+        "EPA_KERNELS_CPU",
+        "C++",
+        "it is complete, but slower on a CPU",
+        cpu_objects,
+        (f"{CXX} {LINK} {STRIP}", LDFLAGS),
+    ),
+    "_C_cuda": Module(
+        "EPA_KERNELS_CUDA",
+        "CUDA",
+        "on a GPU its other backends run",
+        cuda_objects,
+        (f"{NVCC} -shared -cudart=static {through_nvcc(STRIP)}", through_nvcc(LDFLAGS)),
+    ),
+}
+
+
+def ninja_file(targets: dict[str, str], temp: Path) -> str:
+    """How each module is built at its target, {name: target}, by way of objects in `temp`."""
     import pybind11
 
     def escape(text: object, special: str = "$: ") -> str:
         return re.sub(f"[{special}]", r"$\g<0>", str(text))
 
-    # Only the binding gets pybind11, whose folder is another one in every isolated build.
-    choice = Path("csrc/cpu/isa.cpp")
-    objects = {"isa": (choice, "")}
-    objects["bind_cpu"] = Path("csrc/bind_cpu.cpp"), f"-I{shlex.quote(pybind11.get_include())}"
-    for isa, flags in find_isas().items():
-        for source in sorted(set(choice.parent.glob("*.cpp")) - {choice}):
-            objects[f"{source.stem}.{isa}"] = source, f"-DEPA_ISA={isa} {flags}"
-    names = {key: escape(temp / f"{key}.o") for key in objects}
     # `rm`: a module in use is replaced, not overwritten.
     text = f"""builddir = {escape(temp)}
 rule compile
-  command = {escape(CXX, "$")} -MMD -MF $out.d $flags -c $in -o $out
+  command = $compiler -MMD -MF $out.d -c $in -o $out
   description = $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = rm -f $out && {escape(f"{CXX} {LINK}", "$")} $in -o $out {escape(LDFLAGS, "$")}
-build {escape(target)}: link {" ".join(names.values())}
+  command = rm -f $out && $linker $in -o $out $last
 """
-    for key, (source, flags) in objects.items():
-        flags = escape(f"{LANGUAGE} {FLAGS} {flags} {CXXFLAGS}", "$")
-        text += f"build {names[key]}: compile {escape(source)}\n  flags = {flags}\n"
+    for name, target in targets.items():
+        objects = {escape(temp / f"{key}.o"): parts for key, parts in PLANS[name].items()}
+        text += f"build {escape(target)}: link {' '.join(objects)}\n"
+        linker, last = (escape(part, "$") for part in MODULES[name].link)
+        text += f"  linker = {linker}\n  last = {last}\n"
+        for key, (source, command) in objects.items():
+            # Only a binding gets pybind11, whose folder is another one in every isolated build.
+            if source.name.startswith("bind"):
+                command += f" -I{shlex.quote(pybind11.get_include())}"
+            text += f"build {key}: compile {escape(source)}\n  compiler = {escape(command, '$')}\n"
     return text
 
 
@@ -95,26 +183,35 @@ class Build(build):  # build_ext has something to say without an extension, too
 
 class BuildExt(build_ext):
     def run(self) -> None:
-        if self.extensions:
-            return super().run()
-        if SWITCH == "1":
-            raise PlatformError(f"EPA_KERNELS_CPU is 1, but {REASON}")
-        said = f"epa-kernels is built without its C++ kernels, because {REASON}"
-        print(f"{said}; it is complete, but slower on a CPU.", file=sys.stderr)
+        for name, reason in REASONS.items():
+            module = MODULES[name]
+            if os.getenv(module.switch) == "1":
+                raise PlatformError(f"{module.switch} is 1, but {reason}")
+            said = f"epa-kernels is built without its {module.kernels} kernels, because {reason}"
+            print(f"{said}; {module.without}.", file=sys.stderr)
+        super().run()
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         # The folder that an editable install gives is temporary: all would be compiled every time.
         temp = Path("build/editable" if self.editable_mode else self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
-        (temp / "build.ninja").write_text(ninja_file(self.get_ext_fullpath(ext.name), temp))
+        targets = {
+            ext.name.split(".")[-1]: self.get_ext_fullpath(ext.name) for ext in self.extensions
+        }
+        (temp / "build.ninja").write_text(ninja_file(targets, temp))
         ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
         if subprocess.call([*ninja, "-f", str(temp / "build.ninja")]):
-            raise CompileError("csrc does not compile, see above; EPA_KERNELS_CPU=0 leaves it out")
+            switches = " or ".join(f"{MODULES[name].switch}=0" for name in targets)
+            raise CompileError(f"csrc does not compile, see above; {switches} leaves it out")
 
 
-try:
-    find_isas()
-    MODULES, REASON = [Extension("epa_kernels._C", ["csrc/bind_cpu.cpp"])], ""
-except RuntimeError as error:
-    MODULES, REASON = [], str(error)
-setup(ext_modules=MODULES, cmdclass={"build": Build, "build_ext": BuildExt})
+PLANS, REASONS = {}, {}
+for name, module in MODULES.items():
+    try:
+        if os.getenv(module.switch) == "0":
+            raise RuntimeError(f"{module.switch} is 0")
+        PLANS[name] = module.objects()
+    except RuntimeError as error:
+        REASONS[name] = str(error)
+EXTENSIONS = [Extension(f"epa_kernels.{name}", []) for name in PLANS]
+setup(ext_modules=EXTENSIONS, cmdclass={"build": Build, "build_ext": BuildExt})

@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from . import __version__, dispatch, native
+from . import __version__, cuda, dispatch, native
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     )
     print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads")
     print(f"CPU kernels: {native.describe()}")
+    print(f"CUDA kernels: {cuda.describe()}")
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")

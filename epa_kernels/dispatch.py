@@ -1,7 +1,7 @@
 """Which backend runs: one table, one order, every reason.
 
     CPU tensor                  cpp, where it was built; else two_pass
-    CUDA and any other tensor   two_pass; on CUDA, triton where it is forced
+    CUDA and any other tensor   two_pass; on CUDA, cuda or triton where it is forced
     under export                reference, since a graph of plain operators runs anywhere
 
 A backend that is forced, by `use_backend`, the environment variable EPA_KERNELS_BACKEND or the
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpp, ops, reference, triton
+from . import cpp, cuda, ops, reference, triton
 
 OPS = ("paired_attention", "spatial_attention", "channel_attention")
 
@@ -51,6 +51,7 @@ def _untried() -> list[str]:
 
 BACKENDS = {
     "cpp": Backend(ops.register("cpp", "CPU"), cpp.why_not, _exporting),
+    "cuda": Backend(ops.register("cuda", "CUDA"), cuda.why_not, _untried),
     "triton": Backend(ops.register("triton"), triton.why_not, _untried),
     "two_pass": Backend(ops.register("two_pass"), _no_reason, _exporting),
     "reference": Backend({name: getattr(reference, name) for name in OPS}, _no_reason, _no_reason),
@@ -58,7 +59,7 @@ BACKENDS = {
 # First that can run wins; a device type that is not listed takes the last row.
 ORDER = {
     "cpu": ("cpp", "two_pass", "reference"),
-    "cuda": ("triton", "two_pass", "reference"),
+    "cuda": ("cuda", "triton", "two_pass", "reference"),
     "other": ("two_pass", "reference"),
 }
 
@@ -77,7 +78,7 @@ class use_backend:
     block. The setting is one per process, shared by its threads.
 
     Args:
-        name: "cpp", "triton", "two_pass", "reference", or None for automatic choice.
+        name: "cpp", "cuda", "triton", "two_pass", "reference", or None for automatic choice.
 
     Raises:
         ValueError: no such backend.
@@ -149,7 +150,7 @@ def explain(op: str, x: Tensor) -> None:
     if _forced is not None:
         check_backend("EPA_KERNELS_BACKEND", _forced)
     chosen = _forced
-    for name in _order(x):
+    for name in dict.fromkeys([*_order(x), *([_forced] if _forced else [])]):
         backend = BACKENDS[name]
         reasons = backend.why_not(op, x)
         if _forced is None:

@@ -12,7 +12,7 @@ import epa_kernels
 DEVICE = os.environ.get("EPA_KERNELS_TEST_DEVICE", "cpu")
 
 # Backends beside the spec that run here; a new one is tested by being named here.
-FUSED_BACKENDS = ("two_pass", "cpp", "triton")
+FUSED_BACKENDS = ("two_pass", "cpp", "cuda", "triton")
 BACKENDS = ("reference", *FUSED_BACKENDS)
 INTERPRETED = ("triton",) if DEVICE == "cpu" else ()
 # For tests of a hundred calls or large shapes.

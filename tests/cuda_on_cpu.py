@@ -28,6 +28,7 @@ def build_module(folder: Path):
     import pybind11
 
     binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O0"]
+    binding += ["-DEPA_ARCHITECTURES=", "-DEPA_CUDA_VERSION=0"]
     objects = [
         compile_object(EMULATOR / "emulator.cpp", folder / "emulator.o"),
         compile_object(SOURCES / "cuda/bind_cuda.cpp", folder / "bind_cuda.o", *binding),
@@ -36,7 +37,8 @@ def build_module(folder: Path):
         objects.append(compile_object(source, folder / f"{source.stem}.o"))
     module = folder / "_C_cuda.so"
     subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(module)], check=True)
-    spec = importlib.util.spec_from_file_location("epa_kernels._C_cuda", module)
+    # pybind11 gives the same module for the same name.
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu._C_cuda", module)
     result = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(result)
     return result

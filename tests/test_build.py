@@ -1,11 +1,13 @@
-"""The build: of every instruction set, of what changed alone, and none that fails in silence."""
+"""The build: of every architecture, of what changed alone, and none that fails in silence."""
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -51,11 +53,46 @@ PyMODINIT_FUNC PyInit__C() {
   return result;
 }
 """,
+    "cuda/launch.cu": """
+#include <cuda_runtime.h>
+__global__ void write(int *to) { *to = 1; }
+const char *launch() {
+  write<<<1, 1>>>(nullptr);
+  return cudaGetErrorName(cudaGetLastError());
+}
+""",
+    "cuda/bind_cuda.cpp": """
+#include <Python.h>
+#include <initializer_list>
+const char *launch();
+PyMODINIT_FUNC PyInit__C_cuda() {
+  static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C_cuda", "", -1, {}, {}, {}, {}, {}};
+  PyObject *result = PyModule_Create(&definition);
+  PyModule_AddStringConstant(result, "error", launch());
+  PyModule_AddIntConstant(result, "cuda_version", EPA_CUDA_VERSION);
+  PyObject *numbers = PyList_New(0);
+  for (int number : {EPA_ARCHITECTURES}) PyList_Append(numbers, PyLong_FromLong(number));
+  PyModule_AddObject(result, "architectures", numbers);
+  return result;
+}
+""",
 }
 SENTENCE = "epa-kernels is built without its C++ kernels, because"
+CUDA_SENTENCE = "epa-kernels is built without its CUDA kernels, because"
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no c++, g++ or clang++"
 )
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+# What a test of the CPU's module does not build.
+NO_NVCC = {"CUDA_HOME": "/nonexistent"}
+# Of CUDA 12.4, as far as the build asks; it compiles nothing.
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+  *-E*) echo '#define CUDART_VERSION 12040' ;;
+  *-c*.cu*) echo "a kernel is wrong" >&2; exit 1 ;;
+esac
+"""
 
 
 def copy(names, folder):
@@ -81,7 +118,8 @@ def tree(tmp_path):
 
 def run(arguments, folder, **variables):
     """Runs Python in `folder`, with no variable of the build set but those given."""
-    ours = ("EPA_KERNELS_CPU", "CXX", "CXXFLAGS", "LDFLAGS")
+    ours = ("EPA_KERNELS_CPU", "EPA_KERNELS_CUDA", "CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME")
+    ours += ("TORCH_CUDA_ARCH_LIST",)
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -94,13 +132,34 @@ def run(arguments, folder, **variables):
 
 
 def build(folder, **variables):
-    return run(
-        ["setup.py", "-q", "build_ext", "--build-lib=lib", "--build-temp=t"], folder, **variables
-    )
+    """Builds both modules where CUDA_HOME is given, else that of the CPU."""
+    command = ["setup.py", "-q", "build_ext", "--build-lib=lib", "--build-temp=t"]
+    return run(command, folder, **{**NO_NVCC, **variables})
 
 
 def modules(folder):
     return list(folder.rglob("_C*.so"))
+
+
+def load(path):
+    """A module that is none of this process's."""
+    name = path.name.partition(".")[0]
+    spec = importlib.util.spec_from_file_location(name, path)
+    return importlib.util.module_from_spec(spec)
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """CUDA_HOME with the nvcc of the script that is given."""
+
+    def make(script):
+        nvcc = tmp_path / "cuda 12/bin/nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(script)
+        nvcc.chmod(0o755)
+        return str(nvcc.parents[1])
+
+    return make
 
 
 def test_without_a_compiler_the_package_is_plain_python(tree, tmp_path):
@@ -108,9 +167,10 @@ def test_without_a_compiler_the_package_is_plain_python(tree, tmp_path):
     options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
     target = tmp_path / "target"
     pip = ["-m", "pip", "install", "-v", *options, f"--target={target}", str(tree)]
-    result = run(pip, tmp_path, CXX="/nonexistent -O2")
+    result = run(pip, tmp_path, CXX="/nonexistent -O2", **NO_NVCC)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count(SENTENCE) == 1, result.stdout
+    assert result.stdout.count(CUDA_SENTENCE) == 1, result.stdout
     assert "/nonexistent" in result.stdout and "py3-none-any" in result.stdout
     assert not modules(target)
     code = "import epa_kernels; print(epa_kernels.__file__)"
@@ -170,16 +230,78 @@ def test_an_inline_function_of_many_objects_runs_on_every_processor(tree):
     result = build(tree)
     assert result.returncode == 0, result.stdout
     (path,) = modules(tree)
-    spec = importlib.util.spec_from_file_location("_C", path)
-    assert importlib.util.module_from_spec(spec).width == 128
+    assert load(path).width == 128
+
+
+@pytest.mark.parametrize(
+    "script, reason",
+    (
+        (None, "/nonexistent/bin/nvcc cannot run"),
+        ("#!/bin/sh\necho 'no toolkit' >&2\nexit 1\n", "cannot compile them (no toolkit)"),
+        ("#!/bin/sh\necho compute_75\n", "knows none of 8.0 9.0 10.0 12.0"),
+    ),
+    ids=("absent", "broken", "old"),
+)
+def test_a_cuda_module_that_is_demanded_is_built_or_an_error(script, reason, tree, toolkit):
+    home = {"CUDA_HOME": toolkit(script)} if script else NO_NVCC
+    result = build(tree, EPA_KERNELS_CPU="0", **home)
+    assert result.returncode == 0 and not modules(tree), result.stdout
+    assert CUDA_SENTENCE in result.stdout and reason in result.stdout, result.stdout
+    result = build(tree, EPA_KERNELS_CPU="0", EPA_KERNELS_CUDA="1", **home)
+    assert result.returncode != 0 and "EPA_KERNELS_CUDA is 1, but" in result.stdout, result.stdout
+    assert reason in result.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "asked, expected",
+    (
+        ("", ["sm_80", "sm_90", "compute_90"]),
+        ("7.5;8.0 9.0a+PTX,12.0", ["sm_80", "sm_90", "compute_90"]),
+        ("8.0", ["sm_80", "compute_80"]),
+    ),
+)
+def test_an_nvcc_gets_the_architectures_that_it_knows(asked, expected, tree, toolkit):
+    home = toolkit(FAKE_NVCC)
+    result = build(tree, EPA_KERNELS_CPU="0", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
+    assert re.findall(r",code=(\w+)", (tree / "t/build.ninja").read_text()) == expected
+    # An error in the sources is an error here, too.
+    assert result.returncode != 0 and "a kernel is wrong" in result.stdout, result.stdout
+    assert "EPA_KERNELS_CUDA=0 leaves it out" in result.stdout
+    result = build(tree, EPA_KERNELS_CPU="0", CUDA_HOME=home, EPA_KERNELS_CUDA="0")
+    assert result.returncode == 0 and "EPA_KERNELS_CUDA is 0" in result.stdout, result.stdout
+
+
+@needs_nvcc
+@needs_compiler
+def test_a_wheel_holds_both_modules_and_they_load_beside_any_torch(tree, tmp_path):
+    pytest.importorskip("pip")
+    options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    wheels = ["-m", "pip", "wheel", "-q", *options, f"--wheel-dir={tmp_path}", str(tree)]
+    capabilities = {"TORCH_CUDA_ARCH_LIST": "8.0;9.0", "EPA_KERNELS_CUDA": "1"}
+    linker = {"LDFLAGS": "-Wl,--as-needed,-z,now -s"}
+    result = run(wheels, tmp_path, EPA_KERNELS_CPU="1", **capabilities, **linker)
+    assert result.returncode == 0, result.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "installed")
+    cpu, cuda = sorted(modules(tmp_path / "installed"))
+    assert load(cpu).width == 128
+    module = load(cuda)
+    assert module.architectures == [80, 90] and module.cuda_version >= 12000
+    if not os.path.exists("/proc/driver/nvidia"):
+        assert module.error == "cudaErrorInsufficientDriver"
+    # The CUDA runtime is inside, and is no one else's: torch brings another one.
+    symbols = subprocess.run(["nm", "-D", cuda], capture_output=True, text=True, check=True).stdout
+    assert " T PyInit__C_cuda" in symbols and " cuda" not in symbols
 
 
 def test_sdist_holds_what_a_build_and_the_tests_need(tmp_path):
     copy((*PACKAGE, "csrc", "tests"), tmp_path)
     needed = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    result = run(["setup.py", "-q", "sdist"], tmp_path, CXX="/nonexistent")
+    result = run(["setup.py", "-q", "sdist"], tmp_path, CXX="/nonexistent", **NO_NVCC)
     assert result.returncode == 0, result.stdout
     (archive,) = (tmp_path / "dist").iterdir()
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert "csrc/kernels.h" in needed and needed <= names, needed - names
+    assert {"csrc/kernels.h", "csrc/cuda/cuda_kernels.h"} <= needed <= names, needed - names

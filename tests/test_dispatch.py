@@ -5,14 +5,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import epa_kernels
-from epa_kernels import dispatch, native
+from epa_kernels import cuda, dispatch, native
 
 needs_module = pytest.mark.skipif(native.module is None, reason=str(native.missing))
+needs_cuda_module = pytest.mark.skipif(
+    cuda.module.missing is not None, reason=str(cuda.module.missing)
+)
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def test_use_backend_holds_in_its_block_or_from_now_on():
 )
 def test_unknown_backend_is_refused_with_the_names(call):
     with pytest.raises(
-        ValueError, match="must be one of cpp, triton, two_pass, reference, got 'cudnn'"
+        ValueError, match="must be one of cpp, cuda, triton, two_pass, reference, got 'cudnn'"
     ):
         call()
     assert dispatch.select("paired_attention", X) == FASTEST
@@ -139,10 +143,149 @@ def test_order_falls_to_other_where_a_device_has_no_row():
     assert dispatch.select("paired_attention", X.to("meta")) == "two_pass"
 
 
-@pytest.mark.skipif(os.environ.get("EPA_KERNELS_CPU") != "1", reason="kernels are not demanded")
-def test_kernels_are_there_where_they_are_demanded():
+@pytest.mark.parametrize("switch", ("EPA_KERNELS_CPU", "EPA_KERNELS_CUDA"))
+def test_kernels_are_there_where_they_are_demanded(switch):
     """Else all their tests would be skipped, and nobody would know."""
-    assert native.module is not None, native.missing
+    if os.environ.get(switch) != "1":
+        pytest.skip("kernels are not demanded")
+    missing = {"EPA_KERNELS_CPU": native.missing, "EPA_KERNELS_CUDA": cuda.module.missing}
+    assert missing[switch] is None
+
+
+HEADS = torch.zeros(1, 8, 2, 4)
+
+
+@pytest.fixture
+def unasked():
+    """`cuda` as before its first question; what it is told then is forgotten."""
+    questions = cuda._why_not_here, cuda._why_not_on
+    for question in questions:
+        question.known.clear()
+    yield
+    for question in questions:
+        question.known.clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch, unasked):
+    """A GPU as torch would describe it, and kernels compiled for some: gpu(capability, ...)."""
+
+    def make(capability, driver=13000, architectures=(80, 90, 100, 120), cuda_version=13000):
+        module = SimpleNamespace(
+            missing=None, architectures=architectures, cuda_version=cuda_version
+        )
+        monkeypatch.setattr(cuda, "module", module)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+
+    return make
+
+
+def on_gpu(*shape, dtype=torch.float32):
+    """What `why_not` reads of a tensor on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=shape)
+
+
+SMALL = on_gpu(2, 64, 4, 16)
+BUILT = "the extension has sm_80, sm_90, sm_100, sm_120 and PTX of the last, compiled with CUDA"
+
+
+@pytest.mark.parametrize(
+    "x, settings, expected",
+    (
+        (SMALL, {"capability": (8, 0)}, []),
+        (SMALL, {"capability": (8, 9)}, []),
+        (SMALL, {"capability": (12, 1)}, []),
+        (SMALL, {"capability": (13, 0)}, []),  # by PTX
+        (SMALL, {"capability": (7, 5)}, ["compute capability 7.5 < 8.0"]),
+        (SMALL, {"capability": (11, 0)}, [f"compute capability 11.0, {BUILT} 13.0"]),
+        (
+            SMALL,
+            {"capability": (8, 6), "architectures": (90,), "cuda_version": 12040},
+            [
+                "compute capability 8.6, the extension has sm_90 and PTX of the last, compiled "
+                "with CUDA 12.4"
+            ],
+        ),
+        (
+            SMALL,
+            {"capability": (9, 0), "driver": 12080},
+            ["a driver of CUDA 12.8, the extension is of CUDA 13.0"],
+        ),
+        (SMALL, {"capability": (9, 0), "driver": 12040, "cuda_version": 12080}, []),
+        (
+            on_gpu(65536, 64, 65536, 1025, dtype=torch.int8),
+            {"capability": (9, 0)},
+            [
+                "dtype torch.int8 is none of torch.float32, torch.float64, torch.bfloat16, "
+                "torch.float16",
+                "batch size 65536 > 65535",
+                "number of heads 65536 > 65535",
+                "head dim 1025 > 1024",
+            ],
+        ),
+        (on_gpu(65535, 70000, 65535, 1024), {"capability": (9, 0)}, []),
+    ),
+)
+def test_cuda_runs_on_gpus_that_it_was_compiled_for(x, settings, expected, gpu):
+    gpu(**settings)
+    assert cuda.why_not("spatial_attention", x) == expected
+
+
+def test_cuda_is_chosen_by_force_alone(gpu, capsys):
+    gpu((9, 0))
+    assert dispatch.select("spatial_attention", SMALL) == "two_pass"
+    assert dispatch.select("spatial_attention", SMALL, backend="cuda") == "cuda"
+    epa_kernels.explain("spatial_attention", SMALL)
+    assert "cuda       cannot run: it has not run on a GPU yet" in capsys.readouterr().out
+
+
+def test_cuda_gives_every_reason_at_once(monkeypatch, unasked, capsys):
+    missing = SimpleNamespace(missing="the extension is not there (no nvcc)")
+    monkeypatch.setattr(cuda, "module", missing)
+    with pytest.raises(RuntimeError) as error:
+        dispatch.select("spatial_attention", HEADS.int(), backend="cuda")
+    parts = ["(no nvcc)", "x is on cpu, the kernels run on", "dtype torch.int32"]
+    if torch.version.cuda is None:
+        parts.append(f"torch {torch.__version__}, which is built without CUDA")
+    for part in parts:
+        assert part in str(error.value)
+    with epa_kernels.use_backend("cuda"):
+        epa_kernels.explain("spatial_attention", HEADS)
+    assert "cuda       cannot run: the extension is not there" in capsys.readouterr().out
+
+
+def test_cuda_is_asked_without_a_graph_break():
+    asked = torch.compile(
+        lambda x: x + len(cuda.why_not("spatial_attention", x)), fullgraph=True, backend="eager"
+    )
+    expected = len(cuda.why_not("spatial_attention", HEADS))
+    assert torch.equal(asked(HEADS), HEADS + expected)
+
+
+def test_cuda_module_is_not_loaded_by_the_import():
+    code = (
+        "import sys, torch, epa_kernels; x = torch.zeros(2, 9, 2, 4)\n"
+        "epa_kernels.spatial_attention(x, x, x, torch.ones(1)); from epa_kernels import cuda\n"
+        "assert 'epa_kernels._C_cuda' not in sys.modules; cuda.why_not('spatial_attention', x)\n"
+        "print(('epa_kernels._C_cuda' in sys.modules) == (cuda.module.missing is None))"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "True", result.stderr
+
+
+@needs_cuda_module
+@pytest.mark.skipif(os.path.exists("/proc/driver/nvidia"), reason="there is a driver")
+def test_a_launch_without_a_driver_names_kernel_shape_and_reason():
+    with pytest.raises(
+        RuntimeError,
+        match="spatial_attention: fwd did not start for B N H D P = 1 8 2 4 8: CUDA driver version",
+    ):
+        cuda.spatial_attention(
+            HEADS, HEADS, HEADS, torch.ones(1), None, normalize=False, dropout_p=0.0
+        )
 
 
 @needs_module
@@ -176,18 +319,26 @@ def test_reason_for_no_module_tells_sources_from_an_install(tmp_path, monkeypatc
     # Without the finder of an editable install, which would find the extension.
     code = (
         "import sys; own = [f for f in sys.meta_path if f.__module__.startswith('_frozen')];"
-        "sys.meta_path = own; from epa_kernels import native; print(native.missing)"
+        "sys.meta_path = own; from epa_kernels import cuda, native; "
+        "print(native.missing, cuda.module.missing, sep='\\n')"
     )
-    missing = run_python(code).stdout
-    rule = f"sources in {tmp_path}" if is_source else "EPA_KERNELS_CPU=1 pip install"
-    assert rule in missing and "circular" not in missing
+    missing = run_python(code).stdout.splitlines()
+    for name, switch, reason in zip(("_C", "_C_cuda"), ("CPU", "CUDA"), missing, strict=True):
+        rule = f"sources in {tmp_path}" if is_source else f"EPA_KERNELS_{switch}=1 pip install"
+        assert rule in reason and f"epa_kernels.{name} " in reason and "circular" not in reason
 
 
 def test_module_prints_versions_and_table():
     result = subprocess.run(
         [sys.executable, "-m", "epa_kernels"], capture_output=True, text=True, check=True
     )
-    for part in (epa_kernels.__version__, torch.__version__, "channel_attention", "two_pass"):
+    for part in (
+        epa_kernels.__version__,
+        torch.__version__,
+        "channel_attention",
+        "two_pass",
+        "CUDA kernels: ",
+    ):
         assert part in result.stdout
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases import KINDS, LAYOUTS, make_layer
 from gpu_check import __main__ as driver
-from gpu_check import device, lines, network, ops, processes, report, steps
+from gpu_check import device, lines, network, ops, processes, report, sanitizer, steps
 
 from epa_kernels import dispatch
 
@@ -111,7 +111,7 @@ def test_a_line_that_a_process_died_on_is_passed_over(tmp_path):
 def fake_driver(monkeypatch):
     """The driver on steps of the fake worker: step -> items. Returns the dictionary."""
     plans = {"tests": ("ok-1",), "peaks": (), "ops": (), "network": ()}
-    plans |= {"compile": (), "network compiled": (), "ops compiled": ()}
+    plans |= {"compile": (), "network compiled": (), "ops compiled": (), "sanitizer": ()}
     machine = device.Cpu().describe() | {"versions": device.versions()}
 
     def identify(self):
@@ -275,6 +275,48 @@ def test_without_monai_cross_entropy_is_the_loss_and_said(monkeypatch):
     torch.testing.assert_close(value, torch.tensor(2.0).log())
     value.backward()
     assert coarse.grad.abs().sum() > 0
+
+
+FAKE_SANITIZER = """#!/bin/sh
+[ "$1 $2 $3 $4" = "--tool $CHECK --error-exitcode 1" ] || exit 5
+echo "========= ERROR SUMMARY: $ERRORS errors"
+[ $ERRORS = 0 ] || exit 1
+while [ "$1" != "-m" ]; do shift; done
+echo "$2 $3 $4, spatial_attention, float32"
+"""
+
+
+@pytest.mark.parametrize("errors", (0, 3))
+def test_a_report_of_the_sanitizer_is_a_failure(errors, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(FAKE_SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("ERRORS", str(errors))
+    monkeypatch.setenv("CHECK", "racecheck")
+    able = dispatch.BACKENDS["cuda"]._replace(why_not=lambda op, x: [])
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", able)
+    if errors:
+        with pytest.raises(RuntimeError, match="ERROR SUMMARY: 3 errors"):
+            sanitizer.check("racecheck", "cpu", dry_run=False)
+    else:
+        found = sanitizer.check("racecheck", "cpu", dry_run=False)
+        assert found == {"ran": ["gpu_check.sanitizer cpu cuda, spatial_attention, float32"]}
+
+
+def test_without_the_sanitizer_or_the_kernels_its_checks_are_skipped(tmp_path, monkeypatch):
+    writer = lines.Writer(tmp_path / "lines")
+    stand_in = device.Cpu()
+    share = list(sanitizer.items(stand_in, dry_run=False))
+    steps.run(stand_in, share[:1], writer, lambda key: False, time.time() + 60)
+    able = dispatch.BACKENDS["cuda"]._replace(why_not=lambda op, x: [])
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", able)
+    monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
+    steps.run(stand_in, share[1:], writer, lambda key: False, time.time() + 60)
+    results = lines.Progress(tmp_path / "lines").results
+    assert [result["status"] for result in results.values()] == ["skipped"] * 2
+    assert "x is on cpu" in results["memcheck"]["reason"]
+    assert "neither on the PATH nor in CUDA_HOME" in results["racecheck"]["reason"]
 
 
 FAILING_TESTS = """
@@ -444,6 +486,9 @@ def test_dry_run_walks_every_step(tmp_path):
     assert results["package"]["source"] == "installed" and results["package"]["reason"]
     assert any("paired_attention on cpu" in line for line in results["backends"])
     assert results["tests"]["counts"]["ok"] >= 20 and not results["tests"]["failed"]
+    checks = {row["check"]: row["ran"] for row in results["sanitizer"]}
+    assert checks.keys() == {"memcheck", "racecheck"}
+    assert all(len(ran) == 6 for ran in checks.values())  # of three ops in two dtypes
     assert {row["name"] for row in results["peaks"]} >= {"memory", "L2", "bfloat16", "float32"}
 
     providers = {row["provider"] for row in results["ops"]}

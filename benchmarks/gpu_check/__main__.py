@@ -39,11 +39,13 @@ SHARES = {
     "compile": (0.12, 120),
     "ops": (0.18, 60),
     "network": (0.12, 150),
+    "sanitizer": (0.12, 150),
     "network compiled": (0.15, 200),
     "ops compiled": (0.12, 200),
 }
 PARALLEL = ("tests", "compile")  # Triton compiles in one thread
 MOST_WORKERS, WORKER_BYTES = 12, 2**31
+NO_KERNELS = {"EPA_KERNELS_CPU": "0", "EPA_KERNELS_CUDA": "0"}
 RESERVE_SECONDS = 10  # for what is written at the end
 DRY_TESTS = 30  # at most, of the first files
 
@@ -134,7 +136,7 @@ class _Run:
         has_built, said = self.python(
             "-m", "pip", "--isolated", "install", "-v", "--no-deps", "--no-build-isolation",
             "--no-index", "--disable-pip-version-check", "--no-compile", "--target", target, source,
-            seconds=self.limit("build"), **({"EPA_KERNELS_CPU": "0"} if self.args.dry_run else {}),
+            seconds=self.limit("build"), **(NO_KERNELS if self.args.dry_run else {}),
         )  # fmt: skip
         (self.folder / "build.log").write_text(said)
         self.package_folder = target if has_built else source
@@ -241,6 +243,7 @@ class _Run:
             "steps": steps,
             "tests": report.tests(outcomes["tests"]),
             "peaks": report.rows([outcomes["peaks"]], ("name",)),
+            "sanitizer": report.rows([outcomes["sanitizer"]], ("check",)),
             "compile": report.rows([outcomes["compile"]], (*OPS_COLUMNS[:3], "dropout", "backend")),
             "ops": report.rows([outcomes["ops"], outcomes["ops compiled"]], OPS_COLUMNS),
             "network": report.rows(

@@ -297,7 +297,7 @@ def first_calls(device, dry_run):
 
     for row, dropout in sorted(plain + trained, key=lambda pair: pair[0].dtype == torch.float32):
         for name in backends(device, row.dtype):
-            if name not in ("two_pass", REFERENCE):
+            if name not in ("cuda", "two_pass", REFERENCE):
                 yield (
                     f"{row.name}, dropout {dropout}, {name}",
                     functools.partial(call, row, dropout, name),

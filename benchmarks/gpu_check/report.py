@@ -102,8 +102,14 @@ def _failures(run):
     counts = ", ".join(f"{count} {status}" for status, count in run["tests"]["counts"].items())
     yield f"Tests: {counts or 'none ran'}."
     yield ""
+    checks = (
+        f"{row['check']} {row['status']}" + f" ({short(row['reason'])})" * bool(row["reason"])
+        for row in run["sanitizer"]
+    )
+    yield f"compute-sanitizer: {', '.join(checks) or 'none ran'}."
+    yield ""
     found = [(f["key"], f["reason"]) for f in run["tests"]["failed"]]
-    for name in ("peaks", "compile", "ops", "network"):
+    for name in ("sanitizer", "peaks", "compile", "ops", "network"):
         found += [
             (row["key"], f"{row['status']}: {row['reason']}")
             for row in run[name]

@@ -16,11 +16,15 @@ import epa_kernels
 
 from . import device, lines
 
-STEPS = ("peaks", "compile", "ops", "network", "network compiled", "ops compiled")
+STEPS = ("peaks", "compile", "ops", "network", "sanitizer", "network compiled", "ops compiled")
 
 
 class Refused(Exception):
     """The result is not accurate enough to be timed."""
+
+
+class Skipped(Exception):
+    """The machine has not what it takes."""
 
 
 def items(step, gpu, dry_run, peaks):
@@ -29,6 +33,10 @@ def items(step, gpu, dry_run, peaks):
         from . import peaks as measured
 
         return measured.items(gpu, dry_run)
+    if step == "sanitizer":
+        from . import sanitizer
+
+        return sanitizer.items(gpu, dry_run)
     if step.startswith("network"):
         from . import network
 
@@ -53,6 +61,8 @@ def run(gpu, share, writer, knows, deadline):
             found, status, reason = function(), "ok", None
         except Refused as error:
             found, status, reason = {}, "refused", str(error)
+        except Skipped as error:
+            found, status, reason = {}, "skipped", str(error)
         except Exception as error:
             found, status, reason = {}, "failed", f"{type(error).__name__}: {error}"[:2000]
             del error

@@ -84,6 +84,9 @@ epa::cuda::ChannelAttention channel_sizes(const std::array<int64_t, 4> &size, in
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "Kernels of epa_kernels for NVIDIA GPUs; epa_kernels/cuda.py is their caller.";
+  // Compute capabilities, 80 for 8.0; of the highest there is PTX, too.
+  m.attr("architectures") = std::vector<int>{EPA_ARCHITECTURES};
+  m.attr("cuda_version") = EPA_CUDA_VERSION; // as CUDART_VERSION
   m.def("spatial_attention_fwd_workspace",
         [](const std::array<int64_t, 5> &size, bool normalize, int dtype) {
           return epa::cuda::spatial_attention_fwd_workspace(spatial_sizes(size, normalize, dtype));
