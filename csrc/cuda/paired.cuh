@@ -25,16 +25,42 @@ template <class T> struct Tokens {
   }
 };
 
-template <class W> struct Projection {
-  W *data;
-  int64_t stride_p, stride_n;
-  __device__ __forceinline__ W &at(int64_t p, int64_t n) const {
-    return data[p * stride_p + n * stride_n];
+// A parameter or its gradient. All of a call are of T, or all of what sums are taken in: known when
+// it runs, since kernels for each pair of dtypes would take twice as long to compile.
+template <class T> struct Parameter {
+  using A = Accumulate<T>;
+  void *data; // null where absent
+  bool is_wide;
+
+  __host__ __device__ explicit operator bool() const { return data; }
+  __device__ __forceinline__ A operator[](int64_t i) const {
+    if constexpr (!std::is_same_v<T, A>)
+      if (!is_wide) return widen(static_cast<const T *>(data)[i]);
+    return static_cast<const A *>(data)[i];
+  }
+  __device__ __forceinline__ void store(int64_t i, A value) const {
+    if constexpr (!std::is_same_v<T, A>)
+      if (!is_wide) {
+        static_cast<T *>(data)[i] = narrow<T>(value);
+        return;
+      }
+    static_cast<A *>(data)[i] = value;
   }
 };
 
-// One call. W is the dtype of all parameters: that of x, or that of sums.
-template <class T, class W> struct Paired {
+template <class T> struct Projection {
+  Parameter<T> weight;
+  int64_t stride_p, stride_n;
+  __device__ __forceinline__ int64_t offset(int64_t p, int64_t n) const {
+    return p * stride_p + n * stride_n;
+  }
+  __device__ __forceinline__ Accumulate<T> at(int64_t p, int64_t n) const {
+    return weight[offset(p, n)];
+  }
+};
+
+// One call.
+template <class T> struct Paired {
   using A = Accumulate<T>;
   int64_t N;
   int B, C, H, D, P, J, O; // J projections; O columns of each branch's output
@@ -42,10 +68,10 @@ template <class T, class W> struct Paired {
   uint32_t channel_threshold, spatial_threshold;
   const int64_t *seed;
   Tokens<const T> x;
-  Projection<const W> projection[2]; // of keys and values
-  const W *projection_bias[2];
-  const W *qkvv_weight, *qkvv_bias, *temperature, *temperature2;
-  const W *out_proj_weight, *out_proj_bias, *out_proj2_weight, *out_proj2_bias;
+  Projection<T> projection[2]; // of keys and values
+  Parameter<T> projection_bias[2];
+  Parameter<T> qkvv_weight, qkvv_bias, temperature, temperature2;
+  Parameter<T> out_proj_weight, out_proj_bias, out_proj2_weight, out_proj2_bias;
 
   // Summary, kept for backward unless direct; and what each chunk of it left.
   int chunks;
@@ -65,11 +91,12 @@ template <class T, class W> struct Paired {
   A *value_matrix, *value_constant;  // (B, C, C), (B, C): A Wvc, A bvc
   A *k_proj, *v_proj, *scale;        // (B, H, P, D), (B, C): temperature2 / |q|
 
-  __device__ __forceinline__ const W *weight(int part, int64_t i) const {
-    return qkvv_weight + (int64_t(part) * C + i) * C;
+  // Of q, k, vc or vs: row i of its weight, element i of its bias.
+  __device__ __forceinline__ A weight(int part, int64_t i, int c) const {
+    return qkvv_weight[(int64_t(part) * C + i) * C + c];
   }
   __device__ __forceinline__ A bias(int part, int64_t i) const {
-    return qkvv_bias ? widen(qkvv_bias[int64_t(part) * C + i]) : A(0);
+    return qkvv_bias ? qkvv_bias[int64_t(part) * C + i] : A(0);
   }
   // Where an element of out_s lies in the flat out_s' of a sample.
   __device__ __forceinline__ int64_t flat(int64_t n, int h, int d) const {
@@ -85,7 +112,7 @@ template <class T, class W> struct Paired {
 };
 
 // What backward has beside it. dout and out_s are flat, as out_s' is.
-template <class T, class W> struct PairedBackward {
+template <class T> struct PairedBackward {
   using A = Accumulate<T>;
   const T *dy;         // (B, N, C)
   T *dout, *out_s, *dq; // (B, N, C); dout is dy itself and out_s null for kind sum
@@ -112,14 +139,14 @@ template <class T, class W> struct PairedBackward {
   A *dgram, *dtoken, *dprojected, *drows, *matrix; // (B, C, C), (B, C), (B, J, P, C), (J, P),
                                                    // (B, O, C)
   Tokens<T> dx;
-  Projection<W> dprojection[2];
-  W *qkvv_weight, *qkvv_bias, *proj_k_bias, *proj_v_bias, *temperature, *temperature2;
-  W *out_proj_weight, *out_proj_bias, *out_proj2_weight, *out_proj2_bias;
+  Projection<T> dprojection[2];
+  Parameter<T> qkvv_weight, qkvv_bias, proj_k_bias, proj_v_bias, temperature, temperature2;
+  Parameter<T> out_proj_weight, out_proj_bias, out_proj2_weight, out_proj2_bias;
 };
 
 // Of a head's sums: dWq (D, C), then dkeys and dv_proj (P, D), then dlogits (P).
-template <class T, class W>
-__host__ __device__ __forceinline__ int64_t head_size(const Paired<T, W> &a) {
+template <class T>
+__host__ __device__ __forceinline__ int64_t head_size(const Paired<T> &a) {
   return int64_t(a.D) * a.C + int64_t(2 * a.P) * a.D + a.P;
 }
 
@@ -182,14 +209,14 @@ private:
 };
 
 // Row i of a head's channel map before dropout, by a warp: softmax_j(temperature <q^_i, k^_j>).
-template <class T, class W>
-__device__ void channel_softmax(const Paired<T, W> &a, int64_t b, int h, int i,
+template <class T>
+__device__ void channel_softmax(const Paired<T> &a, int64_t b, int h, int i,
                                 Accumulate<T> *row) {
   using A = Accumulate<T>;
   const A *dots = a.dots + ((b * a.H + h) * a.D + i) * a.D;
   const A *k_norm = a.k_norm + b * a.C + h * a.D;
   const A q_norm = a.q_norm[b * a.C + h * a.D + i];
-  const A factor = widen(a.temperature[h]) * A(LOG2_E);
+  const A factor = a.temperature[h] * A(LOG2_E);
   for (int j = threadIdx.x % 32; j < a.D; j += 32)
     row[j] = factor * (dots[j] / (q_norm * k_norm[j]));
   softmax(row, a.D);

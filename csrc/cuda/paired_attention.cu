@@ -40,17 +40,13 @@ template <class E> Tokens<E> tokens(const View &view) {
   return {static_cast<E *>(view.data), view.stride[0], view.stride[1], view.stride[2]};
 }
 
-template <class E> Projection<E> projection(const View &view) {
-  return {static_cast<E *>(view.data), view.stride[0], view.stride[1]};
-}
-
-template <class T, class W> class Launcher {
+template <class T> class Launcher {
   using A = Accumulate<T>;
 
 public:
   Launcher(const PairedAttention &a, bool is_backward) : a_(a), memory_(a.workspace) {
     const int64_t B = a.B, N = a.N, C = a.C, H = a.H, P = a.P;
-    const auto weight = [](const void *data) { return static_cast<const W *>(data); };
+    const auto weight = [&](const void *data) { return parameter(const_cast<void *>(data)); };
     p_.N = N, p_.B = B, p_.C = C, p_.H = H, p_.P = P;
     p_.D = C / H, p_.J = a.kind == Kind::split ? 2 : 1;
     p_.is_sum = a.kind == Kind::sum, p_.O = p_.is_sum ? C : C / 2;
@@ -58,8 +54,8 @@ public:
     p_.channel_threshold = a.channel_threshold, p_.spatial_threshold = a.spatial_threshold;
     p_.seed = a.seed;
     p_.x = tokens<const T>(a.x);
-    p_.projection[0] = projection<const W>(a.proj_k_weight);
-    p_.projection[1] = projection<const W>(a.proj_v_weight);
+    p_.projection[0] = projection(a.proj_k_weight);
+    p_.projection[1] = projection(a.proj_v_weight);
     p_.projection_bias[0] = weight(a.proj_k_bias);
     p_.projection_bias[1] = weight(p_.J == 2 ? a.proj_v_bias : a.proj_k_bias);
     p_.qkvv_weight = weight(a.qkvv_weight), p_.qkvv_bias = weight(a.qkvv_bias);
@@ -101,7 +97,7 @@ public:
     if (!a_.direct) {
       const int64_t columns = blocks_of(a_.C, SUMMARY_SIDE);
       const int64_t rows = columns + p_.J * blocks_of(a_.P, SUMMARY_SIDE);
-      EPA_LAUNCH((paired_attention_summary_fwd_kernel<T, W>),
+      EPA_LAUNCH((paired_attention_summary_fwd_kernel<T>),
                  dim3(p_.chunks, rows * columns, a_.B), PAIRED_THREADS, 0, a_.stream, p_);
       check("summary_fwd");
     }
@@ -110,12 +106,12 @@ public:
     const int64_t spatial = (tile + tiles_.map_rows * (p_.D + a_.P)) * sizeof(A);
     const int64_t channel = p_.is_sum ? 0 : tiles_.matrix_rows * a_.C * sizeof(A);
     const int64_t jobs = a_.H / tiles_.heads + (p_.is_sum ? 0 : blocks_of(p_.O, tiles_.matrix_rows));
-    EPA_LAUNCH((paired_attention_output_fwd_kernel<T, W>),
+    EPA_LAUNCH((paired_attention_output_fwd_kernel<T>),
                dim3(blocks_of(a_.N, tiles_.chunk), jobs, a_.B), PAIRED_THREADS,
                std::max(spatial, channel), a_.stream, p_, tiles_, y, out_s_);
     check("output_fwd");
     if (!out_s_) return;
-    EPA_LAUNCH((paired_attention_product_kernel<T, W>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
+    EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
                PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
     check("product");
   }
@@ -124,9 +120,9 @@ public:
     const T *dy = g_.dy = static_cast<const T *>(gradient);
     if (p_.is_sum) g_.dout = const_cast<T *>(dy);
     g_.dx = tokens<T>(gradients.x);
-    g_.dprojection[0] = projection<W>(gradients.proj_k_weight);
-    g_.dprojection[1] = projection<W>(gradients.proj_v_weight);
-    const auto weight = [](void *data) { return static_cast<W *>(data); };
+    g_.dprojection[0] = projection(gradients.proj_k_weight);
+    g_.dprojection[1] = projection(gradients.proj_v_weight);
+    const auto weight = [&](void *data) { return parameter(data); };
     g_.qkvv_weight = weight(gradients.qkvv_weight), g_.qkvv_bias = weight(gradients.qkvv_bias);
     g_.proj_k_bias = weight(gradients.proj_k_bias), g_.proj_v_bias = weight(gradients.proj_v_bias);
     g_.temperature = weight(gradients.temperature);
@@ -142,14 +138,14 @@ public:
 
     const int64_t row = 2 * (D + P) * sizeof(A);
     const int rows = std::min<int64_t>(TOKEN_ROWS, SHARED_LIMIT / row);
-    EPA_LAUNCH((paired_attention_output_bwd_kernel<T, W>), dim3(g_.chunks, H + outputs, B),
+    EPA_LAUNCH((paired_attention_output_bwd_kernel<T>), dim3(g_.chunks, H + outputs, B),
                PAIRED_THREADS, rows * row, a_.stream, p_, g_, rows);
     check("output_bwd");
 
     const int width = std::min<int64_t>(C, SHARED_LIMIT / (O * sizeof(A)) - 1);
     const int64_t shared = std::max((1 + width) * O, (PAIRED_WARPS + 1) * D) * sizeof(A);
     const int64_t jobs = p_.is_sum ? 0 : g_.chunks * outputs;
-    EPA_LAUNCH((paired_attention_mix_bwd_kernel<T, W>), dim3(H + jobs, B), PAIRED_THREADS, shared,
+    EPA_LAUNCH((paired_attention_mix_bwd_kernel<T>), dim3(H + jobs, B), PAIRED_THREADS, shared,
                a_.stream, p_, g_, width);
     check("mix_bwd");
 
@@ -160,17 +156,21 @@ public:
     ends.qkvv_weight = ends.matrix + 4 * H * blocks_of(D, MATRIX_ROWS);
     ends.out_proj2_weight = ends.qkvv_weight + (p_.is_sum ? 0 : outputs);
     ends.out_proj_weight = ends.out_proj2_weight + (p_.is_sum ? 0 : outputs);
-    EPA_LAUNCH((paired_attention_gather_kernel<T, W>), ends.out_proj_weight + 1, PAIRED_THREADS, 0,
+    EPA_LAUNCH((paired_attention_gather_kernel<T>), ends.out_proj_weight + 1, PAIRED_THREADS, 0,
                a_.stream, p_, g_, static_cast<int>(B), ends);
     check("gather");
 
-    EPA_LAUNCH((paired_attention_summary_bwd_kernel<T, W>),
+    EPA_LAUNCH((paired_attention_summary_bwd_kernel<T>),
                dim3(blocks_of(a_.N, TOKEN_ROWS), B + J), PAIRED_THREADS, 0, a_.stream, p_, g_,
                static_cast<int>(B));
     check("summary_bwd");
   }
 
 private:
+  Parameter<T> parameter(void *data) const { return {data, a_.weight_dtype != a_.x.dtype}; }
+  Projection<T> projection(const View &view) const {
+    return {parameter(view.data), view.stride[0], view.stride[1]};
+  }
   template <class E = A> E *take(int64_t count) { return memory_.template take<E>(count); }
 
   void check(const char *kernel) const {
@@ -223,7 +223,7 @@ private:
 
   void mix(const T *dy, T *dout) const {
     if (p_.row_sums) {
-      EPA_LAUNCH((paired_attention_row_sums_kernel<T, W>), dim3(a_.P, p_.J), PAIRED_THREADS, 0,
+      EPA_LAUNCH((paired_attention_row_sums_kernel<T>), dim3(a_.P, p_.J), PAIRED_THREADS, 0,
                  a_.stream, p_);
       check("row_sums");
     }
@@ -231,34 +231,22 @@ private:
     const int width = std::min(a_.C, (SHARED_LIMIT - mean) / column);
     const int64_t jobs = a_.H + p_.J * blocks_of(a_.P, PROJECTED_ROWS) +
                          (dout ? blocks_of(a_.N, TOKEN_ROWS) : 0);
-    EPA_LAUNCH((paired_attention_mix_fwd_kernel<T, W>), dim3(jobs, a_.B), PAIRED_THREADS,
+    EPA_LAUNCH((paired_attention_mix_fwd_kernel<T>), dim3(jobs, a_.B), PAIRED_THREADS,
                mean + (a_.direct ? 0 : width * column), a_.stream, p_, width, dy, dout);
     check("mix_fwd");
   }
 
   const PairedAttention &a_;
   Workspace memory_;
-  Paired<T, W> p_ = {};
-  PairedBackward<T, W> g_ = {};
+  Paired<T> p_ = {};
+  PairedBackward<T> g_ = {};
   OutputTiles tiles_ = {};
   T *out_s_ = nullptr;
 };
 
-// f(x's type, the parameters' type).
-template <class F> auto with_types(const PairedAttention &a, F f) {
-  return with_type(a.x.dtype, [&](auto x) {
-    using T = typename decltype(x)::type;
-    using A = Accumulate<T>;
-    if constexpr (!std::is_same_v<T, A>)
-      if (a.weight_dtype == a.x.dtype) return f(x, x);
-    return f(x, Type<A>());
-  });
-}
-
 template <class F> auto with_launcher(const PairedAttention &a, bool is_backward, F f) {
-  return with_types(a, [&](auto x, auto weight) {
-    using T = typename decltype(x)::type;
-    return f(Launcher<T, typename decltype(weight)::type>(a, is_backward));
+  return with_type(a.x.dtype, [&](auto type) {
+    return f(Launcher<typename decltype(type)::type>(a, is_backward));
   });
 }
 

@@ -18,8 +18,8 @@ __device__ __forceinline__ A sum_chunks_of(const A *sums, int chunks, int64_t si
 
 // dvalue_matrix and dvalue_constant of a head, from the sums of its sample; the first head leaves
 // those, added up, as dmatrix and dconstant.
-template <class T, class W>
-__device__ void value_gradients(const Paired<T, W> &a, const PairedBackward<T, W> &g, int64_t b,
+template <class T>
+__device__ void value_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
                                 int h, Accumulate<T> *constants, Accumulate<T> *strip, int width) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, O = a.O;
@@ -36,7 +36,7 @@ __device__ void value_gradients(const Paired<T, W> &a, const PairedBackward<T, W
       constant = constants[h * D + i];
     else
       for (int o = 0; o < O; ++o)
-        constant += widen(a.out_proj2_weight[o * C + h * D + i]) * constants[o];
+        constant += a.out_proj2_weight[o * C + h * D + i] * constants[o];
     g.dvalue_constant[b * C + h * D + i] = constant;
   }
   for (int first = 0; first < C; first += width) {
@@ -53,7 +53,7 @@ __device__ void value_gradients(const Paired<T, W> &a, const PairedBackward<T, W
     while (sum.next()) {
       if (!a.is_sum)
         sum.add(
-            O, [&](int i, int o) { return widen(a.out_proj2_weight[o * C + h * D + i]); },
+            O, [&](int i, int o) { return a.out_proj2_weight[o * C + h * D + i]; },
             [&](int o, int c) { return strip[o * columns + c]; });
       sum.each([&](int i, int c, A value) {
         g.dvalue_matrix[(b * C + h * D + i) * C + first + c] =
@@ -65,8 +65,8 @@ __device__ void value_gradients(const Paired<T, W> &a, const PairedBackward<T, W
 }
 
 // ddots, d|q| / |q|, d|k| / |k| and the gradient of temperature; rows (warps, D), totals (D) shared.
-template <class T, class W>
-__device__ void channel_gradients(const Paired<T, W> &a, const PairedBackward<T, W> &g, int64_t b,
+template <class T>
+__device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
                                   int h, Accumulate<T> *rows, Accumulate<T> *totals) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -76,14 +76,14 @@ __device__ void channel_gradients(const Paired<T, W> &a, const PairedBackward<T,
   while (dattention.next()) {
     dattention.add(
         C, [&](int i, int k) { return g.dvalue_matrix[(head + i) * C + k]; },
-        [&](int k, int j) { return widen(a.weight(2, h * D + j)[k]); });
+        [&](int k, int j) { return a.weight(2, h * D + j, k); });
     dattention.each([&](int i, int j, A value) {
       g.ddots[square + i * D + j] =
           value + g.dvalue_constant[head + i] * a.bias(2, h * D + j);
     });
   }
   __syncthreads();
-  const A t = widen(a.temperature[h]);
+  const A t = a.temperature[h];
   for (int i = warp; i < D; i += PAIRED_WARPS) {
     A *row = g.ddots + square + i * D, *weights = rows + warp * D, along = 0, total = 0, cosines = 0;
     channel_softmax(a, b, h, i, weights);
@@ -125,8 +125,8 @@ __device__ void channel_gradients(const Paired<T, W> &a, const PairedBackward<T,
 }
 
 // From the sums over chunks to dk_proj, dv_proj and all that a bias or a mean takes of them.
-template <class T, class W>
-__device__ void spatial_gradients(const Paired<T, W> &a, const PairedBackward<T, W> &g, int64_t b,
+template <class T>
+__device__ void spatial_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
                                   int h, Accumulate<T> *totals) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -204,19 +204,19 @@ __device__ void spatial_gradients(const Paired<T, W> &a, const PairedBackward<T,
     while (sum.next()) {
       sum.add(
           D, [&](int i, int k) { return part ? ddots[k * D + i] : ddots[i * D + k]; },
-          [&](int k, int c) { return widen(a.weight(1 - part, h * D + k)[c]); });
+          [&](int k, int c) { return a.weight(1 - part, h * D + k, c); });
       sum.each([&](int i, int c, A value) {
         const A norm = (part ? g.dk_norm : g.dq_norm)[head + i];
         g.factors[(b * 2 * C + part * C + h * D + i) * C + c] =
-            value + norm * widen(a.weight(part, h * D + i)[c]);
+            value + norm * a.weight(part, h * D + i, c);
       });
     }
   }
 }
 
 // Of a chunk of a sample: rows from `first` on of dy_s^T out_s', and sums of dy_s.
-template <class T, class W>
-__device__ void out_proj_gradients(const Paired<T, W> &a, const PairedBackward<T, W> &g, int64_t b,
+template <class T>
+__device__ void out_proj_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
                                    int index, int first) {
   using A = Accumulate<T>;
   const int C = a.C, O = a.O, outputs = O - first < MATRIX_ROWS ? O - first : MATRIX_ROWS;
@@ -237,9 +237,9 @@ __device__ void out_proj_gradients(const Paired<T, W> &a, const PairedBackward<T
 }
 
 // `width` columns of dmatrix at a time.
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_mix_bwd_kernel(Paired<T, W> a, PairedBackward<T, W> g, int width) {
+    paired_attention_mix_bwd_kernel(Paired<T> a, PairedBackward<T> g, int width) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, shared); // (O) and a strip (O, width), or (warps + 1, D)
   const int64_t b = blockIdx.y;
@@ -252,37 +252,37 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
   spatial_gradients(a, g, b, h, totals);
 }
 
-// target[i] = sum_row from[row * stride + i]
-template <class W, class A>
-__device__ void sum_rows(W *target, int size, const A *from, int64_t rows, int64_t stride) {
+// target[first + i] = sum_row from[row * stride + i]
+template <class T>
+__device__ void sum_rows(Parameter<T> target, int64_t first, int size, const Accumulate<T> *from,
+                         int64_t rows, int64_t stride) {
   for (int i = threadIdx.x; target && i < size; i += PAIRED_THREADS) {
-    A sum = 0;
+    Accumulate<T> sum = 0;
     for (int64_t row = 0; row < rows; ++row) sum += from[row * stride + i];
-    target[i] = narrow<W>(sum);
+    target.store(first + i, sum);
   }
 }
 
 // Biases and temperatures.
-template <class T, class W>
-__device__ void gather_vectors(const Paired<T, W> &a, const PairedBackward<T, W> &g, int64_t B) {
-  using A = Accumulate<T>;
+template <class T>
+__device__ void gather_vectors(const Paired<T> &a, const PairedBackward<T> &g, int64_t B) {
   const int H = a.H, C = a.C, P = a.P, O = a.O;
-  sum_rows(g.qkvv_bias, 4 * C, g.dqkvv_bias, B, 4 * C);
-  sum_rows(g.temperature, H, g.dtemperature, B, H);
-  sum_rows(g.temperature2, H, g.dtemperature2, B, H);
-  sum_rows(g.out_proj2_bias, O, g.dconstant, B, O);
-  sum_rows(g.out_proj_bias, O, g.out_proj_bias_sums, B * g.chunks, O);
+  sum_rows(g.qkvv_bias, 0, 4 * C, g.dqkvv_bias, B, 4 * C);
+  sum_rows(g.temperature, 0, H, g.dtemperature, B, H);
+  sum_rows(g.temperature2, 0, H, g.dtemperature2, B, H);
+  sum_rows(g.out_proj2_bias, 0, O, g.dconstant, B, O);
+  sum_rows(g.out_proj_bias, 0, O, g.out_proj_bias_sums, B * g.chunks, O);
   // One projection has the rows of keys and of values, in turns; two have one each.
   const int64_t rows = a.J == 1 ? 2 * B * H : B * H, stride = a.J == 1 ? P : 2 * P;
-  sum_rows(g.proj_k_bias, P, g.dprojection_bias, rows, stride);
-  if (a.J == 2) sum_rows(g.proj_v_bias, P, g.dprojection_bias + P, rows, stride);
+  sum_rows(g.proj_k_bias, 0, P, g.dprojection_bias, rows, stride);
+  if (a.J == 2) sum_rows(g.proj_v_bias, 0, P, g.dprojection_bias + P, rows, stride);
   for (int j = 0; a.qkvv_bias && j < a.J; ++j)
-    sum_rows<A>(g.drows + j * P, P, g.drow_sums + j * P, rows, stride);
+    sum_rows<T>({g.drows, true}, j * P, P, g.drow_sums + j * P, rows, stride);
 }
 
 // Rows of the gradient of a part of qkvv_weight, from row `first` of head h on.
-template <class T, class W>
-__device__ void gather_qkvv_weight(const Paired<T, W> &a, const PairedBackward<T, W> &g, int B,
+template <class T>
+__device__ void gather_qkvv_weight(const Paired<T> &a, const PairedBackward<T> &g, int B,
                                    int part, int h, int first) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P, rows = D - first < MATRIX_ROWS ? D - first : MATRIX_ROWS;
@@ -317,7 +317,7 @@ __device__ void gather_qkvv_weight(const Paired<T, W> &a, const PairedBackward<T
         if (part == 0)
           value += g.head_totals[(b * a.H + h) * head_size(a) + int64_t(first + i) * C + c];
       }
-      g.qkvv_weight[(int64_t(part) * C + channel + i) * C + c] = narrow<W>(value);
+      g.qkvv_weight.store((int64_t(part) * C + channel + i) * C + c, value);
     });
   }
 }
@@ -327,9 +327,9 @@ struct GatherBlocks {
   int dgram, dprojected, matrix, qkvv_weight, out_proj2_weight, out_proj_weight, vectors;
 };
 
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_gather_kernel(Paired<T, W> a, PairedBackward<T, W> g, int B,
+    paired_attention_gather_kernel(Paired<T> a, PairedBackward<T> g, int B,
                                    GatherBlocks ends) {
   using A = Accumulate<T>;
   const int C = a.C, P = a.P, O = a.O, block = blockIdx.x;
@@ -345,13 +345,13 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
     while (sum.next()) {
       sum.add(
           2 * C, [&](int r, int k) { return factors[int64_t(k) * C + first + r]; },
-          [&](int k, int c) { return widen(a.qkvv_weight[int64_t(k) * C + c]); });
+          [&](int k, int c) { return a.qkvv_weight[int64_t(k) * C + c]; });
       sum.each([&](int r, int c, A value) { g.dgram[(b * C + first + r) * C + c] = value; });
     }
     for (int c = first + threadIdx.x; c < first + MATRIX_ROWS && c < C; c += PAIRED_THREADS) {
       A token = 0;
       for (int k = 0; k < 2 * C; ++k)
-        token += g.dmeans[b * 2 * C + k] * widen(a.qkvv_weight[int64_t(k) * C + c]);
+        token += g.dmeans[b * 2 * C + k] * a.qkvv_weight[int64_t(k) * C + c];
       g.dtoken[b * C + c] = token;
     }
   } else if (block < ends.dprojected) {
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
         const A *from = (is_value ? g.dv_proj : g.dk_proj) + (b * P + first) * C;
         sum.add(
             C, [&](int p, int k) { return from[int64_t(p) * C + k]; },
-            [&](int k, int c) { return widen(a.weight(is_value ? 3 : 1, k)[c]); });
+            [&](int k, int c) { return a.weight(is_value ? 3 : 1, k, c); });
       }
       sum.each([&](int p, int c, A value) {
         g.dprojected[((b * a.J + j) * P + first + p) * C + c] = value;
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
     Products<A> sum(rows_of(O, first, MATRIX_ROWS), C);
     while (sum.next()) {
       sum.add(
-          C, [&](int o, int k) { return widen(a.out_proj2_weight[(first + o) * C + k]); },
+          C, [&](int o, int k) { return a.out_proj2_weight[(first + o) * C + k]; },
           [&](int k, int c) { return a.value_matrix[(b * C + k) * C + c]; });
       sum.each([&](int o, int c, A value) { g.matrix[(b * O + first + o) * C + c] = value; });
     }
@@ -396,12 +396,12 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
       sum.each([&](int o, int i, A value) {
         for (int64_t b = 0; b < B; ++b)
           value += g.dconstant[b * O + first + o] * a.value_constant[b * C + i];
-        g.out_proj2_weight[(first + o) * C + i] = narrow<W>(value);
+        g.out_proj2_weight.store((first + o) * C + i, value);
       });
     }
   } else if (block < ends.out_proj_weight) {
     const int first = (block - ends.out_proj2_weight) * MATRIX_ROWS;
-    sum_rows(g.out_proj_weight + first * C, rows_of(O, first, MATRIX_ROWS) * C,
+    sum_rows(g.out_proj_weight, first * C, rows_of(O, first, MATRIX_ROWS) * C,
              g.out_proj_sums + first * C, int64_t(B) * g.chunks, int64_t(O) * C);
   } else {
     gather_vectors(a, g, B);

@@ -16,8 +16,8 @@ template <class A> __device__ __forceinline__ A clamped_square(A value) {
 
 // Mean of x to shared memory, to the caller's memory by the first head, and the chunks' differences
 // from it, each with its share of the weight.
-template <class T, class W>
-__device__ void merge_means(const Paired<T, W> &a, int64_t b, int h, double *mean) {
+template <class T>
+__device__ void merge_means(const Paired<T> &a, int64_t b, int h, double *mean) {
   using A = Accumulate<T>;
   const double *means = a.chunk_means + b * a.chunks * a.C;
   A *deltas = a.deltas + (b * a.H + h) * a.chunks * a.C;
@@ -42,8 +42,8 @@ __device__ void merge_means(const Paired<T, W> &a, int64_t b, int h, double *mea
 }
 
 // q_gram and k_gram of a head from the gram, `width` columns of it at a time in shared memory.
-template <class T, class W>
-__device__ void multiply_gram(const Paired<T, W> &a, int64_t b, int h, Accumulate<T> *strip,
+template <class T>
+__device__ void multiply_gram(const Paired<T> &a, int64_t b, int h, Accumulate<T> *strip,
                               int width) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D;
@@ -67,7 +67,7 @@ __device__ void multiply_gram(const Paired<T, W> &a, int64_t b, int h, Accumulat
       Products<A> sum(D, columns);
       while (sum.next()) {
         sum.add(
-            C, [&](int i, int k) { return widen(a.weight(part, h * D + i)[k]); },
+            C, [&](int i, int k) { return a.weight(part, h * D + i, k); },
             [&](int k, int c) { return strip[k * columns + c]; });
         sum.each([&](int i, int c, A value) { to[int64_t(i) * C + c] = value; });
       }
@@ -77,8 +77,8 @@ __device__ void multiply_gram(const Paired<T, W> &a, int64_t b, int h, Accumulat
 }
 
 // The same from the tokens.
-template <class T, class W>
-__device__ void multiply_tokens(const Paired<T, W> &a, int64_t b, int h, const double *mean) {
+template <class T>
+__device__ void multiply_tokens(const Paired<T> &a, int64_t b, int h, const double *mean) {
   using A = Accumulate<T>;
   const int N = int(a.N), C = a.C, D = a.D;
   A *centred = a.centred + (b * a.H + h) * N * 2 * D;
@@ -86,7 +86,7 @@ __device__ void multiply_tokens(const Paired<T, W> &a, int64_t b, int h, const d
   Products<A> tokens(N, 2 * D);
   while (tokens.next()) {
     tokens.add(C, x, [&](int k, int i) {
-      return widen(a.weight(i / D, h * D + i % D)[k]);
+      return a.weight(i / D, h * D + i % D, k);
     });
     tokens.each([&](int n, int i, A value) { centred[int64_t(n) * 2 * D + i] = value; });
   }
@@ -101,8 +101,8 @@ __device__ void multiply_tokens(const Paired<T, W> &a, int64_t b, int h, const d
   __syncthreads();
 }
 
-template <class T, class W>
-__device__ void mix_head(const Paired<T, W> &a, int64_t b, int h, double *mean,
+template <class T>
+__device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
                          Accumulate<T> *strip, int width) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -116,28 +116,27 @@ __device__ void mix_head(const Paired<T, W> &a, int64_t b, int h, double *mean,
 
   for (int i = warp; i < 2 * D; i += PAIRED_WARPS) {
     const int part = i / D, d = i % D;
-    const W *weight = a.weight(part, h * D + d);
     const A *gram = (part ? a.k_gram : a.q_gram) + (head + d) * C;
     // In float64: a mean that is small beside the weights would lose its digits.
     double centre = 0;
     A along = 0;
     for (int c = lane; c < C; c += 32) {
-      centre += double(widen(weight[c])) * mean[c];
-      along += gram[c] * widen(weight[c]);
+      centre += double(a.weight(part, h * D + d, c)) * mean[c];
+      along += gram[c] * a.weight(part, h * D + d, c);
     }
     centre = warp_sum(centre) + double(a.bias(part, h * D + d));
     along = clamped_square(warp_sum(along)) + N * A(centre) * A(centre);
     if (lane) continue;
     (part ? a.k_mean : a.q_mean)[head + d] = A(centre);
     (part ? a.k_norm : a.q_norm)[head + d] = clamped_norm(along);
-    if (part == 0) a.scale[head + d] = widen(a.temperature2[h]) / clamped_norm(along);
+    if (part == 0) a.scale[head + d] = a.temperature2[h] / clamped_norm(along);
   }
   __syncthreads();
   Products<A> dots(D, D);
   while (dots.next()) {
     dots.add(
         C, [&](int i, int k) { return a.q_gram[(head + i) * C + k]; },
-        [&](int k, int j) { return widen(a.weight(1, h * D + j)[k]); });
+        [&](int k, int j) { return a.weight(1, h * D + j, k); });
     dots.each([&](int i, int j, A value) {
       a.dots[square + i * D + j] = value + N * a.q_mean[head + i] * a.k_mean[head + j];
     });
@@ -157,7 +156,7 @@ __device__ void mix_head(const Paired<T, W> &a, int64_t b, int h, double *mean,
   while (values.next()) {
     values.add(
         D, [&](int i, int k) { return a.attention[square + i * D + k]; },
-        [&](int k, int c) { return widen(a.weight(2, h * D + k)[c]); });
+        [&](int k, int c) { return a.weight(2, h * D + k, c); });
     values.each([&](int i, int c, A value) { a.value_matrix[(head + i) * C + c] = value; });
   }
   for (int i = threadIdx.x; i < D; i += PAIRED_THREADS) {
@@ -168,8 +167,8 @@ __device__ void mix_head(const Paired<T, W> &a, int64_t b, int h, double *mean,
 }
 
 // Rows of projected from `first` on, and of what follows from them.
-template <class T, class W>
-__device__ void mix_projected(const Paired<T, W> &a, int64_t b, int j, int first) {
+template <class T>
+__device__ void mix_projected(const Paired<T> &a, int64_t b, int j, int first) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P;
   const int rows = P - first < PROJECTED_ROWS ? P - first : PROJECTED_ROWS;
@@ -178,7 +177,7 @@ __device__ void mix_projected(const Paired<T, W> &a, int64_t b, int j, int first
     Products<A> sum(rows, C);
     while (sum.next()) {
       sum.add(
-          int(a.N), [&](int p, int n) { return widen(a.projection[j].at(first + p, n)); },
+          int(a.N), [&](int p, int n) { return a.projection[j].at(first + p, n); },
           [&](int n, int c) { return widen(a.x.at(b, n, c)); });
       sum.each([&](int p, int c, A value) { z[int64_t(p) * C + c] = value; });
     }
@@ -195,16 +194,16 @@ __device__ void mix_projected(const Paired<T, W> &a, int64_t b, int j, int first
   for (int is_value = a.J == 2 ? j : 0; is_value < (a.J == 2 ? j + 1 : 2); ++is_value) {
     const int part = is_value ? 3 : 1;
     A *to = is_value ? a.v_proj : a.k_proj;
-    const W *constant = a.projection_bias[is_value];
+    const Parameter<T> constant = a.projection_bias[is_value];
     Products<A> sum(rows, C);
     while (sum.next()) {
       sum.add(
           C, [&](int p, int k) { return z[int64_t(p) * C + k]; },
-          [&](int k, int i) { return widen(a.weight(part, i)[k]); });
+          [&](int k, int i) { return a.weight(part, i, k); });
       sum.each([&](int p, int i, A value) {
         // sum_n E[p,n] (W x_n + bias) = W z_p + bias sum_n E[p,n]
         if (a.qkvv_bias) value += a.row_sums[j * P + first + p] * a.bias(part, i);
-        if (constant) value += widen(constant[first + p]);
+        if (constant) value += constant[first + p];
         to[((b * a.H + i / D) * P + first + p) * D + i % D] = value;
       });
     }
@@ -212,8 +211,8 @@ __device__ void mix_projected(const Paired<T, W> &a, int64_t b, int j, int first
 }
 
 // dout = dy_s Wo1, of TOKEN_ROWS tokens from `start` on.
-template <class T, class W>
-__device__ void project_back(const Paired<T, W> &a, int64_t b, int64_t start, const T *dy,
+template <class T>
+__device__ void project_back(const Paired<T> &a, int64_t b, int64_t start, const T *dy,
                              T *dout) {
   using A = Accumulate<T>;
   const int rows = a.N - start < TOKEN_ROWS ? int(a.N - start) : TOKEN_ROWS;
@@ -221,7 +220,7 @@ __device__ void project_back(const Paired<T, W> &a, int64_t b, int64_t start, co
   while (sum.next()) {
     sum.add(
         a.O, [&](int i, int k) { return widen(dy[(b * a.N + start + i) * a.C + k]); },
-        [&](int k, int c) { return widen(a.out_proj_weight[k * a.C + c]); });
+        [&](int k, int c) { return a.out_proj_weight[k * a.C + c]; });
     sum.each([&](int i, int c, A value) {
       dout[(b * a.N + start + i) * a.C + c] = narrow<T>(value);
     });
@@ -229,9 +228,9 @@ __device__ void project_back(const Paired<T, W> &a, int64_t b, int64_t start, co
 }
 
 // `width` columns of the gram at a time; dy is null forward and for kind sum.
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_mix_fwd_kernel(Paired<T, W> a, int width, const T *dy, T *dout) {
+    paired_attention_mix_fwd_kernel(Paired<T> a, int width, const T *dy, T *dout) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(double, mean); // (C), then a strip (C, width)
   const int64_t b = blockIdx.y;

@@ -28,8 +28,8 @@ struct OutputTiles {
 };
 
 // A warp's row of the map: its softmax, with dropout.
-template <class T, class W>
-__device__ __forceinline__ void drop(const Paired<T, W> &a, int64_t row_number,
+template <class T>
+__device__ __forceinline__ void drop(const Paired<T> &a, int64_t row_number,
                                      Accumulate<T> *row) {
   if (!a.spatial_threshold) return;
   const int64_t seed = *a.seed;
@@ -39,8 +39,8 @@ __device__ __forceinline__ void drop(const Paired<T, W> &a, int64_t row_number,
 }
 
 // out (tokens, stride) of one head, from token n on.
-template <class T, class W>
-__device__ void spatial_tile(const Paired<T, W> &a, int64_t b, int h, int64_t n, int tokens,
+template <class T>
+__device__ void spatial_tile(const Paired<T> &a, int64_t b, int h, int64_t n, int tokens,
                              int map_rows, Accumulate<T> *q, Accumulate<T> *map,
                              Accumulate<T> *out, int stride) {
   using A = Accumulate<T>;
@@ -52,7 +52,7 @@ __device__ void spatial_tile(const Paired<T, W> &a, int64_t b, int h, int64_t n,
     while (queries.next()) {
       queries.add(
           C, [&](int i, int k) { return widen(a.x.at(b, n + start + i, k)); },
-          [&](int k, int d) { return widen(a.weight(0, h * D + d)[k]); });
+          [&](int k, int d) { return a.weight(0, h * D + d, k); });
       queries.each([&](int i, int d, A value) {
         q[i * D + d] = (value + a.bias(0, h * D + d)) * a.scale[b * C + h * D + d] * A(LOG2_E);
       });
@@ -83,8 +83,8 @@ __device__ void spatial_tile(const Paired<T, W> &a, int64_t b, int h, int64_t n,
 }
 
 // From a tile of out_s, (tokens, width) in shared memory, to y or to out_s in its layout.
-template <class T, class W>
-__device__ void finish_tile(const Paired<T, W> &a, int64_t b, int h, int64_t n, int tokens,
+template <class T>
+__device__ void finish_tile(const Paired<T> &a, int64_t b, int h, int64_t n, int tokens,
                             OutputTiles tiles, const Accumulate<T> *out, T *y, T *out_s) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, width = tiles.heads * D;
@@ -126,9 +126,9 @@ __device__ void finish_tile(const Paired<T, W> &a, int64_t b, int h, int64_t n, 
   } else {
     Products<A> sum(rows, a.O);
     while (sum.next()) {
-      sum.add(C, element, [&](int k, int o) { return widen(a.out_proj_weight[o * C + k]); });
+      sum.add(C, element, [&](int k, int o) { return a.out_proj_weight[o * C + k]; });
       sum.each([&](int i, int o, A value) {
-        if (a.out_proj_bias) value += widen(a.out_proj_bias[o]);
+        if (a.out_proj_bias) value += a.out_proj_bias[o];
         y[(b * a.N + row(i)) * C + o] = narrow<T>(value);
       });
     }
@@ -136,8 +136,8 @@ __device__ void finish_tile(const Paired<T, W> &a, int64_t b, int h, int64_t n, 
 }
 
 // y_c = x (Wo2 A Wvc)^T + constants, some of its columns; their rows of the matrix in shared memory.
-template <class T, class W>
-__device__ void channel_outputs(const Paired<T, W> &a, int64_t b, int64_t start, int tokens,
+template <class T>
+__device__ void channel_outputs(const Paired<T> &a, int64_t b, int64_t start, int tokens,
                                 int first, int outputs, Accumulate<T> *matrix, T *y) {
   using A = Accumulate<T>;
   EPA_SHARED(A, constants, [MATRIX_ROWS]);
@@ -145,15 +145,15 @@ __device__ void channel_outputs(const Paired<T, W> &a, int64_t b, int64_t start,
   Products<A> rows(outputs, C);
   while (rows.next()) {
     rows.add(
-        C, [&](int o, int k) { return widen(a.out_proj2_weight[(first + o) * C + k]); },
+        C, [&](int o, int k) { return a.out_proj2_weight[(first + o) * C + k]; },
         [&](int k, int c) { return a.value_matrix[(b * C + k) * C + c]; });
     rows.each([&](int o, int c, A value) { matrix[o * C + c] = value; });
   }
   if (int(threadIdx.x) < outputs) {
     const int o = first + threadIdx.x;
-    A constant = a.out_proj2_bias ? widen(a.out_proj2_bias[o]) : A(0);
+    A constant = a.out_proj2_bias ? a.out_proj2_bias[o] : A(0);
     for (int k = 0; k < C; ++k)
-      constant += widen(a.out_proj2_weight[o * C + k]) * a.value_constant[b * C + k];
+      constant += a.out_proj2_weight[o * C + k] * a.value_constant[b * C + k];
     constants[threadIdx.x] = constant;
   }
   __syncthreads();
@@ -168,9 +168,9 @@ __device__ void channel_outputs(const Paired<T, W> &a, int64_t b, int64_t start,
   }
 }
 
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_output_fwd_kernel(Paired<T, W> a, OutputTiles tiles, T *y, T *out_s) {
+    paired_attention_output_fwd_kernel(Paired<T> a, OutputTiles tiles, T *y, T *out_s) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, shared); // out (tokens, heads D), q (map_rows, D), map (map_rows, P)
   const int64_t start = blockIdx.x * tiles.chunk, b = blockIdx.z;
@@ -194,9 +194,9 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
 }
 
 // y_s = out_s' Wo1^T + bias, where out_s' went through memory.
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_product_kernel(Paired<T, W> a, const T *out_s, T *y) {
+    paired_attention_product_kernel(Paired<T> a, const T *out_s, T *y) {
   using A = Accumulate<T>;
   const int64_t start = int64_t(blockIdx.x) * TOKEN_ROWS, first = blockIdx.y * a.N + start;
   const int rows = a.N - start < TOKEN_ROWS ? int(a.N - start) : TOKEN_ROWS, C = a.C;
@@ -204,17 +204,17 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
   while (sum.next()) {
     sum.add(
         C, [&](int i, int k) { return widen(out_s[(first + i) * C + k]); },
-        [&](int k, int o) { return widen(a.out_proj_weight[o * C + k]); });
+        [&](int k, int o) { return a.out_proj_weight[o * C + k]; });
     sum.each([&](int i, int o, A value) {
-      if (a.out_proj_bias) value += widen(a.out_proj_bias[o]);
+      if (a.out_proj_bias) value += a.out_proj_bias[o];
       y[(first + i) * C + o] = narrow<T>(value);
     });
   }
 }
 
 // Of a chunk: dmatrix = dy_c^T (x - mean) and dconstant = sum dy_c, some rows of them.
-template <class T, class W>
-__device__ void channel_sums(const Paired<T, W> &a, const PairedBackward<T, W> &g, int64_t b,
+template <class T>
+__device__ void channel_sums(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
                              int64_t start, int tokens, int first) {
   using A = Accumulate<T>;
   const int C = a.C, O = a.O, outputs = O - first < MATRIX_ROWS ? O - first : MATRIX_ROWS;
@@ -235,9 +235,9 @@ __device__ void channel_sums(const Paired<T, W> &a, const PairedBackward<T, W> &
 }
 
 // A thread owns the same elements of the sums at every tile; `rows` tokens a tile.
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_output_bwd_kernel(Paired<T, W> a, PairedBackward<T, W> g, int rows) {
+    paired_attention_output_bwd_kernel(Paired<T> a, PairedBackward<T> g, int rows) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, q_centred); // (rows, D), dq the same, then map and dlogits (rows, P)
   const int64_t index = blockIdx.x, b = blockIdx.z, start = index * g.chunk;
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
     while (queries.next()) {
       queries.add(
           C, [&](int i, int k) { return a.centred_x(b, n + i, k); },
-          [&](int k, int d) { return widen(a.weight(0, h * D + d)[k]); });
+          [&](int k, int d) { return a.weight(0, h * D + d, k); });
       queries.each([&](int i, int d, A value) { q_centred[i * D + d] = value; });
     }
     __syncthreads();

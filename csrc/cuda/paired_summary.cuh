@@ -12,14 +12,14 @@ namespace epa::cuda {
 constexpr int SUMMARY_SIDE = 64; // rows and columns of a block
 
 // row_sums (J, P) = sum_n E[p, n]
-template <class T, class W>
-__global__ void __launch_bounds__(PAIRED_THREADS) paired_attention_row_sums_kernel(Paired<T, W> a) {
+template <class T>
+__global__ void __launch_bounds__(PAIRED_THREADS) paired_attention_row_sums_kernel(Paired<T> a) {
   using A = Accumulate<T>;
   EPA_SHARED(A, totals, [PAIRED_WARPS]);
   const int p = blockIdx.x, j = blockIdx.y;
   A total = 0;
   for (int64_t n = threadIdx.x; n < a.N; n += PAIRED_THREADS)
-    total += widen(a.projection[j].at(p, n));
+    total += a.projection[j].at(p, n);
   total = warp_sum(total);
   if (threadIdx.x % 32 == 0) totals[threadIdx.x / 32] = total;
   __syncthreads();
@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(PAIRED_THREADS) paired_attention_row_sums_kern
   a.row_sums[j * a.P + p] = total;
 }
 
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_summary_fwd_kernel(Paired<T, W> a) {
+    paired_attention_summary_fwd_kernel(Paired<T> a) {
   using A = Accumulate<T>;
   EPA_SHARED(A, left, [TOKEN_ROWS * SUMMARY_SIDE]);
   EPA_SHARED(A, right, [TOKEN_ROWS * SUMMARY_SIDE]);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
       left[i / rows * SUMMARY_SIDE + i % rows] = value(i / rows, first_row + i % rows);
     for (int i = threadIdx.x; !is_gram && i < inside * rows; i += PAIRED_THREADS)
       left[i % inside * SUMMARY_SIDE + i / inside] =
-          widen(a.projection[j].at(first_row + i / inside, start + n + i % inside));
+          a.projection[j].at(first_row + i / inside, start + n + i % inside);
     __syncthreads();
     const A share = A(inside) / A(n + inside);
     if (has_channel) {
@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
         double(widen(a.x.at(b, start, first_column + own))) + double(mean);
 }
 
-template <class T, class W>
+template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS)
-    paired_attention_summary_bwd_kernel(Paired<T, W> a, PairedBackward<T, W> g, int B) {
+    paired_attention_summary_bwd_kernel(Paired<T> a, PairedBackward<T> g, int B) {
   using A = Accumulate<T>;
   const int64_t start = int64_t(blockIdx.x) * TOKEN_ROWS;
   const int rows = a.N - start < TOKEN_ROWS ? int(a.N - start) : TOKEN_ROWS;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
     while (sum.next()) {
       sum.add(
           C, [&](int i, int k) { return widen(g.dq[(first + i) * C + k]); },
-          [&](int k, int c) { return widen(a.weight(0, k)[c]); });
+          [&](int k, int c) { return a.weight(0, k, c); });
       sum.add(
           C, [&](int i, int k) { return a.centred_x(b, start + i, k); },
           [&](int k, int c) { return g.dgram[(b * C + k) * C + c]; });
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
           [&](int k, int c) { return g.matrix[(b * O + k) * C + c]; });
       for (int j = 0; j < a.J; ++j)
         sum.add(
-            P, [&](int i, int k) { return widen(a.projection[j].at(k, start + i)); },
+            P, [&](int i, int k) { return a.projection[j].at(k, start + i); },
             [&](int k, int c) { return g.dprojected[((b * a.J + j) * P + k) * C + c]; });
       sum.each([&](int i, int c, A value) {
         g.dx.at(b, start + i, c) = narrow<T>(value + g.dtoken[b * C + c]);
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
             [&](int k, int i) { return widen(a.x.at(b, start + i, k)); });
       sum.each([&](int p, int i, A value) {
         const A drow = a.qkvv_bias ? g.drows[j * P + p] : A(0);
-        g.dprojection[j].at(p, start + i) = narrow<W>(value + drow);
+        const Projection<T> &to = g.dprojection[j];
+        to.weight.store(to.offset(p, start + i), value + drow);
       });
     }
   }
