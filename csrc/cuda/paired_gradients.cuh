@@ -12,6 +12,7 @@ namespace epa::cuda {
 template <class A>
 __device__ __forceinline__ A sum_chunks_of(const A *sums, int chunks, int64_t size, int64_t i) {
   A sum = 0;
+#pragma unroll 8
   for (int t = 0; t < chunks; ++t) sum += sums[t * size + i];
   return sum;
 }
@@ -87,6 +88,7 @@ __device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g
   for (int i = warp; i < D; i += PAIRED_WARPS) {
     A *row = g.ddots + square + i * D, *weights = rows + warp * D, along = 0, total = 0, cosines = 0;
     channel_softmax(a, b, h, i, weights);
+#pragma unroll 1
     for (int j = lane; j < D; j += 32) {
       if (a.channel_threshold)
         row[j] *= dropout_multiplier<A>(seed, (b * a.H + h) * D + i, j, CHANNEL_MAP,
@@ -238,7 +240,7 @@ __device__ void out_proj_gradients(const Paired<T> &a, const PairedBackward<T> &
 
 // `width` columns of dmatrix at a time.
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_mix_bwd_kernel(Paired<T> a, PairedBackward<T> g, int width) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, shared); // (O) and a strip (O, width), or (warps + 1, D)
@@ -258,6 +260,7 @@ __device__ void sum_rows(Parameter<T> target, int64_t first, int size, const Acc
                          int64_t rows, int64_t stride) {
   for (int i = threadIdx.x; target && i < size; i += PAIRED_THREADS) {
     Accumulate<T> sum = 0;
+#pragma unroll 8
     for (int64_t row = 0; row < rows; ++row) sum += from[row * stride + i];
     target.store(first + i, sum);
   }
@@ -328,7 +331,7 @@ struct GatherBlocks {
 };
 
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_gather_kernel(Paired<T> a, PairedBackward<T> g, int B,
                                    GatherBlocks ends) {
   using A = Accumulate<T>;

@@ -53,9 +53,11 @@ __device__ void multiply_gram(const Paired<T> &a, int64_t b, int h, Accumulate<T
     for (int i = threadIdx.x; i < C * columns; i += PAIRED_THREADS) {
       const int r = i / columns, c = first + i % columns;
       A sum = 0;
+#pragma unroll 8
       for (int64_t t = 0; t < a.chunks; ++t)
         sum += a.chunk_grams[((b * a.chunks + t) * C + r) * C + c];
       if (a.chunks > 1) {
+#pragma unroll 8
         for (int64_t t = 0; t < a.chunks; ++t) sum += deltas[t * C + r] * deltas[t * C + c];
         if (h == 0) a.gram[(b * C + r) * C + c] = sum;
       }
@@ -147,6 +149,7 @@ __device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
     A *row = a.attention + square + i * D;
     channel_softmax(a, b, h, i, row);
     if (a.channel_threshold)
+#pragma unroll 1
       for (int j = lane; j < D; j += 32)
         row[j] *= dropout_multiplier<A>(seed, (b * a.H + h) * D + i, j, CHANNEL_MAP,
                                         a.channel_threshold);
@@ -184,6 +187,7 @@ __device__ void mix_projected(const Paired<T> &a, int64_t b, int j, int first) {
   } else if (a.chunks > 1) {
     for (int i = threadIdx.x; i < rows * C; i += PAIRED_THREADS) {
       A sum = 0;
+#pragma unroll 8
       for (int64_t t = 0; t < a.chunks; ++t)
         sum += a.chunk_projected[(((b * a.chunks + t) * a.J + j) * P + first) * C + i];
       z[i] = sum;
@@ -229,7 +233,7 @@ __device__ void project_back(const Paired<T> &a, int64_t b, int64_t start, const
 
 // `width` columns of the gram at a time; dy is null forward and for kind sum.
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_mix_fwd_kernel(Paired<T> a, int width, const T *dy, T *dout) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(double, mean); // (C), then a strip (C, width)

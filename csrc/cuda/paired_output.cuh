@@ -33,6 +33,7 @@ __device__ __forceinline__ void drop(const Paired<T> &a, int64_t row_number,
                                      Accumulate<T> *row) {
   if (!a.spatial_threshold) return;
   const int64_t seed = *a.seed;
+#pragma unroll 1
   for (int p = threadIdx.x % 32; p < a.P; p += 32)
     row[p] *= dropout_multiplier<Accumulate<T>>(seed, row_number, p, SPATIAL_MAP,
                                                 a.spatial_threshold);
@@ -169,7 +170,7 @@ __device__ void channel_outputs(const Paired<T> &a, int64_t b, int64_t start, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_output_fwd_kernel(Paired<T> a, OutputTiles tiles, T *y, T *out_s) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, shared); // out (tokens, heads D), q (map_rows, D), map (map_rows, P)
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
 
 // y_s = out_s' Wo1^T + bias, where out_s' went through memory.
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_product_kernel(Paired<T> a, const T *out_s, T *y) {
   using A = Accumulate<T>;
   const int64_t start = int64_t(blockIdx.x) * TOKEN_ROWS, first = blockIdx.y * a.N + start;
@@ -236,7 +237,7 @@ __device__ void channel_sums(const Paired<T> &a, const PairedBackward<T> &g, int
 
 // A thread owns the same elements of the sums at every tile; `rows` tokens a tile.
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_output_bwd_kernel(Paired<T> a, PairedBackward<T> g, int rows) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, q_centred); // (rows, D), dq the same, then map and dlogits (rows, P)
@@ -289,11 +290,13 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
                                    : A(1);
       };
       softmax(weights, P);
+#pragma unroll 1
       for (int p = threadIdx.x % 32; p < P; p += 32) {
         gradients[p] *= kept(p);
         along += weights[p] * gradients[p];
       }
       along = warp_sum(along);
+#pragma unroll 1
       for (int p = threadIdx.x % 32; p < P; p += 32) {
         gradients[p] = weights[p] * (gradients[p] - along);
         weights[p] *= kept(p);

@@ -13,7 +13,7 @@ constexpr int SUMMARY_SIDE = 64; // rows and columns of a block
 
 // row_sums (J, P) = sum_n E[p, n]
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS) paired_attention_row_sums_kernel(Paired<T> a) {
+__global__ void __launch_bounds__(PAIRED_THREADS, 2) paired_attention_row_sums_kernel(Paired<T> a) {
   using A = Accumulate<T>;
   EPA_SHARED(A, totals, [PAIRED_WARPS]);
   const int p = blockIdx.x, j = blockIdx.y;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS) paired_attention_row_sums_kern
 }
 
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_summary_fwd_kernel(Paired<T> a) {
   using A = Accumulate<T>;
   EPA_SHARED(A, left, [TOKEN_ROWS * SUMMARY_SIDE]);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS)
 }
 
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS)
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_summary_bwd_kernel(Paired<T> a, PairedBackward<T> g, int B) {
   using A = Accumulate<T>;
   const int64_t start = int64_t(blockIdx.x) * TOKEN_ROWS;
