@@ -63,11 +63,11 @@ BUGS = (
         "scale[d] = factor / scale[d];",
     ),
     (
-        "column-mask", "values", "spatial", "spatial_mma.cuh",
+        "column-mask", "values", "spatial", "fragments.cuh",
         "8 * j + 2 * t + i < P ? logit * factor : -INFINITY", "logit * factor",
     ),
     (
-        "dropout-row", "values", "spatial", "spatial_mma.cuh",
+        "dropout-row", "values", "spatial", "fragments.cuh",
         "philox(seed, row + 8 * r,", "philox(seed, row,",
     ),
     (
@@ -97,7 +97,7 @@ BUGS = (
         "if (lane == 0) totals[warp] = total;",
     ),
     (
-        "row-mask-of-loads", "address", "spatial", "spatial_mma.cuh",
+        "row-mask-of-loads", "address", "spatial", "fragments.cuh",
         "if (row < inside) value =", "value =",
     ),
     (

@@ -89,6 +89,7 @@ template <class T> struct Paired {
   A *q_norm, *k_norm;                // (B, C), clamped
   A *dots, *attention;               // (B, H, D, D): <q_i, k_j>, the map after dropout
   A *value_matrix, *value_constant;  // (B, C, C), (B, C): A Wvc, A bvc
+  A *matrix_parts, *constant_parts;  // (B, H, O, C), (B, H, O): Wo2 A Wvc and Wo2 A bvc by head
   A *k_proj, *v_proj, *scale;        // (B, H, P, D), (B, C): temperature2 / |q|
 
   // Of q, k, vc or vs: row i of its weight, element i of its bias.
@@ -104,6 +105,18 @@ template <class T> struct Paired {
   }
   __device__ __forceinline__ int64_t tokens_of(int64_t index) const {
     return N - index * chunk < chunk ? N - index * chunk : chunk;
+  }
+  // The channel branch's matrix and constant, heads added up; not of kind sum.
+  __device__ __forceinline__ A matrix(int64_t b, int o, int c) const {
+    A sum = 0;
+#pragma unroll 4
+    for (int h = 0; h < H; ++h) sum += matrix_parts[((b * H + h) * O + o) * C + c];
+    return sum;
+  }
+  __device__ __forceinline__ A constant(int64_t b, int o) const {
+    A sum = out_proj2_bias ? out_proj2_bias[o] : A(0);
+    for (int h = 0; h < H; ++h) sum += constant_parts[(b * H + h) * O + o];
+    return sum;
   }
   // x without its mean, as the output pass and the last one take it.
   __device__ __forceinline__ A centred_x(int64_t b, int64_t n, int c) const {

@@ -3,6 +3,7 @@
 #include "host.h"
 #include "paired_gradients.cuh"
 #include "paired_mix.cuh"
+#include "paired_mma.cuh"
 #include "paired_output.cuh"
 #include "paired_summary.cuh"
 
@@ -16,6 +17,7 @@ constexpr int64_t TILE_LIMIT = SHARED_LIMIT / 2;
 // Of what kernels declare beside what they are launched with.
 constexpr int64_t STATIC_LIMIT = MATRIX_ROWS * 8;
 constexpr int64_t TILE_TOKENS = 64;
+constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4;
 
 int64_t blocks_of(int64_t size, int64_t rows) { return (size + rows - 1) / rows; }
 
@@ -85,6 +87,8 @@ public:
     p_.q_norm = take(B * C), p_.k_norm = take(B * C);
     p_.dots = take(B * C * D), p_.attention = take(B * C * D);
     p_.value_matrix = take(B * C * C), p_.value_constant = take(B * C);
+    p_.matrix_parts = p_.is_sum ? nullptr : take(B * H * p_.O * C);
+    p_.constant_parts = p_.is_sum ? nullptr : take(B * H * p_.O);
     p_.k_proj = take(B * P * C), p_.v_proj = take(B * P * C), p_.scale = take(B * C);
     if (is_backward) take_backward();
     else plan_output();
@@ -102,6 +106,17 @@ public:
       check("summary_fwd");
     }
     mix(nullptr, nullptr);
+    if (mma_.span)
+      with_head_dim([&](auto d) { output_mma<decltype(d)::value>(y); });
+    else
+      output(y);
+    if (!out_s_) return;
+    EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
+               PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
+    check("product");
+  }
+
+  void output(T *y) const {
     const int64_t tile = tiles_.tokens * tiles_.heads * p_.D;
     const int64_t spatial = (tile + tiles_.map_rows * (p_.D + a_.P)) * sizeof(A);
     const int64_t channel = p_.is_sum ? 0 : tiles_.matrix_rows * a_.C * sizeof(A);
@@ -110,10 +125,17 @@ public:
                dim3(blocks_of(a_.N, tiles_.chunk), jobs, a_.B), PAIRED_THREADS,
                std::max(spatial, channel), a_.stream, p_, tiles_, y, out_s_);
     check("output_fwd");
-    if (!out_s_) return;
-    EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
-               PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
-    check("product");
+  }
+
+  template <int D> void output_mma(T *y) const {
+    if constexpr (sizeof(T) == 2) {
+      const int64_t jobs = a_.H + blocks_of(p_.O, CHANNEL_OUTPUTS);
+      EPA_LAUNCH((paired_attention_mma_output_fwd_kernel<T, D>),
+                 dim3(blocks_of(a_.N, mma_.chunk), jobs, a_.B), MMA_THREADS,
+                 std::max(mma_shared(mma_.is_resident), channel_shared()), a_.stream, p_, mma_, y,
+                 out_s_);
+      check("mma_output_fwd");
+    }
   }
 
   void backward(const void *gradient, const PairedAttentionGradients &gradients) {
@@ -177,7 +199,52 @@ private:
     check_launch("paired_attention", kernel, "B N C H P", {a_.B, a_.N, a_.C, a_.H, a_.P});
   }
 
+  // f(integral constant D) where a specialised kernel has D.
+  template <class F> void with_head_dim(F f) const {
+    switch (p_.D) {
+    case 8:
+      return f(std::integral_constant<int, 8>());
+    case 16:
+      return f(std::integral_constant<int, 16>());
+    case 32:
+      return f(std::integral_constant<int, 32>());
+    default:
+      return f(std::integral_constant<int, 64>());
+    }
+  }
+
+  bool is_specialised() const {
+    const bool has_kernel = p_.D == 8 || p_.D == 16 || p_.D == 32 || p_.D == 64;
+    return sizeof(T) == 2 && has_kernel && a_.P <= MAP_COLUMNS && a_.C % CHANNEL_BLOCK == 0 &&
+           channel_shared() <= SHARED_LIMIT - MMA_STATIC;
+  }
+
+  // Bytes of shared memory of the specialised output pass, and of its channel branch.
+  int64_t mma_shared(bool is_resident) const {
+    const int64_t row = p_.D == 8 ? 8 : p_.D + 8;
+    const int64_t weights = (is_resident ? a_.C / CHANNEL_BLOCK : 1) * p_.D * CHANNEL_STRIDE;
+    const int64_t outs = p_.D * (mma_.span + 8);
+    return (TILE_ROWS * CHANNEL_STRIDE + 2 * MAP_COLUMNS * row + outs + weights) * 2;
+  }
+  int64_t channel_shared() const {
+    const int64_t matrix = a_.C / CHANNEL_BLOCK * CHANNEL_OUTPUTS * CHANNEL_STRIDE;
+    return (TILE_ROWS * CHANNEL_STRIDE + matrix) * 2;
+  }
+
+  void plan_mma() {
+    const int64_t C = a_.C, tile = TILE_ROWS;
+    mma_.has_rows = a_.N % C == 0 && (C % tile == 0 || tile % C == 0);
+    mma_.span = std::max(C, tile);
+    if (!mma_.has_rows || mma_shared(false) > SHARED_LIMIT - MMA_STATIC)
+      mma_.has_rows = false, mma_.span = tile;
+    mma_.is_resident = mma_shared(true) <= SHARED_LIMIT - MMA_STATIC;
+    // Few tokens need their blocks more than a block needs its weights for long.
+    mma_.chunk = a_.N < 16 * OUTPUT_CHUNK ? mma_.span : std::max<int64_t>(OUTPUT_CHUNK, mma_.span);
+    out_s_ = mma_.has_rows ? nullptr : take<T>(a_.B * a_.N * C);
+  }
+
   void plan_output() {
+    if (is_specialised() && p_.is_official && !p_.is_sum) return plan_mma();
     const int64_t N = a_.N, C = a_.C, D = p_.D, size = sizeof(A);
     const bool has_rows = p_.is_official && N % C == 0 && C * D * size <= TILE_LIMIT;
     tiles_.finish = has_rows          ? Finish::rows
@@ -241,6 +308,7 @@ private:
   Paired<T> p_ = {};
   PairedBackward<T> g_ = {};
   OutputTiles tiles_ = {};
+  MmaTiles mma_ = {}; // span 0 where the generic kernel runs
   T *out_s_ = nullptr;
 };
 

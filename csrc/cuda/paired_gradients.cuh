@@ -377,13 +377,8 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     const int blocks = blocks_of(O, MATRIX_ROWS);
     const int first = (block - ends.dprojected) % blocks * MATRIX_ROWS;
     const int64_t b = (block - ends.dprojected) / blocks;
-    Products<A> sum(rows_of(O, first, MATRIX_ROWS), C);
-    while (sum.next()) {
-      sum.add(
-          C, [&](int o, int k) { return a.out_proj2_weight[(first + o) * C + k]; },
-          [&](int k, int c) { return a.value_matrix[(b * C + k) * C + c]; });
-      sum.each([&](int o, int c, A value) { g.matrix[(b * O + first + o) * C + c] = value; });
-    }
+    for (int i = threadIdx.x; i < rows_of(O, first, MATRIX_ROWS) * C; i += PAIRED_THREADS)
+      g.matrix[(b * O + first) * C + i] = a.matrix(b, first + i / C, i % C);
   } else if (block < ends.qkvv_weight) {
     const int blocks = blocks_of(a.D, MATRIX_ROWS), number = (block - ends.matrix) / blocks;
     gather_qkvv_weight(a, g, B, number / a.H, number % a.H,

@@ -167,6 +167,22 @@ __device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
     for (int j = 0; j < D; ++j) constant += a.attention[square + i * D + j] * a.bias(2, h * D + j);
     a.value_constant[head + i] = constant;
   }
+  if (a.is_sum) return;
+  __syncthreads();
+  const int64_t part = (b * a.H + h) * a.O;
+  Products<A> matrix(a.O, C);
+  while (matrix.next()) {
+    matrix.add(
+        D, [&](int o, int k) { return a.out_proj2_weight[int64_t(o) * C + h * D + k]; },
+        [&](int k, int c) { return a.value_matrix[(head + k) * C + c]; });
+    matrix.each([&](int o, int c, A value) { a.matrix_parts[(part + o) * C + c] = value; });
+  }
+  for (int o = threadIdx.x; o < a.O; o += PAIRED_THREADS) {
+    A constant = 0;
+    for (int k = 0; k < D; ++k)
+      constant += a.out_proj2_weight[int64_t(o) * C + h * D + k] * a.value_constant[head + k];
+    a.constant_parts[part + o] = constant;
+  }
 }
 
 // Rows of projected from `first` on, and of what follows from them.

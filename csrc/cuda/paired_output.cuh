@@ -143,20 +143,9 @@ __device__ void channel_outputs(const Paired<T> &a, int64_t b, int64_t start, in
   using A = Accumulate<T>;
   EPA_SHARED(A, constants, [MATRIX_ROWS]);
   const int C = a.C;
-  Products<A> rows(outputs, C);
-  while (rows.next()) {
-    rows.add(
-        C, [&](int o, int k) { return a.out_proj2_weight[(first + o) * C + k]; },
-        [&](int k, int c) { return a.value_matrix[(b * C + k) * C + c]; });
-    rows.each([&](int o, int c, A value) { matrix[o * C + c] = value; });
-  }
-  if (int(threadIdx.x) < outputs) {
-    const int o = first + threadIdx.x;
-    A constant = a.out_proj2_bias ? a.out_proj2_bias[o] : A(0);
-    for (int k = 0; k < C; ++k)
-      constant += a.out_proj2_weight[o * C + k] * a.value_constant[b * C + k];
-    constants[threadIdx.x] = constant;
-  }
+  for (int i = threadIdx.x; i < outputs * C; i += PAIRED_THREADS)
+    matrix[i] = a.matrix(b, first + i / C, i % C);
+  if (int(threadIdx.x) < outputs) constants[threadIdx.x] = a.constant(b, first + threadIdx.x);
   __syncthreads();
   Products<A> sum(tokens, outputs);
   while (sum.next()) {
