@@ -70,8 +70,8 @@ class Checker:
         to = self.folder / f"{source.stem}.o"
         return compile_object(source, to, *self.flags, "-O1", sources=source.parents[1])
 
-    def run(self, changed: Path | None = None) -> subprocess.CompletedProcess:
-        """The program's end, with `changed` in place of the .cu of its name."""
+    def run(self, *ops: str, changed: Path | None = None) -> subprocess.CompletedProcess:
+        """The program's end for some ops or all, with `changed` in place of the .cu of its name."""
         if changed is not None:
             self.compile(changed)
         program = self.folder / "check"
@@ -79,4 +79,4 @@ class Checker:
         subprocess.run(link, check=True)
         options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
         environment = {**os.environ, **options}
-        return subprocess.run([program], capture_output=True, text=True, env=environment)
+        return subprocess.run([program, *ops], capture_output=True, text=True, env=environment)

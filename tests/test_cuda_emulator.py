@@ -120,7 +120,7 @@ def test_kernels_are_right_and_every_planted_bug_is_found(checker, tmp_path):
     sanitizer, checker = checker
     clean = checker.run()
     assert clean.returncode == 0, clean
-    original = {op: SOURCES / f"cuda/{op}_attention.cu" for op in ("spatial", "channel")}
+    original = {op: SOURCES / f"cuda/{op}_attention.cu" for op in ("spatial", "channel", "paired")}
     planted = ""
     for name, shows, op, file, right, wrong in BUGS:
         if shows != sanitizer:
@@ -133,6 +133,6 @@ def test_kernels_are_right_and_every_planted_bug_is_found(checker, tmp_path):
         text = (sources / "cuda" / file).read_text()
         assert text.count(right) == 1, name
         (sources / "cuda" / file).write_text(text.replace(right, wrong))
-        found = checker.run(sources / f"cuda/{op}_attention.cu")
+        found = checker.run(op, changed=sources / f"cuda/{op}_attention.cu")
         report = {"thread": "data race", "address": "AddressSanitizer"}.get(sanitizer, "")
         assert found.returncode != 0 and report in found.stderr, (name, found)

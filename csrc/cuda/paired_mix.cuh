@@ -87,9 +87,7 @@ __device__ void multiply_tokens(const Paired<T> &a, int64_t b, int h, const doub
   const auto x = [&](int n, int c) { return widen(a.x.at(b, n, c)) - A(mean[c]); };
   Products<A> tokens(N, 2 * D);
   while (tokens.next()) {
-    tokens.add(C, x, [&](int k, int i) {
-      return a.weight(i / D, h * D + i % D, k);
-    });
+    tokens.add(C, x, [&](int k, int i) { return a.weight(i / D, h * D + i % D, k); });
     tokens.each([&](int n, int i, A value) { centred[int64_t(n) * 2 * D + i] = value; });
   }
   __syncthreads();
@@ -97,7 +95,8 @@ __device__ void multiply_tokens(const Paired<T> &a, int64_t b, int h, const doub
   while (sum.next()) {
     sum.add(N, [&](int i, int k) { return centred[int64_t(k) * 2 * D + i]; }, x);
     sum.each([&](int i, int c, A value) {
-      (i < D ? a.q_gram : a.k_gram)[(b * C + h * D + i % D) * C + c] = value;
+      A *to = i < D ? a.q_gram : a.k_gram;
+      to[(b * C + h * D + i % D) * C + c] = value;
     });
   }
   __syncthreads();
