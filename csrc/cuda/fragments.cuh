@@ -142,7 +142,7 @@ __device__ __forceinline__ void multiply_map(float (&result)[D / 8][4],
 // sum (16, D) += map^T rows over the tile's tokens; of the map the columns of this warp.
 template <class T, int D>
 __device__ __forceinline__ void add_products(float (&sum)[D / 8][4], const T *map, const T *rows) {
-  const int lane = threadIdx.x % 32, p = threadIdx.x / 32 * 16;
+  const int lane = threadIdx.x % 32, p = threadIdx.x / 32 % MMA_WARPS * 16;
 #pragma unroll
   for (int k = 0; k < TILE_ROWS / 16; ++k) {
     uint32_t factor[4];
@@ -216,6 +216,36 @@ __device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_
       bits |= (uint32_t(low >= threshold) | uint32_t(high >= threshold) << 1) << (4 * j + 2 * r);
     }
   return bits;
+}
+
+// From exponentials, their sums and gradients of the map to the map with dropout and gradients of the
+// logits.
+__device__ __forceinline__ void softmax_backward(float (&weights)[MAP_GROUPS][4],
+                                                 float (&dlogits)[MAP_GROUPS][4],
+                                                 const float (&total)[2], uint32_t kept,
+                                                 float multiplier) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    // Divided once: an exact division is ten instructions.
+    const float inverse = 1.f / total[r];
+    float along = 0;
+#pragma unroll
+    for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        weights[j][i] *= inverse;
+        dlogits[j][i] = kept >> (4 * j + i) & 1 ? dlogits[j][i] * multiplier : 0.f;
+        along += weights[j][i] * dlogits[j][i];
+      }
+    along = warp_sum(along, 4);
+#pragma unroll
+    for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        dlogits[j][i] = weights[j][i] * (dlogits[j][i] - along);
+        weights[j][i] = kept >> (4 * j + i) & 1 ? weights[j][i] * multiplier : 0.f;
+      }
+  }
 }
 
 } // namespace epa::cuda

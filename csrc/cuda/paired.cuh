@@ -133,8 +133,10 @@ template <class T> struct PairedBackward {
   // Sums over each chunk of tokens, and what they come to.
   int chunks;
   int64_t chunk;
+  bool is_specialised; // sums over tokens are taken on tensor cores
   A *head_sums, *head_totals;                          // (B, H, [chunks,] head_size)
   A *matrix_sums, *dmatrix, *constant_sums, *dconstant; // (B, [chunks,] O, C), (B, [chunks,] O)
+  A *q_weight_sums;                                    // (B, chunks, C, C)
   A *out_proj_sums, *out_proj_bias_sums;               // (B, chunks, O, C), (B, chunks, O)
 
   // By head, of one sample each.
@@ -157,10 +159,9 @@ template <class T> struct PairedBackward {
   Parameter<T> out_proj_weight, out_proj_bias, out_proj2_weight, out_proj2_bias;
 };
 
-// Of a head's sums: dWq (D, C), then dkeys and dv_proj (P, D), then dlogits (P).
-template <class T>
-__host__ __device__ __forceinline__ int64_t head_size(const Paired<T> &a) {
-  return int64_t(a.D) * a.C + int64_t(2 * a.P) * a.D + a.P;
+// Of a head's sums: dkeys and dv_proj (P, D), then dlogits (P).
+__host__ __device__ __forceinline__ int64_t head_size(int P, int D) {
+  return int64_t(2 * P) * D + P;
 }
 
 // Matrix products by a block: `next` gives each thread SIDE x SIDE elements until all are made.

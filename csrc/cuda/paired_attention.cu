@@ -158,15 +158,19 @@ public:
     const int64_t outputs = blocks_of(O, MATRIX_ROWS);
     mix(dy, p_.is_sum ? nullptr : g_.dout);
 
-    const int64_t row = 2 * (D + P) * sizeof(A);
-    const int rows = std::min<int64_t>(TOKEN_ROWS, SHARED_LIMIT / row);
-    EPA_LAUNCH((paired_attention_output_bwd_kernel<T>), dim3(g_.chunks, H + outputs, B),
-               PAIRED_THREADS, rows * row, a_.stream, p_, g_, rows);
-    check("output_bwd");
+    if (g_.is_specialised)
+      with_head_dim([&](auto d) { output_bwd_mma<decltype(d)::value>(); });
+    else
+      output_bwd();
 
     const int width = std::min<int64_t>(C, SHARED_LIMIT / (O * sizeof(A)) - 1);
-    const int64_t shared = std::max((1 + width) * O, (PAIRED_WARPS + 1) * D) * sizeof(A);
-    const int64_t jobs = p_.is_sum ? 0 : g_.chunks * outputs;
+    int64_t shared = std::max((1 + width) * O, (PAIRED_WARPS + 1) * D) * sizeof(A);
+    int64_t jobs = blocks_of(C, MATRIX_ROWS) + (p_.is_sum ? 0 : outputs);
+    if (g_.is_specialised) {
+      shared = std::max(shared, TOKEN_PRODUCTS_SHARED);
+      jobs = blocks_of_64(C) * (blocks_of_64(C) + (p_.is_sum ? 0 : blocks_of_64(O)));
+    }
+    jobs *= g_.chunks;
     EPA_LAUNCH((paired_attention_mix_bwd_kernel<T>), dim3(H + jobs, B), PAIRED_THREADS, shared,
                a_.stream, p_, g_, width);
     check("mix_bwd");
@@ -189,6 +193,31 @@ public:
   }
 
 private:
+  void output_bwd() const {
+    const int64_t row = (p_.D + 2 * a_.P) * sizeof(A), jobs = blocks_of(p_.O, MATRIX_ROWS);
+    const int rows = std::min<int64_t>(TOKEN_ROWS, SHARED_LIMIT / row);
+    EPA_LAUNCH((paired_attention_output_bwd_kernel<T>), dim3(g_.chunks, a_.H + jobs, a_.B),
+               PAIRED_THREADS, rows * row, a_.stream, p_, g_, rows);
+    check("output_bwd");
+  }
+
+  template <int D> void output_bwd_mma() const {
+    if constexpr (sizeof(T) == 2) {
+      const int64_t jobs = int64_t(blocks_of_64(p_.O)) * blocks_of_64(a_.C);
+      const int64_t weights = a_.C / CHANNEL_BLOCK * D * CHANNEL_STRIDE;
+      const int64_t rows = 4 * TILE_ROWS * ROW_STRIDE<D>;
+      const int64_t resident = (rows + TILE_ROWS * MAP_STRIDE + weights) * 2;
+      const int64_t streamed = (rows + std::max(TILE_ROWS * MAP_STRIDE,
+                                                (TILE_ROWS + D) * CHANNEL_STRIDE)) * 2;
+      const bool is_resident = resident <= SHARED_LIMIT - MMA_STATIC;
+      EPA_LAUNCH((paired_attention_mma_output_bwd_kernel<T, D>),
+                 dim3(g_.chunks, a_.H + jobs, a_.B), MMA_THREADS,
+                 std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED), a_.stream, p_,
+                 g_, is_resident);
+      check("mma_output_bwd");
+    }
+  }
+
   Parameter<T> parameter(void *data) const { return {data, a_.weight_dtype != a_.x.dtype}; }
   Projection<T> projection(const View &view) const {
     return {parameter(view.data), view.stride[0], view.stride[1]};
@@ -265,13 +294,15 @@ private:
     const int64_t B = a_.B, N = a_.N, C = a_.C, H = a_.H, P = a_.P, D = p_.D, J = p_.J, O = p_.O;
     const Chunks chunks = sum_chunks(N);
     g_.chunks = chunks.count, g_.chunk = chunks.size;
+    g_.is_specialised = is_specialised();
     g_.dq = take<T>(B * N * C);
     g_.dout = p_.is_sum ? nullptr : take<T>(B * N * C);
     g_.out_s = p_.is_sum ? nullptr : take<T>(B * N * C);
-    const int64_t head = head_size(p_);
+    const int64_t head = head_size(P, D);
     g_.head_sums = take(B * H * chunks.count * head), g_.head_totals = take(B * H * head);
     g_.matrix_sums = take(B * chunks.count * O * C), g_.dmatrix = take(B * O * C);
     g_.constant_sums = take(B * chunks.count * O), g_.dconstant = take(B * O);
+    g_.q_weight_sums = take(B * chunks.count * C * C);
     g_.out_proj_sums = p_.is_sum ? nullptr : take(B * chunks.count * O * C);
     g_.out_proj_bias_sums = p_.is_sum ? nullptr : take(B * chunks.count * O);
     g_.dvalue_matrix = take(B * C * C), g_.dvalue_constant = take(B * C);

@@ -1,10 +1,10 @@
 // Between the passes of backward; two_pass._Mix.backward.
 //
 //   mix_bwd  what follows from the sums of one head of one sample, a block each; further blocks make
-//            dWo1 = dy_s^T out_s' of each chunk meanwhile       grid (heads + jobs, B)
+//            dq^T (x - mean) and dy_s^T out_s' of each chunk meanwhile       grid (heads + jobs, B)
 //   gather   over heads: what the last pass needs; over samples: the gradients of the parameters
 #pragma once
-#include "paired.cuh"
+#include "paired_mma.cuh"
 
 namespace epa::cuda {
 
@@ -132,12 +132,12 @@ __device__ void spatial_gradients(const Paired<T> &a, const PairedBackward<T> &g
                                   int h, Accumulate<T> *totals) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t head = b * C + h * D, size = head_size(a), number = b * a.H + h;
+  const int64_t head = b * C + h * D, size = head_size(P, D), number = b * a.H + h;
   A *sums = g.head_totals + number * size;
   for (int64_t i = threadIdx.x; i < size; i += PAIRED_THREADS)
     sums[i] = sum_chunks_of(g.head_sums + number * g.chunks * size, g.chunks, size, i);
   __syncthreads();
-  const A *dkeys = sums + int64_t(D) * C, *dv = dkeys + P * D, *dlogits = dv + P * D;
+  const A *dkeys = sums, *dv = dkeys + P * D, *dlogits = dv + P * D;
   const A *k_proj = a.k_proj + number * P * D, *scale = a.scale + head;
   // The sums are of q without its mean.
   const auto dkey = [&](int p, int d) {
@@ -216,6 +216,25 @@ __device__ void spatial_gradients(const Paired<T> &a, const PairedBackward<T> &g
   }
 }
 
+// Of a chunk of a sample: rows from `first` on of dq^T (x - mean).
+template <class T>
+__device__ void q_weight_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
+                                   int index, int first) {
+  using A = Accumulate<T>;
+  const int C = a.C, rows = C - first < MATRIX_ROWS ? C - first : MATRIX_ROWS;
+  const int64_t start = index * g.chunk;
+  Products<A> sum(rows, C);
+  while (sum.next()) {
+    sum.add(
+        int(a.N - start < g.chunk ? a.N - start : g.chunk),
+        [&](int i, int n) { return widen(g.dq[(b * a.N + start + n) * C + first + i]); },
+        [&](int n, int c) { return a.centred_x(b, start + n, c); });
+    sum.each([&](int i, int c, A value) {
+      g.q_weight_sums[((b * g.chunks + index) * C + first + i) * C + c] = value;
+    });
+  }
+}
+
 // Of a chunk of a sample: rows from `first` on of dy_s^T out_s', and sums of dy_s.
 template <class T>
 __device__ void out_proj_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
@@ -245,9 +264,22 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, shared); // (O) and a strip (O, width), or (warps + 1, D)
   const int64_t b = blockIdx.y;
-  const int h = blockIdx.x, blocks = (a.O + MATRIX_ROWS - 1) / MATRIX_ROWS;
-  if (h >= a.H)
-    return out_proj_gradients(a, g, b, (h - a.H) / blocks, (h - a.H) % blocks * MATRIX_ROWS);
+  const int h = blockIdx.x;
+  if (h >= a.H && g.is_specialised) {
+    if constexpr (sizeof(T) == 2) {
+      const int blocks = blocks_of_64(a.C) * (blocks_of_64(a.C) + (a.is_sum ? 0 : blocks_of_64(a.O)));
+      weight_sums_mma(a, g, b, (h - a.H) / blocks, (h - a.H) % blocks,
+                      reinterpret_cast<T *>(shared));
+    }
+    return;
+  }
+  if (h >= a.H) {
+    const int of_q = (a.C + MATRIX_ROWS - 1) / MATRIX_ROWS;
+    const int blocks = of_q + (a.is_sum ? 0 : (a.O + MATRIX_ROWS - 1) / MATRIX_ROWS);
+    const int index = (h - a.H) / blocks, job = (h - a.H) % blocks;
+    if (job < of_q) return q_weight_gradients(a, g, b, index, job * MATRIX_ROWS);
+    return out_proj_gradients(a, g, b, index, (job - of_q) * MATRIX_ROWS);
+  }
   value_gradients(a, g, b, h, shared, shared + a.O, width);
   A *totals = shared + PAIRED_WARPS * a.D;
   channel_gradients(a, g, b, h, shared, totals);
@@ -318,7 +350,8 @@ __device__ void gather_qkvv_weight(const Paired<T> &a, const PairedBackward<T> &
         value += (part ? g.dk_norm : g.dq_norm)[at] * (part ? a.k_gram : a.q_gram)[at * C + c];
         value += g.dtotals[(b * 2 + part) * C + channel + i] * A(a.mean[b * C + c]);
         if (part == 0)
-          value += g.head_totals[(b * a.H + h) * head_size(a) + int64_t(first + i) * C + c];
+          value += sum_chunks_of(g.q_weight_sums + b * g.chunks * C * C, g.chunks, int64_t(C) * C,
+                                 int64_t(channel + i) * C + c);
       }
       g.qkvv_weight.store((int64_t(part) * C + channel + i) * C + c, value);
     });

@@ -1,8 +1,8 @@
 // The second pass over the tokens, for every dtype and shape.
 //
 //   fwd  y, from x directly; or out_s, where it must be whole before it is projected (`flat`)
-//   bwd  dq, out_s, and in head_sums of each chunk dWq, dkeys, dv_proj, dlogits; keys are scale k_proj,
-//        and dkeys and dWq sums over centred tokens
+//   bwd  dq, out_s, and in head_sums of each chunk dkeys, dv_proj, dlogits; keys are scale k_proj,
+//        and dkeys a sum over centred tokens
 //   grid (chunks of tokens, heads or all at once + blocks of rows of the channel branch's matrix, B)
 //
 // The logits are (scale q) k_proj^T: q, not k_proj, takes the scale, as in the Triton kernels.
@@ -229,7 +229,7 @@ template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_output_bwd_kernel(Paired<T> a, PairedBackward<T> g, int rows) {
   using A = Accumulate<T>;
-  EPA_DYNAMIC_SHARED(A, q_centred); // (rows, D), dq the same, then map and dlogits (rows, P)
+  EPA_DYNAMIC_SHARED(A, q_centred); // (rows, D), then map and dlogits (rows, P)
   const int64_t index = blockIdx.x, b = blockIdx.z, start = index * g.chunk;
   const int chunk = int(a.N - start < g.chunk ? a.N - start : g.chunk);
   const int h = blockIdx.y, C = a.C, D = a.D, P = a.P;
@@ -237,9 +237,9 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
   const int64_t head = b * C + h * D, row_number = (b * a.H + h) * a.N;
   const A *k_proj = a.k_proj + (b * a.H + h) * P * D, *v_proj = a.v_proj + (b * a.H + h) * P * D;
   const A *scale = a.scale + head;
-  A *dq = q_centred + rows * D, *map = dq + rows * D, *dlogits = map + rows * P;
-  A *dq_weight = g.head_sums + ((b * a.H + h) * g.chunks + index) * head_size(a);
-  A *dkeys = dq_weight + int64_t(D) * C, *dv_proj = dkeys + P * D, *totals = dv_proj + P * D;
+  A *map = q_centred + rows * D, *dlogits = map + rows * P;
+  A *dkeys = g.head_sums + ((b * a.H + h) * g.chunks + index) * head_size(P, D);
+  A *dv_proj = dkeys + P * D, *totals = dv_proj + P * D;
   const int64_t seed = a.spatial_threshold ? *a.seed : 0;
   for (int first = 0; first < chunk; first += rows) {
     const int inside = chunk - first < rows ? chunk - first : rows;
@@ -307,24 +307,15 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
           P, [&](int i, int p) { return dlogits[i * P + p]; },
           [&](int p, int d) { return k_proj[p * D + d]; });
       dqueries.each([&](int i, int d, A value) {
-        dq[i * D + d] = value * scale[d];
         g.dq[(b * a.N + n + i) * C + h * D + d] = narrow<T>(value * scale[d]);
       });
     }
-    __syncthreads();
     const auto add_to = [&](A *sums, int columns) {
       return [=](int i, int c, A value) {
         A &to = sums[int64_t(i) * columns + c];
         to = first ? to + value : value;
       };
     };
-    Products<A> weight_sums(D, C);
-    while (weight_sums.next()) {
-      weight_sums.add(
-          inside, [&](int d, int i) { return dq[i * D + d]; },
-          [&](int i, int c) { return a.centred_x(b, n + i, c); });
-      weight_sums.each(add_to(dq_weight, C));
-    }
     Products<A> key_sums(P, D);
     while (key_sums.next()) {
       key_sums.add(

@@ -102,28 +102,7 @@ __global__ void __launch_bounds__(MMA_THREADS, 3)
     multiply_transposed<T, D>(
         dlogits, row_factor<T, D>(gradients + warp * WARP_ROWS * ROW_STRIDE<D>), values);
     const uint32_t kept = a.threshold ? kept_bits(seed, head * a.N + n, a.threshold) : 0xFFFFFFFF;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // Divided once: an exact division is ten instructions.
-      const float inverse = 1.f / total[r];
-      float along = 0;
-#pragma unroll
-      for (int j = 0; j < MAP_GROUPS; ++j)
-#pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          weights[j][i] *= inverse;
-          dlogits[j][i] = kept >> (4 * j + i) & 1 ? dlogits[j][i] * multiplier : 0.f;
-          along += weights[j][i] * dlogits[j][i];
-        }
-      along = warp_sum(along, 4);
-#pragma unroll
-      for (int j = 0; j < MAP_GROUPS; ++j)
-#pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          dlogits[j][i] = weights[j][i] * (dlogits[j][i] - along);
-          weights[j][i] = kept >> (4 * j + i) & 1 ? weights[j][i] * multiplier : 0.f;
-        }
-    }
+    softmax_backward(weights, dlogits, total, kept, multiplier);
     store_map(maps, weights);
     float result[D / 8][4];
     multiply_map<T, D>(result, dlogits, keys);
