@@ -1,5 +1,6 @@
 """Paired attention's CUDA kernels on a CPU, under the emulator, against the spec."""
 
+import itertools
 import math
 
 import pytest
@@ -106,9 +107,7 @@ def test_matches_spec_without_biases_and_dropout(shape, kind):
 )
 def test_low_precision_is_as_accurate_as_spec(shape, dtype, parameter_dtype):
     errors = {}
-    for draw, (kind, layout) in enumerate(
-        (("shared", "official"), ("split", "tokens"), ("sum", "official"), ("sum", "tokens"))
-    ):
+    for draw, (kind, layout) in enumerate(itertools.product(KINDS, LAYOUTS)):
         tensors, options = ops_arguments(shape, kind, layout, torch.float64, seed=draw)
         dy = output_gradient(shape, seed=draw)
         low = cast(tensors, dtype, parameter_dtype)
