@@ -107,7 +107,9 @@ def test_matches_spec_without_biases_and_dropout(shape, kind):
 )
 def test_low_precision_is_as_accurate_as_spec(shape, dtype, parameter_dtype):
     errors = {}
-    for draw, (kind, layout) in enumerate(itertools.product(KINDS, LAYOUTS)):
+    layers = list(itertools.product(KINDS, LAYOUTS))
+    # The largest error in float32 has heavy tails, see `Errors`.
+    for draw, (kind, layout) in enumerate(layers * (3 if dtype == torch.float32 else 1)):
         tensors, options = ops_arguments(shape, kind, layout, torch.float64, seed=draw)
         dy = output_gradient(shape, seed=draw)
         low = cast(tensors, dtype, parameter_dtype)

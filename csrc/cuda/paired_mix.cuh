@@ -3,7 +3,8 @@
 //
 //   grid   (jobs, B): the heads, then rows of k_proj and v_proj; in backward tiles of dout = dy_s Wo1
 //   merge  a block adds up what it needs of the summary's chunks; the first head keeps mean and gram
-//   direct where N < 2C there was no summary: Wq M = (Wq (x - mu)) (x - mu)^T, Z = E x right here
+//   direct where N < 2C there was no summary: from q and k without their means, norms and products
+//          too, since Wq M = (Wq (x - mu)^T) (x - mu); and Z = E x right here
 #pragma once
 #include "paired.cuh"
 
@@ -115,6 +116,7 @@ __device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
   else
     multiply_gram(a, b, h, strip, width);
 
+  const A *tokens = a.centred + (b * a.H + h) * a.N * 2 * D; // (N, 2 D), direct
   for (int i = warp; i < 2 * D; i += PAIRED_WARPS) {
     const int part = i / D, d = i % D;
     const A *gram = (part ? a.k_gram : a.q_gram) + (head + d) * C;
@@ -123,8 +125,10 @@ __device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
     A along = 0;
     for (int c = lane; c < C; c += 32) {
       centre += double(a.weight(part, h * D + d, c)) * mean[c];
-      along += gram[c] * a.weight(part, h * D + d, c);
+      if (!a.is_direct) along += gram[c] * a.weight(part, h * D + d, c);
     }
+    for (int64_t n = lane; a.is_direct && n < a.N; n += 32)
+      along += tokens[n * 2 * D + i] * tokens[n * 2 * D + i];
     centre = warp_sum(centre) + double(a.bias(part, h * D + d));
     along = clamped_square(warp_sum(along)) + N * A(centre) * A(centre);
     if (lane) continue;
@@ -135,9 +139,14 @@ __device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
   __syncthreads();
   Products<A> dots(D, D);
   while (dots.next()) {
-    dots.add(
-        C, [&](int i, int k) { return a.q_gram[(head + i) * C + k]; },
-        [&](int k, int j) { return a.weight(1, h * D + j, k); });
+    if (a.is_direct)
+      dots.add(
+          int(a.N), [&](int i, int n) { return tokens[int64_t(n) * 2 * D + i]; },
+          [&](int n, int j) { return tokens[int64_t(n) * 2 * D + D + j]; });
+    else
+      dots.add(
+          C, [&](int i, int k) { return a.q_gram[(head + i) * C + k]; },
+          [&](int k, int j) { return a.weight(1, h * D + j, k); });
     dots.each([&](int i, int j, A value) {
       a.dots[square + i * D + j] = value + N * a.q_mean[head + i] * a.k_mean[head + j];
     });
