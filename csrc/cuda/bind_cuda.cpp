@@ -1,7 +1,7 @@
 // The Python module epa_kernels._C_cuda: the C API of cuda_kernels.h, with the GIL released.
 //
-// A class holds the arguments of an op; its methods launch it. A tensor goes in as bind_cpu.cpp says;
-// a stream as an address.
+// A class holds the arguments of an op; its methods launch it. A tensor goes in as bind_cpu.cpp
+// says, a stream as an address.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -83,9 +83,11 @@ ChannelAttention channel(const Sizes<4> &size, Dropout dropout, const Views<3> &
 
 // An op's arguments, with the workspace to come.
 template <class Op, class Init> py::class_<Op> op(py::module_ &m, const char *name, Init init) {
-  return py::class_<Op>(m, name).def(py::init(init)).def_property(
-      "workspace", [](const Op &a) { return reinterpret_cast<Address>(a.workspace); },
-      [](Op &a, Address address) { a.workspace = pointer(address); });
+  return py::class_<Op>(m, name)
+      .def(py::init(init))
+      .def_property(
+          "workspace", [](const Op &a) { return reinterpret_cast<Address>(a.workspace); },
+          [](Op &a, Address address) { a.workspace = pointer(address); });
 }
 
 } // namespace
@@ -96,8 +98,7 @@ PYBIND11_MODULE(_C_cuda, m) {
       .def("fwd_workspace", &paired_attention_fwd_workspace)
       .def("bwd_workspace", &paired_attention_bwd_workspace)
       .def(
-          "fwd",
-          [](const PairedAttention &a, Address y) { paired_attention_fwd(a, pointer(y)); },
+          "fwd", [](const PairedAttention &a, Address y) { paired_attention_fwd(a, pointer(y)); },
           Release())
       .def(
           "bwd",

@@ -89,8 +89,7 @@ int64_t channel_attention_bwd_workspace(const ChannelAttention &a) {
 }
 
 void channel_attention_fwd(const ChannelAttention &a, View out) {
-  with_type(a.q.dtype,
-            [&](auto type) { Launcher<typename decltype(type)::type>{a}.forward(out); });
+  with_type(a.q.dtype, [&](auto type) { Launcher<typename decltype(type)::type>{a}.forward(out); });
 }
 
 void channel_attention_bwd(const ChannelAttention &a, View dout,

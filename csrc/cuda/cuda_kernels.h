@@ -16,7 +16,7 @@ struct PairedAttention {
   int64_t B, N, C, H, P; // B up to 65534, C up to 1024, C / H and P up to 512
   Kind kind;
   Layout layout;
-  bool direct; // plan for few tokens: no summary; nothing is kept
+  bool direct;                                   // plan for few tokens: no summary; nothing is kept
   uint32_t channel_threshold, spatial_threshold; // dropout, 0 for none; see philox.h
   const int64_t *seed;                           // null without dropout
   Dtype weight_dtype;                // W, of all parameters: that of x, or that of sums, T

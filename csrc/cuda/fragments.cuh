@@ -1,5 +1,5 @@
-// Pieces of kernels on tensor cores, T __nv_bfloat16 or __half: a warp owns 16 rows of tokens, and of
-// their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane % 4.
+// Pieces of kernels on tensor cores, T __nv_bfloat16 or __half: a warp owns 16 rows of tokens, and
+// of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane % 4.
 //
 // Rows in shared memory are padded by 16 bytes, so that the words of 8 rows lie in different banks.
 #pragma once
@@ -90,8 +90,8 @@ __device__ __forceinline__ RowFactor<D> row_factor(const T *rows, const float *s
 
 // result (16, 8 GROUPS) += rows matrix^T, matrix (8 GROUPS, D)
 template <class T, int D, int GROUPS>
-__device__ __forceinline__ void add_transposed(float (&result)[GROUPS][4],
-                                               const RowFactor<D> &rows, const T *matrix) {
+__device__ __forceinline__ void add_transposed(float (&result)[GROUPS][4], const RowFactor<D> &rows,
+                                               const T *matrix) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < GROUPS; ++j)
@@ -218,8 +218,7 @@ __device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_
   return bits;
 }
 
-// From exponentials, their sums and gradients of the map to the map with dropout and gradients of the
-// logits.
+// From exponentials, their sums and gradients of the map to the map with dropout and dlogits.
 __device__ __forceinline__ void softmax_backward(float (&weights)[MAP_GROUPS][4],
                                                  float (&dlogits)[MAP_GROUPS][4],
                                                  const float (&total)[2], uint32_t kept,

@@ -31,7 +31,7 @@ __device__ __forceinline__ bool is_kept(int64_t seed, int64_t row, int column, u
 // 0 where dropout drops it, else what keeps the mean.
 template <class A>
 __device__ __forceinline__ A dropout_multiplier(int64_t seed, int64_t row, int column, uint32_t map,
-                                        uint32_t threshold) {
+                                                uint32_t threshold) {
   return is_kept(seed, row, column, map, threshold) ? A(dropout_scale(threshold)) : A(0);
 }
 

@@ -32,9 +32,7 @@ inline Chunks output_chunks(int64_t N) {
 inline int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 
 // f(Type<T>()) with T the element type of a dtype.
-template <class T> struct Type {
-  using type = T;
-};
+template <class T> struct Type { using type = T; };
 template <class F> auto with_type(Dtype dtype, F f) {
   switch (dtype) {
   case Dtype::float64:

@@ -75,22 +75,22 @@ template <class T> struct Paired {
 
   // Summary, kept for backward unless direct; and what each chunk of it left.
   int chunks;
-  int64_t chunk; // tokens
-  double *mean;  // (B, C)
-  A *gram, *projected; // (B, C, C), (B, J, P, C)
-  double *chunk_means; // (B, chunks, C)
+  int64_t chunk;                             // tokens
+  double *mean;                              // (B, C)
+  A *gram, *projected;                       // (B, C, C), (B, J, P, C)
+  double *chunk_means;                       // (B, chunks, C)
   A *chunk_grams, *chunk_projected, *deltas; // (B, chunks, ...); (B, H, chunks, C)
-  A *row_sums; // (J, P), null without qkvv_bias
-  A *centred;  // (B, H, N, 2 D): q and k without their means; direct
+  A *row_sums;                               // (J, P), null without qkvv_bias
+  A *centred;                                // (B, H, N, 2 D): q and k without their means; direct
 
   // Mix.
-  A *q_gram, *k_gram;                // (B, C, C): Wq M, Wk M
-  A *q_mean, *k_mean;                // (B, C)
-  A *q_norm, *k_norm;                // (B, C), clamped
-  A *dots, *attention;               // (B, H, D, D): <q_i, k_j>, the map after dropout
-  A *value_matrix, *value_constant;  // (B, C, C), (B, C): A Wvc, A bvc
-  A *matrix_parts, *constant_parts;  // (B, H, O, C), (B, H, O): Wo2 A Wvc and Wo2 A bvc by head
-  A *k_proj, *v_proj, *scale;        // (B, H, P, D), (B, C): temperature2 / |q|
+  A *q_gram, *k_gram;               // (B, C, C): Wq M, Wk M
+  A *q_mean, *k_mean;               // (B, C)
+  A *q_norm, *k_norm;               // (B, C), clamped
+  A *dots, *attention;              // (B, H, D, D): <q_i, k_j>, the map after dropout
+  A *value_matrix, *value_constant; // (B, C, C), (B, C): A Wvc, A bvc
+  A *matrix_parts, *constant_parts; // (B, H, O, C), (B, H, O): Wo2 A Wvc and Wo2 A bvc by head
+  A *k_proj, *v_proj, *scale;       // (B, H, P, D), (B, C): temperature2 / |q|
 
   // Of q, k, vc or vs: row i of its weight, element i of its bias.
   __device__ __forceinline__ A weight(int part, int64_t i, int c) const {
@@ -127,17 +127,17 @@ template <class T> struct Paired {
 // What backward has beside it. dout and out_s are flat, as out_s' is.
 template <class T> struct PairedBackward {
   using A = Accumulate<T>;
-  const T *dy;         // (B, N, C)
+  const T *dy;          // (B, N, C)
   T *dout, *out_s, *dq; // (B, N, C); dout is dy itself and out_s null for kind sum
 
   // Sums over each chunk of tokens, and what they come to.
   int chunks;
   int64_t chunk;
-  bool is_specialised; // sums over tokens are taken on tensor cores
-  A *head_sums, *head_totals;                          // (B, H, [chunks,] head_size)
+  bool is_specialised;        // sums over tokens are taken on tensor cores
+  A *head_sums, *head_totals; // (B, H, [chunks,] head_size)
   A *matrix_sums, *dmatrix, *constant_sums, *dconstant; // (B, [chunks,] O, C), (B, [chunks,] O)
-  A *q_weight_sums;                                    // (B, chunks, C, C)
-  A *out_proj_sums, *out_proj_bias_sums;               // (B, chunks, O, C), (B, chunks, O)
+  A *q_weight_sums;                                     // (B, chunks, C, C)
+  A *out_proj_sums, *out_proj_bias_sums;                // (B, chunks, O, C), (B, chunks, O)
 
   // By head, of one sample each.
   A *dvalue_matrix, *dvalue_constant; // (B, C, C), (B, C)
@@ -224,8 +224,7 @@ private:
 
 // Row i of a head's channel map before dropout, by a warp: softmax_j(temperature <q^_i, k^_j>).
 template <class T>
-__device__ void channel_softmax(const Paired<T> &a, int64_t b, int h, int i,
-                                Accumulate<T> *row) {
+__device__ void channel_softmax(const Paired<T> &a, int64_t b, int h, int i, Accumulate<T> *row) {
   using A = Accumulate<T>;
   const A *dots = a.dots + ((b * a.H + h) * a.D + i) * a.D;
   const A *k_norm = a.k_norm + b * a.C + h * a.D;

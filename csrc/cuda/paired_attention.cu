@@ -1,4 +1,4 @@
-// Paired attention on a GPU: which kernels run, on which grid, and where in the workspace what lies.
+// Paired attention on a GPU: which kernels run, on which grid, and what lies in the workspace.
 // reference.paired_attention is the definition, paired.cuh the plan.
 #include "host.h"
 #include "paired_gradients.cuh"
@@ -17,6 +17,7 @@ constexpr int64_t TILE_LIMIT = SHARED_LIMIT / 2;
 // Of what kernels declare beside what they are launched with.
 constexpr int64_t STATIC_LIMIT = MATRIX_ROWS * 8;
 constexpr int64_t TILE_TOKENS = 64;
+static_assert(SUMMARY_SIDE == MAP_COLUMNS, "both kernels of the summary have one grid");
 constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4;
 
 int64_t blocks_of(int64_t size, int64_t rows) { return (size + rows - 1) / rows; }
@@ -90,8 +91,10 @@ public:
     p_.matrix_parts = p_.is_sum ? nullptr : take(B * H * p_.O * C);
     p_.constant_parts = p_.is_sum ? nullptr : take(B * H * p_.O);
     p_.k_proj = take(B * P * C), p_.v_proj = take(B * P * C), p_.scale = take(B * C);
-    if (is_backward) take_backward();
-    else plan_output();
+    if (is_backward)
+      take_backward();
+    else
+      plan_output();
   }
 
   int64_t workspace() const { return memory_.size(); }
@@ -101,8 +104,13 @@ public:
     if (!a_.direct) {
       const int64_t columns = blocks_of(a_.C, SUMMARY_SIDE);
       const int64_t rows = columns + p_.J * blocks_of(a_.P, SUMMARY_SIDE);
-      EPA_LAUNCH((paired_attention_summary_fwd_kernel<T>),
-                 dim3(p_.chunks, rows * columns, a_.B), PAIRED_THREADS, 0, a_.stream, p_);
+      const dim3 grid(p_.chunks, rows * columns, a_.B);
+      if constexpr (sizeof(T) == 2)
+        EPA_LAUNCH((paired_attention_mma_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
+                   p_);
+      else
+        EPA_LAUNCH((paired_attention_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
+                   p_);
       check("summary_fwd");
     }
     mix(nullptr, nullptr);
@@ -120,7 +128,8 @@ public:
     const int64_t tile = tiles_.tokens * tiles_.heads * p_.D;
     const int64_t spatial = (tile + tiles_.map_rows * (p_.D + a_.P)) * sizeof(A);
     const int64_t channel = p_.is_sum ? 0 : tiles_.matrix_rows * a_.C * sizeof(A);
-    const int64_t jobs = a_.H / tiles_.heads + (p_.is_sum ? 0 : blocks_of(p_.O, tiles_.matrix_rows));
+    const int64_t jobs =
+        a_.H / tiles_.heads + (p_.is_sum ? 0 : blocks_of(p_.O, tiles_.matrix_rows));
     EPA_LAUNCH((paired_attention_output_fwd_kernel<T>),
                dim3(blocks_of(a_.N, tiles_.chunk), jobs, a_.B), PAIRED_THREADS,
                std::max(spatial, channel), a_.stream, p_, tiles_, y, out_s_);
@@ -186,9 +195,8 @@ public:
                a_.stream, p_, g_, static_cast<int>(B), ends);
     check("gather");
 
-    EPA_LAUNCH((paired_attention_summary_bwd_kernel<T>),
-               dim3(blocks_of(a_.N, TOKEN_ROWS), B + J), PAIRED_THREADS, 0, a_.stream, p_, g_,
-               static_cast<int>(B));
+    EPA_LAUNCH((paired_attention_summary_bwd_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), B + J),
+               PAIRED_THREADS, 0, a_.stream, p_, g_, static_cast<int>(B));
     check("summary_bwd");
   }
 
@@ -207,13 +215,12 @@ private:
       const int64_t weights = a_.C / CHANNEL_BLOCK * D * CHANNEL_STRIDE;
       const int64_t rows = 4 * TILE_ROWS * ROW_STRIDE<D>;
       const int64_t resident = (rows + TILE_ROWS * MAP_STRIDE + weights) * 2;
-      const int64_t streamed = (rows + std::max(TILE_ROWS * MAP_STRIDE,
-                                                (TILE_ROWS + D) * CHANNEL_STRIDE)) * 2;
+      const int64_t streamed =
+          (rows + std::max(TILE_ROWS * MAP_STRIDE, (TILE_ROWS + D) * CHANNEL_STRIDE)) * 2;
       const bool is_resident = resident <= SHARED_LIMIT - MMA_STATIC;
-      EPA_LAUNCH((paired_attention_mma_output_bwd_kernel<T, D>),
-                 dim3(g_.chunks, a_.H + jobs, a_.B), MMA_THREADS,
-                 std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED), a_.stream, p_,
-                 g_, is_resident);
+      EPA_LAUNCH((paired_attention_mma_output_bwd_kernel<T, D>), dim3(g_.chunks, a_.H + jobs, a_.B),
+                 MMA_THREADS, std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED),
+                 a_.stream, p_, g_, is_resident);
       check("mma_output_bwd");
     }
   }
@@ -276,16 +283,13 @@ private:
     if (is_specialised() && p_.is_official && !p_.is_sum) return plan_mma();
     const int64_t N = a_.N, C = a_.C, D = p_.D, size = sizeof(A);
     const bool has_rows = p_.is_official && N % C == 0 && C * D * size <= TILE_LIMIT;
-    tiles_.finish = has_rows          ? Finish::rows
-                    : p_.is_official ? Finish::flat
-                                      : Finish::tokens;
+    tiles_.finish = has_rows ? Finish::rows : p_.is_official ? Finish::flat : Finish::tokens;
     tiles_.heads = tiles_.finish == Finish::tokens && !p_.is_sum ? a_.H : 1;
     const int64_t row = tiles_.heads * D * size;
     tiles_.tokens = has_rows ? C : std::min(TILE_TOKENS, TILE_LIMIT / row);
     const int64_t rest = SHARED_LIMIT - STATIC_LIMIT - tiles_.tokens * row;
     tiles_.map_rows = std::min<int64_t>({TOKEN_ROWS, tiles_.tokens, rest / ((D + a_.P) * size)});
-    tiles_.matrix_rows =
-        std::min<int64_t>(MATRIX_ROWS, (SHARED_LIMIT - STATIC_LIMIT) / (C * size));
+    tiles_.matrix_rows = std::min<int64_t>(MATRIX_ROWS, (SHARED_LIMIT - STATIC_LIMIT) / (C * size));
     tiles_.chunk = tiles_.tokens * std::max<int64_t>(1, OUTPUT_CHUNK / tiles_.tokens);
     out_s_ = tiles_.finish == Finish::flat && !p_.is_sum ? take<T>(a_.B * N * C) : nullptr;
   }
@@ -327,8 +331,8 @@ private:
     }
     const int64_t mean = a_.C * sizeof(double), column = a_.C * sizeof(A);
     const int width = std::min(a_.C, (SHARED_LIMIT - mean) / column);
-    const int64_t jobs = a_.H + p_.J * blocks_of(a_.P, PROJECTED_ROWS) +
-                         (dout ? blocks_of(a_.N, TOKEN_ROWS) : 0);
+    const int64_t jobs =
+        a_.H + p_.J * blocks_of(a_.P, PROJECTED_ROWS) + (dout ? blocks_of(a_.N, TOKEN_ROWS) : 0);
     EPA_LAUNCH((paired_attention_mix_fwd_kernel<T>), dim3(jobs, a_.B), PAIRED_THREADS,
                mean + (a_.direct ? 0 : width * column), a_.stream, p_, width, dy, dout);
     check("mix_fwd");

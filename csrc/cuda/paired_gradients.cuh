@@ -1,7 +1,7 @@
 // Between the passes of backward; two_pass._Mix.backward.
 //
-//   mix_bwd  what follows from the sums of one head of one sample, a block each; further blocks make
-//            dq^T (x - mean) and dy_s^T out_s' of each chunk meanwhile       grid (heads + jobs, B)
+//   mix_bwd  what follows from the sums of one head of one sample, a block each; further blocks
+//            make dq^T (x - mean) and dy_s^T out_s' of each chunk     grid (heads + jobs, B)
 //   gather   over heads: what the last pass needs; over samples: the gradients of the parameters
 #pragma once
 #include "paired_mma.cuh"
@@ -20,8 +20,8 @@ __device__ __forceinline__ A sum_chunks_of(const A *sums, int chunks, int64_t si
 // dvalue_matrix and dvalue_constant of a head, from the sums of its sample; the first head leaves
 // those, added up, as dmatrix and dconstant.
 template <class T>
-__device__ void value_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
-                                int h, Accumulate<T> *constants, Accumulate<T> *strip, int width) {
+__device__ void value_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int h,
+                                Accumulate<T> *constants, Accumulate<T> *strip, int width) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, O = a.O;
   const A *constant_sums = g.constant_sums + b * g.chunks * O;
@@ -36,8 +36,7 @@ __device__ void value_gradients(const Paired<T> &a, const PairedBackward<T> &g, 
     if (a.is_sum)
       constant = constants[h * D + i];
     else
-      for (int o = 0; o < O; ++o)
-        constant += a.out_proj2_weight[o * C + h * D + i] * constants[o];
+      for (int o = 0; o < O; ++o) constant += a.out_proj2_weight[o * C + h * D + i] * constants[o];
     g.dvalue_constant[b * C + h * D + i] = constant;
   }
   for (int first = 0; first < C; first += width) {
@@ -65,10 +64,10 @@ __device__ void value_gradients(const Paired<T> &a, const PairedBackward<T> &g, 
   }
 }
 
-// ddots, d|q| / |q|, d|k| / |k| and the gradient of temperature; rows (warps, D), totals (D) shared.
+// ddots, d|q| / |q|, d|k| / |k| and dtemperature; rows (warps, D) and totals (D) are shared memory.
 template <class T>
-__device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
-                                  int h, Accumulate<T> *rows, Accumulate<T> *totals) {
+__device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int h,
+                                  Accumulate<T> *rows, Accumulate<T> *totals) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t head = b * C + h * D, square = (b * a.H + h) * D * D;
@@ -79,20 +78,20 @@ __device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g
         C, [&](int i, int k) { return g.dvalue_matrix[(head + i) * C + k]; },
         [&](int k, int j) { return a.weight(2, h * D + j, k); });
     dattention.each([&](int i, int j, A value) {
-      g.ddots[square + i * D + j] =
-          value + g.dvalue_constant[head + i] * a.bias(2, h * D + j);
+      g.ddots[square + i * D + j] = value + g.dvalue_constant[head + i] * a.bias(2, h * D + j);
     });
   }
   __syncthreads();
   const A t = a.temperature[h];
   for (int i = warp; i < D; i += PAIRED_WARPS) {
-    A *row = g.ddots + square + i * D, *weights = rows + warp * D, along = 0, total = 0, cosines = 0;
+    A *row = g.ddots + square + i * D, *weights = rows + warp * D, along = 0, total = 0,
+      cosines = 0;
     channel_softmax(a, b, h, i, weights);
 #pragma unroll 1
     for (int j = lane; j < D; j += 32) {
       if (a.channel_threshold)
-        row[j] *= dropout_multiplier<A>(seed, (b * a.H + h) * D + i, j, CHANNEL_MAP,
-                                        a.channel_threshold);
+        row[j] *=
+            dropout_multiplier<A>(seed, (b * a.H + h) * D + i, j, CHANNEL_MAP, a.channel_threshold);
       along += weights[j] * row[j];
     }
     along = warp_sum(along);
@@ -113,8 +112,7 @@ __device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g
   __syncthreads();
   for (int j = threadIdx.x; j < D; j += PAIRED_THREADS) {
     A cosines = 0;
-    for (int i = 0; i < D; ++i)
-      cosines += g.ddots[square + i * D + j] * a.dots[square + i * D + j];
+    for (int i = 0; i < D; ++i) cosines += g.ddots[square + i * D + j] * a.dots[square + i * D + j];
     g.dk_norm[head + j] = norm_gradient(cosines, a.k_norm[head + j]);
   }
   if (threadIdx.x == 0) {
@@ -128,8 +126,8 @@ __device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g
 
 // From the sums over chunks to dk_proj, dv_proj and all that a bias or a mean takes of them.
 template <class T>
-__device__ void spatial_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
-                                  int h, Accumulate<T> *totals) {
+__device__ void spatial_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int h,
+                                  Accumulate<T> *totals) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t head = b * C + h * D, size = head_size(P, D), number = b * a.H + h;
@@ -267,7 +265,8 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
   const int h = blockIdx.x;
   if (h >= a.H && g.is_specialised) {
     if constexpr (sizeof(T) == 2) {
-      const int blocks = blocks_of_64(a.C) * (blocks_of_64(a.C) + (a.is_sum ? 0 : blocks_of_64(a.O)));
+      const int blocks =
+          blocks_of_64(a.C) * (blocks_of_64(a.C) + (a.is_sum ? 0 : blocks_of_64(a.O)));
       weight_sums_mma(a, g, b, (h - a.H) / blocks, (h - a.H) % blocks,
                       reinterpret_cast<T *>(shared));
     }
@@ -317,8 +316,8 @@ __device__ void gather_vectors(const Paired<T> &a, const PairedBackward<T> &g, i
 
 // Rows of the gradient of a part of qkvv_weight, from row `first` of head h on.
 template <class T>
-__device__ void gather_qkvv_weight(const Paired<T> &a, const PairedBackward<T> &g, int B,
-                                   int part, int h, int first) {
+__device__ void gather_qkvv_weight(const Paired<T> &a, const PairedBackward<T> &g, int B, int part,
+                                   int h, int first) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P, rows = D - first < MATRIX_ROWS ? D - first : MATRIX_ROWS;
   const int channel = h * D + first;
@@ -358,15 +357,14 @@ __device__ void gather_qkvv_weight(const Paired<T> &a, const PairedBackward<T> &
   }
 }
 
-// `ends` of the sections' blocks, in the order in which they stand here.
+// Where the blocks of each section end, in the order in which the grid has them.
 struct GatherBlocks {
   int dgram, dprojected, matrix, qkvv_weight, out_proj2_weight, out_proj_weight, vectors;
 };
 
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_gather_kernel(Paired<T> a, PairedBackward<T> g, int B,
-                                   GatherBlocks ends) {
+    paired_attention_gather_kernel(Paired<T> a, PairedBackward<T> g, int B, GatherBlocks ends) {
   using A = Accumulate<T>;
   const int C = a.C, P = a.P, O = a.O, block = blockIdx.x;
   const auto blocks_of = [](int size, int rows) { return (size + rows - 1) / rows; };

@@ -1,8 +1,8 @@
 // Between the passes: all that follows from mean, gram and projected, one head or a few projected
 // rows a block; two_pass._Mix.
 //
-//   grid   (jobs, B): the heads, then rows of k_proj and v_proj; in backward tiles of dout = dy_s Wo1
-//   merge  a block adds up what it needs of the summary's chunks; the first head keeps mean and gram
+//   grid   (jobs, B): heads, then rows of k_proj and v_proj; in backward tiles of dout = dy_s Wo1
+//   merge  a block adds up what it needs of the summary's chunks; head 0 keeps mean and gram
 //   direct where N < 2C there was no summary: from q and k without their means, norms and products
 //          too, since Wq M = (Wq (x - mu)^T) (x - mu); and Z = E x right here
 #pragma once
@@ -17,8 +17,7 @@ template <class A> __device__ __forceinline__ A clamped_square(A value) {
 
 // Mean of x to shared memory, to the caller's memory by the first head, and the chunks' differences
 // from it, each with its share of the weight.
-template <class T>
-__device__ void merge_means(const Paired<T> &a, int64_t b, int h, double *mean) {
+template <class T> __device__ void merge_means(const Paired<T> &a, int64_t b, int h, double *mean) {
   using A = Accumulate<T>;
   const double *means = a.chunk_means + b * a.chunks * a.C;
   A *deltas = a.deltas + (b * a.H + h) * a.chunks * a.C;
@@ -94,7 +93,8 @@ __device__ void multiply_tokens(const Paired<T> &a, int64_t b, int h, const doub
   __syncthreads();
   Products<A> sum(2 * D, C);
   while (sum.next()) {
-    sum.add(N, [&](int i, int k) { return centred[int64_t(k) * 2 * D + i]; }, x);
+    sum.add(
+        N, [&](int i, int k) { return centred[int64_t(k) * 2 * D + i]; }, x);
     sum.each([&](int i, int c, A value) {
       A *to = i < D ? a.q_gram : a.k_gram;
       to[(b * C + h * D + i % D) * C + c] = value;
@@ -104,8 +104,8 @@ __device__ void multiply_tokens(const Paired<T> &a, int64_t b, int h, const doub
 }
 
 template <class T>
-__device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
-                         Accumulate<T> *strip, int width) {
+__device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean, Accumulate<T> *strip,
+                         int width) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t head = b * C + h * D, square = (b * a.H + h) * D * D;
@@ -159,8 +159,8 @@ __device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
     if (a.channel_threshold)
 #pragma unroll 1
       for (int j = lane; j < D; j += 32)
-        row[j] *= dropout_multiplier<A>(seed, (b * a.H + h) * D + i, j, CHANNEL_MAP,
-                                        a.channel_threshold);
+        row[j] *=
+            dropout_multiplier<A>(seed, (b * a.H + h) * D + i, j, CHANNEL_MAP, a.channel_threshold);
   }
   __syncthreads();
   Products<A> values(D, C);
@@ -194,8 +194,7 @@ __device__ void mix_head(const Paired<T> &a, int64_t b, int h, double *mean,
 }
 
 // Rows of projected from `first` on, and of what follows from them.
-template <class T>
-__device__ void mix_projected(const Paired<T> &a, int64_t b, int j, int first) {
+template <class T> __device__ void mix_projected(const Paired<T> &a, int64_t b, int j, int first) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P;
   const int rows = P - first < PROJECTED_ROWS ? P - first : PROJECTED_ROWS;
@@ -240,8 +239,7 @@ __device__ void mix_projected(const Paired<T> &a, int64_t b, int j, int first) {
 
 // dout = dy_s Wo1, of TOKEN_ROWS tokens from `start` on.
 template <class T>
-__device__ void project_back(const Paired<T> &a, int64_t b, int64_t start, const T *dy,
-                             T *dout) {
+__device__ void project_back(const Paired<T> &a, int64_t b, int64_t start, const T *dy, T *dout) {
   using A = Accumulate<T>;
   const int rows = a.N - start < TOKEN_ROWS ? int(a.N - start) : TOKEN_ROWS;
   Products<A> sum(rows, a.C);
@@ -249,9 +247,8 @@ __device__ void project_back(const Paired<T> &a, int64_t b, int64_t start, const
     sum.add(
         a.O, [&](int i, int k) { return widen(dy[(b * a.N + start + i) * a.C + k]); },
         [&](int k, int c) { return a.out_proj_weight[k * a.C + c]; });
-    sum.each([&](int i, int c, A value) {
-      dout[(b * a.N + start + i) * a.C + c] = narrow<T>(value);
-    });
+    sum.each(
+        [&](int i, int c, A value) { dout[(b * a.N + start + i) * a.C + c] = narrow<T>(value); });
   }
 }
 
@@ -266,8 +263,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
   if (job < a.H) return mix_head(a, b, job, mean, reinterpret_cast<A *>(mean + a.C), width);
   job -= a.H;
   const int blocks = (a.P + PROJECTED_ROWS - 1) / PROJECTED_ROWS;
-  if (job < a.J * blocks)
-    return mix_projected(a, b, job / blocks, job % blocks * PROJECTED_ROWS);
+  if (job < a.J * blocks) return mix_projected(a, b, job / blocks, job % blocks * PROJECTED_ROWS);
   project_back(a, b, int64_t(job - a.J * blocks) * TOKEN_ROWS, dy, dout);
 }
 

@@ -1,5 +1,5 @@
-// The second pass over the tokens on tensor cores: bfloat16 and float16, D in {8, 16, 32, 64}, P up to
-// 64, C a multiple of 32 up to 256; forward the official layout of kinds with output projections.
+// The passes over the tokens on tensor cores: T of 16 bits, D in {8, 16, 32, 64}, P up to 64,
+// C a multiple of 32 up to 256; forward the official layout of kinds with output projections.
 //
 //   A block has a chunk of tokens of a head, or of the channel branch for some of its output
 //   channels; its warps have 16 tokens each of a tile of 64. x comes in blocks of 32 channels.
@@ -45,6 +45,17 @@ __device__ __forceinline__ void load_sums(T *to, const float *from, int inside, 
     to[i / D * ROW_STRIDE<D> + i % D] = narrow<T>(i / D < inside ? from[i] : 0.f);
 }
 
+// `channels` channels from `first` on of a head's weight of q, in blocks of (D, 32).
+template <class T, int D>
+__device__ __forceinline__ void load_weights(const Paired<T> &a, T *to, int h, int first,
+                                             int channels) {
+  for (int i = threadIdx.x; i < D * channels; i += MMA_THREADS) {
+    const int d = i / channels, c = i % channels;
+    to[(c / CHANNEL_BLOCK * D + d) * CHANNEL_STRIDE + c % CHANNEL_BLOCK] =
+        narrow<T>(a.weight(0, h * D + d, first + c));
+  }
+}
+
 // Channels of x, `first` to first + 31, of a warp's 16 tokens.
 template <class T>
 __device__ __forceinline__ void load_x(const Paired<T> &a, T *to, int64_t b, int64_t n,
@@ -74,9 +85,8 @@ __device__ __forceinline__ void project_rows(const Paired<T> &a, int64_t b, int 
       const uint32_t factor[4] = {word_at(row[0] + k), word_at(row[1] + k), word_at(row[0] + k + 8),
                                   word_at(row[1] + k + 8)};
       const int64_t at = int64_t(first + g) * C + k + 2 * t;
-      const uint32_t other[2] = {
-          pack<T>(a.out_proj_weight[at], a.out_proj_weight[at + 1]),
-          pack<T>(a.out_proj_weight[at + 8], a.out_proj_weight[at + 9])};
+      const uint32_t other[2] = {pack<T>(a.out_proj_weight[at], a.out_proj_weight[at + 1]),
+                                 pack<T>(a.out_proj_weight[at + 8], a.out_proj_weight[at + 9])};
       mma<T>(sum, factor, other);
     }
     const int o = first + 2 * t;
@@ -161,15 +171,7 @@ __global__ void __launch_bounds__(MMA_THREADS, 4)
   const int64_t projected = (b * a.H + h) * a.P * D;
   load_sums<T, D>(keys, a.k_proj + projected, a.P, MAP_COLUMNS);
   load_sums<T, D>(values, a.v_proj + projected, a.P, MAP_COLUMNS);
-  // Channels `first` to first + channels - 1 of the weight of q.
-  const auto load_weights = [&](int first, int channels) {
-    for (int i = threadIdx.x; i < D * channels; i += MMA_THREADS) {
-      const int d = i / channels, c = i % channels;
-      weights[(c / CHANNEL_BLOCK * D + d) * CHANNEL_STRIDE + c % CHANNEL_BLOCK] =
-          narrow<T>(a.weight(0, h * D + d, first + c));
-    }
-  };
-  if (tiles.is_resident) load_weights(0, C);
+  if (tiles.is_resident) load_weights<T, D>(a, weights, h, 0, C);
   for (int d = threadIdx.x; d < D; d += MMA_THREADS) {
     scale[d] = a.scale[b * C + h * D + d] * float(LOG2_E);
     scale[D + d] = a.bias(0, h * D + d);
@@ -181,12 +183,12 @@ __global__ void __launch_bounds__(MMA_THREADS, 4)
     const int64_t n = first + warp * WARP_ROWS;
     float q[D / 8][4] = {};
     for (int k = 0; k < C; k += CHANNEL_BLOCK) {
-      if (!tiles.is_resident) load_weights(k, CHANNEL_BLOCK);
+      if (!tiles.is_resident) load_weights<T, D>(a, weights, h, k, CHANNEL_BLOCK);
       load_x(a, tile, b, n, stop, k);
       tiles.is_resident ? __syncwarp() : __syncthreads();
-      add_transposed<T, CHANNEL_BLOCK>(
-          q, row_factor<T, CHANNEL_BLOCK>(tile),
-          weights + (tiles.is_resident ? k / CHANNEL_BLOCK : 0) * D * CHANNEL_STRIDE);
+      add_transposed<T, CHANNEL_BLOCK>(q, row_factor<T, CHANNEL_BLOCK>(tile),
+                                       weights + (tiles.is_resident ? k / CHANNEL_BLOCK : 0) * D *
+                                                     CHANNEL_STRIDE);
       tiles.is_resident ? __syncwarp() : __syncthreads();
     }
 #pragma unroll
@@ -227,6 +229,8 @@ __global__ void __launch_bounds__(MMA_THREADS, 4)
   }
 }
 
+__host__ __device__ __forceinline__ int blocks_of_64(int size) { return (size + 63) / 64; }
+
 // Columns of tokens, from a chunk's first token on; those from `columns` on count as zero.
 template <class T> struct TokenBlock {
   const T *data;
@@ -251,8 +255,8 @@ __device__ __forceinline__ void load_block(const TokenBlock<T> &from, int64_t n,
     } else {
 #pragma unroll
       for (int e = 0; e < VECTOR; ++e)
-        values[e] = row < tokens && c + e < from.columns ? source[e * from.stride_c]
-                                                         : narrow<T>(0.f);
+        values[e] =
+            row < tokens && c + e < from.columns ? source[e * from.stride_c] : narrow<T>(0.f);
     }
     if (from.mean && row < tokens) {
 #pragma unroll
@@ -269,8 +273,7 @@ constexpr int64_t TOKEN_PRODUCTS_SHARED = // bytes
 // for. Warps beyond the fourth have the second half of the columns.
 template <class T, int THREADS>
 __device__ void token_products(const TokenBlock<T> &left, const TokenBlock<T> &right,
-                               int64_t tokens, T *shared, float *to, int stride,
-                               float *left_sums) {
+                               int64_t tokens, T *shared, float *to, int stride, float *left_sums) {
   constexpr int HALVES = 2 * MMA_THREADS / THREADS, HALF = TILE_ROWS * CHANNEL_STRIDE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   T *left_tile = shared, *right_tile = left_tile + TILE_ROWS * MAP_STRIDE;
@@ -288,8 +291,7 @@ __device__ void token_products(const TokenBlock<T> &left, const TokenBlock<T> &r
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < HALVES; ++i)
-      add_products<T, CHANNEL_BLOCK>(sum[i], left_tile,
-                                     right_tile + (i + warp / MMA_WARPS) * HALF);
+      add_products<T, CHANNEL_BLOCK>(sum[i], left_tile, right_tile + (i + warp / MMA_WARPS) * HALF);
     if (left_sums && threadIdx.x < MAP_COLUMNS)
       for (int row = 0; row < TILE_ROWS; ++row)
         total += widen(left_tile[row * MAP_STRIDE + threadIdx.x]);
@@ -309,6 +311,107 @@ __device__ void token_products(const TokenBlock<T> &left, const TokenBlock<T> &r
       }
 }
 
+// The first pass: of a chunk 64 x 64 of the gram or of projected, as summary_fwd of
+// paired_summary.cuh. Centred tokens are rounded to T; sums and means are not.
+template <class T>
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
+    paired_attention_mma_summary_fwd_kernel(Paired<T> a) {
+  constexpr int HALF = TILE_ROWS * CHANNEL_STRIDE;
+  EPA_SHARED(T, left, [TILE_ROWS * MAP_STRIDE]); // tokens of the rows' channels; or E, (P, tokens)
+  EPA_SHARED(T, right, [2 * HALF]);
+  EPA_SHARED(float, deltas, [2 * MAP_COLUMNS]);
+  const int64_t index = blockIdx.x, b = blockIdx.z, start = index * a.chunk;
+  const int column_blocks = blocks_of_64(a.C), projected_blocks = blocks_of_64(a.P);
+  const int block = blockIdx.y / column_blocks, first_column = blockIdx.y % column_blocks * 64;
+  const bool is_gram = block < column_blocks;
+  const int j = is_gram ? 0 : (block - column_blocks) / projected_blocks;
+  const int first_row = (is_gram ? block : (block - column_blocks) % projected_blocks) * 64;
+  const int rows = (is_gram ? a.C : a.P) - first_row, columns = a.C - first_column;
+  const int64_t count = a.tokens_of(index);
+  const auto tokens_of = [&](int first, int rest) {
+    return TokenBlock<T>{&a.x.at(b, start, first), a.x.stride_n, a.x.stride_c,
+                         rest < MAP_COLUMNS ? rest : MAP_COLUMNS, nullptr};
+  };
+  const auto left_at = [](int row, int c) { return row * MAP_STRIDE + c; };
+  const auto right_at = [](int row, int c) {
+    return c / CHANNEL_BLOCK * HALF + row * CHANNEL_STRIDE + c % CHANNEL_BLOCK;
+  };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const T *own_half = right + warp / MMA_WARPS * HALF;
+  const int own_row = warp % MMA_WARPS * 16 + g;
+  const int own_column = warp / MMA_WARPS * CHANNEL_BLOCK + 2 * t;
+  // Of the first threads each has a channel: of the rows, then of the columns.
+  const int side = threadIdx.x / MAP_COLUMNS, channel = threadIdx.x % MAP_COLUMNS;
+  const bool has_channel = is_gram && side < 2 && channel < (side ? columns : rows);
+  const float token =
+      has_channel ? widen(a.x.at(b, start, (side ? first_column : first_row) + channel)) : 0.f;
+  float sum[CHANNEL_BLOCK / 8][4] = {}, mean = 0;
+  for (int64_t n = 0; n < count; n += TILE_ROWS) {
+    const int inside = count - n < TILE_ROWS ? int(count - n) : TILE_ROWS;
+    load_block(tokens_of(first_column, columns), n, inside, nullptr, right, right_at);
+    if (is_gram) {
+      load_block(tokens_of(first_row, rows), n, inside, nullptr, left, left_at);
+    } else {
+      for (int i = threadIdx.x; i < MAP_COLUMNS * TILE_ROWS; i += PAIRED_THREADS) {
+        const int p = i / TILE_ROWS, row = i % TILE_ROWS;
+        left[p * MAP_STRIDE + row] = narrow<T>(
+            p < rows && row < inside ? a.projection[j].at(first_row + p, start + n + row) : 0.f);
+      }
+    }
+    __syncthreads();
+    if (is_gram) {
+      const float share = float(inside) / float(n + inside);
+      if (has_channel) {
+        T *tile = side ? right + right_at(0, channel) : left + channel;
+        const int stride = side ? CHANNEL_STRIDE : MAP_STRIDE;
+        // Differences to one token are exact where tokens are nearly constant.
+        float offset = 0;
+        for (int i = 0; i < inside; ++i) offset += widen(tile[i * stride]) - token;
+        offset /= inside;
+        for (int i = 0; i < inside; ++i)
+          tile[i * stride] = narrow<T>(widen(tile[i * stride]) - token - offset);
+        deltas[threadIdx.x] = offset - mean;
+        mean += share * (offset - mean);
+      }
+      __syncthreads();
+      // Chan's formula: from the means of the tokens so far and of the tile to the joint one.
+#pragma unroll
+      for (int c = 0; c < CHANNEL_BLOCK / 8; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n)
+            sum[c][i] += deltas[own_row + i / 2 * 8] * (share * float(n)) *
+                         deltas[MAP_COLUMNS + own_column + 8 * c + i % 2];
+      add_products<T, CHANNEL_BLOCK>(sum, left, own_half);
+    } else {
+      const RowFactor<TILE_ROWS> factor =
+          row_factor<T, TILE_ROWS>(left + warp % MMA_WARPS * 16 * MAP_STRIDE);
+#pragma unroll
+      for (int k = 0; k < TILE_ROWS / 16; ++k)
+#pragma unroll
+        for (int c = 0; c < CHANNEL_BLOCK / 8; ++c) {
+          uint32_t other[2];
+          load_transposed(other, own_half + (16 * k + lane % 16) * CHANNEL_STRIDE + 8 * c);
+          mma<T>(sum[c], factor.word[k], other);
+        }
+    }
+    __syncthreads();
+  }
+  const int64_t at = b * gridDim.x + index;
+  float *to =
+      is_gram ? a.chunk_grams + at * a.C * a.C : a.chunk_projected + (at * a.J + j) * a.P * a.C;
+#pragma unroll
+  for (int c = 0; c < CHANNEL_BLOCK / 8; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = own_row + i / 2 * 8, column = own_column + 8 * c + i % 2;
+      if (row < rows && column < columns)
+        to[int64_t(first_row + row) * a.C + first_column + column] = sum[c][i];
+    }
+  if (has_channel && side && block == 0)
+    a.chunk_means[at * a.C + first_column + channel] = double(token) + double(mean);
+}
+
 // Columns from `first` on, 64 of them, of a dense (B, N, C); the rest lies beyond `end`.
 template <class T>
 __device__ __forceinline__ TokenBlock<T> token_block(const T *data, int64_t at, int C, int first,
@@ -321,16 +424,14 @@ template <class T>
 __device__ __forceinline__ TokenBlock<T> centred_block(const Paired<T> &a, int64_t b, int64_t n,
                                                        int first) {
   const int rest = a.C - first;
-  return {&a.x.at(b, n, first), a.x.stride_n, a.x.stride_c,
-          rest < MAP_COLUMNS ? rest : MAP_COLUMNS, a.mean + b * a.C + first};
+  return {&a.x.at(b, n, first), a.x.stride_n, a.x.stride_c, rest < MAP_COLUMNS ? rest : MAP_COLUMNS,
+          a.mean + b * a.C + first};
 }
 
-__host__ __device__ __forceinline__ int blocks_of_64(int size) { return (size + 63) / 64; }
-
-// dmatrix and dconstant of a chunk, or dq^T (x - mean), or dWo1 = dy_s^T out_s': a block of 64 x 64.
+// dmatrix and dconstant of a chunk, a block of 64 x 64.
 template <class T>
-__device__ void channel_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
-                                 int job, T *shared) {
+__device__ void channel_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int job,
+                                 T *shared) {
   const int columns = blocks_of_64(a.C), row = job / columns * 64, column = job % columns * 64;
   const int64_t start = blockIdx.x * g.chunk, rest = a.N - start;
   const int64_t at = (b * g.chunks + blockIdx.x) * a.O + row;
@@ -340,6 +441,7 @@ __device__ void channel_sums_mma(const Paired<T> &a, const PairedBackward<T> &g,
       g.matrix_sums + at * a.C + column, a.C, column ? nullptr : g.constant_sums + at);
 }
 
+// dq^T (x - mean), or dWo1 = dy_s^T out_s' and dbo1, of a chunk, a block of 64 x 64.
 template <class T>
 __device__ void weight_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
                                 int index, int job, T *shared) {
@@ -348,10 +450,9 @@ __device__ void weight_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, 
   const int64_t tokens = a.N - start < g.chunk ? a.N - start : g.chunk;
   if (job < of_q) {
     const int row = job / columns * 64;
-    token_products<T, PAIRED_THREADS>(token_block<T>(g.dq, first, a.C, row, a.C),
-                                      centred_block(a, b, start, column), tokens, shared,
-                                      g.q_weight_sums + (at * a.C + row) * a.C + column, a.C,
-                                      nullptr);
+    token_products<T, PAIRED_THREADS>(
+        token_block<T>(g.dq, first, a.C, row, a.C), centred_block(a, b, start, column), tokens,
+        shared, g.q_weight_sums + (at * a.C + row) * a.C + column, a.C, nullptr);
   } else {
     const int row = (job - of_q) / columns * 64;
     token_products<T, PAIRED_THREADS>(
@@ -368,8 +469,8 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
   constexpr int ROWS = TILE_ROWS * ROW_STRIDE<D>;
   constexpr int X_TILE = TILE_ROWS * CHANNEL_STRIDE, MAP_TILE = TILE_ROWS * MAP_STRIDE;
   constexpr int WEIGHTS = D * CHANNEL_STRIDE; // of a block of channels
-  // keys, values, gradients of out_s, q without its mean; the map, and in the same place x and weights
-  // of a block of channels; weights of all channels if resident
+  // keys, values, gradients of out_s, q without its mean; the map, and in the same place x and
+  // weights of a block of channels; weights of all channels if resident
   EPA_DYNAMIC_SHARED(T, shared);
   EPA_SHARED(float, scale, [2 * D]);
   const int64_t index = blockIdx.x, b = blockIdx.z, start = index * g.chunk;
@@ -383,14 +484,7 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
   const int64_t projected = (b * a.H + h) * P * D, head = b * C + h * D;
   load_sums<T, D>(keys, a.k_proj + projected, P, MAP_COLUMNS);
   load_sums<T, D>(values, a.v_proj + projected, P, MAP_COLUMNS);
-  const auto load_weights = [&](int first, int channels) {
-    for (int i = threadIdx.x; i < D * channels; i += MMA_THREADS) {
-      const int d = i / channels, c = i % channels;
-      weights[c / CHANNEL_BLOCK * WEIGHTS + d * CHANNEL_STRIDE + c % CHANNEL_BLOCK] =
-          narrow<T>(a.weight(0, h * D + d, first + c));
-    }
-  };
-  if (is_resident) load_weights(0, C);
+  if (is_resident) load_weights<T, D>(a, weights, h, 0, C);
   for (int d = threadIdx.x; d < D; d += MMA_THREADS) {
     scale[d] = a.scale[head + d];
     scale[D + d] = a.q_mean[head + d];
@@ -410,7 +504,7 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
     }
     float q[D / 8][4] = {};
     for (int k = 0; k < C; k += CHANNEL_BLOCK) {
-      if (!is_resident) load_weights(k, CHANNEL_BLOCK);
+      if (!is_resident) load_weights<T, D>(a, weights, h, k, CHANNEL_BLOCK);
       load_x(a, tile, b, first + warp * WARP_ROWS, stop, k);
       is_resident ? __syncwarp() : __syncthreads();
       // Each lane takes the mean off what it loaded with the others, then all read it.
@@ -428,9 +522,8 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
       const int d = 8 * c + 2 * t;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        *reinterpret_cast<uint32_t *>(
-            queries + (warp * WARP_ROWS + group + 8 * r) * ROW_STRIDE<D> + d) =
-            pack<T>(q[c][2 * r], q[c][2 * r + 1]);
+        *reinterpret_cast<uint32_t *>(queries + (warp * WARP_ROWS + group + 8 * r) * ROW_STRIDE<D> +
+                                      d) = pack<T>(q[c][2 * r], q[c][2 * r + 1]);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         q[c][i] = (q[c][i] + scale[D + d + i % 2]) * (scale[d + i % 2] * float(LOG2_E));

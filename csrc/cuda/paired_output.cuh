@@ -1,9 +1,9 @@
 // The second pass over the tokens, for every dtype and shape.
 //
 //   fwd  y, from x directly; or out_s, where it must be whole before it is projected (`flat`)
-//   bwd  dq, out_s, and in head_sums of each chunk dkeys, dv_proj, dlogits; keys are scale k_proj,
+//   bwd  dq, out_s, and in head_sums of each chunk dkeys, dv_proj, dlogits; keys are scale k_proj
 //        and dkeys a sum over centred tokens
-//   grid (chunks of tokens, heads or all at once + blocks of rows of the channel branch's matrix, B)
+//   grid (chunks of tokens, heads or all at once + some rows each of the channel's matrix, B)
 //
 // The logits are (scale q) k_proj^T: q, not k_proj, takes the scale, as in the Triton kernels.
 #pragma once
@@ -20,30 +20,29 @@ enum class Finish : int {
 
 struct OutputTiles {
   Finish finish;
-  int heads;      // of a block: all that a projection of tokens adds up, else 1
-  int tokens;     // in a tile of out_s; C where finish is rows
-  int map_rows;   // tokens whose map lies in shared memory
+  int heads;       // of a block: all that a projection of tokens adds up, else 1
+  int tokens;      // in a tile of out_s; C where finish is rows
+  int map_rows;    // tokens whose map lies in shared memory
   int matrix_rows; // of a block of the channel branch
-  int64_t chunk;  // tokens of a block, a multiple of `tokens`
+  int64_t chunk;   // tokens of a block, a multiple of `tokens`
 };
 
 // A warp's row of the map: its softmax, with dropout.
 template <class T>
-__device__ __forceinline__ void drop(const Paired<T> &a, int64_t row_number,
-                                     Accumulate<T> *row) {
+__device__ __forceinline__ void drop(const Paired<T> &a, int64_t row_number, Accumulate<T> *row) {
   if (!a.spatial_threshold) return;
   const int64_t seed = *a.seed;
 #pragma unroll 1
   for (int p = threadIdx.x % 32; p < a.P; p += 32)
-    row[p] *= dropout_multiplier<Accumulate<T>>(seed, row_number, p, SPATIAL_MAP,
-                                                a.spatial_threshold);
+    row[p] *=
+        dropout_multiplier<Accumulate<T>>(seed, row_number, p, SPATIAL_MAP, a.spatial_threshold);
 }
 
 // out (tokens, stride) of one head, from token n on.
 template <class T>
 __device__ void spatial_tile(const Paired<T> &a, int64_t b, int h, int64_t n, int tokens,
-                             int map_rows, Accumulate<T> *q, Accumulate<T> *map,
-                             Accumulate<T> *out, int stride) {
+                             int map_rows, Accumulate<T> *q, Accumulate<T> *map, Accumulate<T> *out,
+                             int stride) {
   using A = Accumulate<T>;
   const int C = a.C, D = a.D, P = a.P;
   const A *k_proj = a.k_proj + (b * a.H + h) * P * D, *v_proj = a.v_proj + (b * a.H + h) * P * D;
@@ -136,10 +135,10 @@ __device__ void finish_tile(const Paired<T> &a, int64_t b, int h, int64_t n, int
   }
 }
 
-// y_c = x (Wo2 A Wvc)^T + constants, some of its columns; their rows of the matrix in shared memory.
+// Some columns of y_c = x (Wo2 A Wvc)^T + constants; their rows of the matrix in shared memory.
 template <class T>
-__device__ void channel_outputs(const Paired<T> &a, int64_t b, int64_t start, int tokens,
-                                int first, int outputs, Accumulate<T> *matrix, T *y) {
+__device__ void channel_outputs(const Paired<T> &a, int64_t b, int64_t start, int tokens, int first,
+                                int outputs, Accumulate<T> *matrix, T *y) {
   using A = Accumulate<T>;
   EPA_SHARED(A, constants, [MATRIX_ROWS]);
   const int C = a.C;
@@ -274,8 +273,8 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     for (int i = threadIdx.x / 32; i < inside; i += PAIRED_WARPS) {
       A *weights = map + i * P, *gradients = dlogits + i * P, along = 0;
       const auto kept = [&](int p) {
-        return a.spatial_threshold ? dropout_multiplier<A>(seed, row_number + n + i, p,
-                                                           SPATIAL_MAP, a.spatial_threshold)
+        return a.spatial_threshold ? dropout_multiplier<A>(seed, row_number + n + i, p, SPATIAL_MAP,
+                                                           a.spatial_threshold)
                                    : A(1);
       };
       softmax(weights, P);
@@ -325,7 +324,8 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     }
     Products<A> value_sums(P, D);
     while (value_sums.next()) {
-      value_sums.add(inside, [&](int p, int i) { return map[i * P + p]; }, dout);
+      value_sums.add(
+          inside, [&](int p, int i) { return map[i * P + p]; }, dout);
       value_sums.each(add_to(dv_proj, D));
     }
     for (int p = threadIdx.x; p < P; p += PAIRED_THREADS) {

@@ -18,8 +18,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2) paired_attention_row_sums_k
   EPA_SHARED(A, totals, [PAIRED_WARPS]);
   const int p = blockIdx.x, j = blockIdx.y;
   A total = 0;
-  for (int64_t n = threadIdx.x; n < a.N; n += PAIRED_THREADS)
-    total += a.projection[j].at(p, n);
+  for (int64_t n = threadIdx.x; n < a.N; n += PAIRED_THREADS) total += a.projection[j].at(p, n);
   total = warp_sum(total);
   if (threadIdx.x % 32 == 0) totals[threadIdx.x / 32] = total;
   __syncthreads();
@@ -94,8 +93,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     __syncthreads();
   }
   const int64_t at = b * gridDim.x + index;
-  A *to = is_gram ? a.chunk_grams + at * a.C * a.C
-                  : a.chunk_projected + (at * a.J + j) * a.P * a.C;
+  A *to = is_gram ? a.chunk_grams + at * a.C * a.C : a.chunk_projected + (at * a.J + j) * a.P * a.C;
   if (has_elements)
     sum.each([&](int i, int c, A value) {
       to[int64_t(first_row + i) * a.C + first_column + c] = value;

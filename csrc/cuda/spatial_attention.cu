@@ -135,8 +135,7 @@ int64_t spatial_attention_bwd_workspace(const SpatialAttention &a) {
 }
 
 void spatial_attention_fwd(const SpatialAttention &a, View out) {
-  with_type(a.q.dtype,
-            [&](auto type) { Launcher<typename decltype(type)::type>{a}.forward(out); });
+  with_type(a.q.dtype, [&](auto type) { Launcher<typename decltype(type)::type>{a}.forward(out); });
 }
 
 void spatial_attention_bwd(const SpatialAttention &a, View dout,

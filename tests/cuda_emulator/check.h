@@ -17,8 +17,8 @@ using namespace epa::cuda;
 constexpr uint32_t THRESHOLD = 13107;
 constexpr int64_t SEED = -5;
 
-// Orders of blocks and warps that give the same bits; ThreadSanitizer, which takes its time, sees the
-// races of all orders in one.
+// Orders of blocks and warps that give the same bits; ThreadSanitizer, which takes its time, sees
+// the races of all orders in one.
 #ifdef __SANITIZE_THREAD__
 constexpr int ORDERS = 1;
 #else

@@ -1,6 +1,6 @@
-// Paired attention, kind shared in the official layout, with every bias and dropout: in double its
-// output against the definition and its gradients along random directions against differences of it;
-// in other dtypes both against double.
+// Paired attention, kind shared in the official layout, with biases and dropout: in double its
+// output against the definition, and its gradients along random directions against differences of
+// it; in other dtypes both against double.
 #pragma once
 #include "check.h"
 
@@ -55,8 +55,7 @@ inline std::vector<double> paired_definition(PairedShape s, const PairedTensors 
       }
       softmax(row, h * D + i, epa::CHANNEL_MAP);
       for (int64_t n = 0; n < N; ++n)
-        for (int64_t j = 0; j < D; ++j)
-          channel[n * C + h * D + i] += row[j] * part[2][n * D + j];
+        for (int64_t j = 0; j < D; ++j) channel[n * C + h * D + i] += row[j] * part[2][n * D + j];
     }
     for (int64_t n = 0; n < N; ++n) {
       std::vector<double> row(P);
@@ -148,10 +147,12 @@ template <class T> bool paired_is_right(PairedShape s, epa::Dtype dtype, double 
     return result;
   };
   const float weight = 1 / std::sqrt(float(C));
-  PairedTensors in = {numbers(N * C, 1),      numbers(4 * C * C, weight), numbers(4 * C, 1),
-                      numbers(s.P * N, 0.1f), numbers(s.P, 1),            numbers(s.H, 1),
-                      numbers(s.H, 1),        numbers(O * C, weight),     numbers(O, 1),
-                      numbers(O * C, weight), numbers(O, 1)};
+  PairedTensors in = {numbers(N * C, 1), numbers(4 * C * C, weight),
+                      numbers(4 * C, 1), numbers(s.P * N, 0.1f),
+                      numbers(s.P, 1),   numbers(s.H, 1),
+                      numbers(s.H, 1),   numbers(O * C, weight),
+                      numbers(O, 1),     numbers(O * C, weight),
+                      numbers(O, 1)};
   for (double &temperature : in[6]) temperature += 4;
   const std::vector<double> dy = numbers(N * C, 1);
   std::vector<char> bits[2];
