@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .cpp import _DTYPES, _address, _view
-from .ops import empty_gradient, temperature_gradient
+from .cpp import _DTYPES, _KINDS, _LAYOUTS, _VIEWS, _WEIGHTS, _address, _dense, _view
+from .ops import OPS, ParameterGradients, empty_gradient, plan, temperature_gradient
 from .reference import accumulate_dtype
 from .rng import threshold
 
@@ -34,8 +34,13 @@ class _Module:
 
 
 module = _Module()
-# Sizes that bound a grid or a block; P, which is bounded too, is not seen in the first tensor.
-_LIMITS = {"batch size": 65535, "number of heads": 65535, "head dim": 1024}
+# Sizes that bound a grid or a block, see csrc/cuda/cuda_kernels.h.
+_HEADS = {"batch size": 65535, "number of heads": 65535, "head dim": 1024}
+_LIMITS = {
+    "paired_attention": {"batch size": 65534, "channels": 1024, "head dim": 512, "P": 512},
+    "spatial_attention": _HEADS | {"P": 512},
+    "channel_attention": _HEADS,
+}
 
 
 def describe() -> str:
@@ -102,20 +107,27 @@ def _why_not_on(index: int | None) -> list[str]:
 def why_not(op: str, x: Tensor) -> list[str]:
     """Every reason why the kernels cannot run `op` on x."""
     reasons = list(_why_not_here())
-    if op == "paired_attention":
-        reasons.append("paired_attention is not implemented")
     if x.device.type != "cuda":
         reasons.append(f"x is on {x.device.type}, the kernels run on NVIDIA GPUs")
     elif torch.cuda.is_initialized():  # not for a fake tensor, on a machine without a GPU
         reasons += _why_not_on(x.device.index)
     if x.dtype not in _DTYPES:
         reasons.append(f"dtype {x.dtype} is none of {', '.join(map(str, _DTYPES))}")
-    axes = ("batch size", "tokens")
-    axes += () if op == "paired_attention" else ("number of heads", "head dim")
-    for axis, size in zip(axes, x.shape, strict=False):
-        if axis in _LIMITS and size > _LIMITS[axis]:
-            reasons.append(f"{axis} {size} > {_LIMITS[axis]}")
-    return reasons
+    axes = ("channels",) if op == "paired_attention" else ("number of heads", "head dim")
+    return reasons + _beyond(op, dict(zip(("batch size", "tokens", *axes), x.shape, strict=False)))
+
+
+def _beyond(op: str, sizes: dict[str, int]) -> list[str]:
+    limits = _LIMITS[op]
+    return [f"{name} {n} > {limits[name]}" for name, n in sizes.items() if n > limits.get(name, n)]
+
+
+def _check(op: str, **sizes: int) -> None:
+    """Refuse what only the other tensors tell; `why_not` sees the first one."""
+    if reasons := _beyond(op, {name.replace("_", " "): n for name, n in sizes.items()}):
+        raise NotImplementedError(
+            f"{op}: backend 'cuda' cannot run: {', '.join(reasons)}; use backend 'two_pass'."
+        )
 
 
 def _device(t: Tensor):
@@ -127,14 +139,22 @@ def _stream(t: Tensor) -> int:
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
-def _workspace(size: int, q: Tensor) -> Tensor:
-    return q.new_empty(size, dtype=torch.uint8)
+def _launch(op, name: str, like: Tensor, *results) -> None:
+    """Run method `name` of an op's arguments, with a workspace that lives as long as its stream."""
+    workspace = like.new_empty(getattr(op, f"{name}_workspace")(), dtype=torch.uint8)
+    op.workspace = _address(workspace)
+    with _device(like):
+        getattr(op, name)(*results)
 
 
-def _per_head(temperature: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """A temperature of H elements or one, and its stride over heads."""
-    temperature = temperature.flatten().to(dtype)
-    return temperature, temperature.stride(0) if temperature.numel() > 1 else 0
+def _per_head(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """A temperature of H elements or one, as one row."""
+    return temperature.flatten().to(dtype)
+
+
+def _temperature(per_head: Tensor) -> tuple[int, int]:
+    """Address and stride over heads."""
+    return _address(per_head), per_head.stride(0) if per_head.numel() > 1 else 0
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, int]:
@@ -142,27 +162,82 @@ def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, int]:
     return (threshold(dropout_p), _address(seed)) if dropout_p > 0 else (0, 0)
 
 
-def _spatial(name, q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p, *results):
-    size = (*q.shape, k_proj.shape[1])
-    size_in_bytes = getattr(module, f"{name}_workspace")(size, normalize, _DTYPES[q.dtype])
-    workspace = _workspace(size_in_bytes, q)
-    temperature, stride = _per_head(temperature, q_norm.dtype)
-    views = tuple(map(_view, (q, k_proj, v_proj)))
-    with _device(q):
-        getattr(module, name)(
-            size, normalize, *_dropout(dropout_p, seed), views, _address(temperature), stride,
-            _address(q_norm), _address(workspace), _stream(q), *results,
-        )  # fmt: skip
+def _parameter_dtype(x: Tensor, parameters: list[Tensor | None]) -> torch.dtype:
+    """What the kernels take all parameters in: their own dtype where that is x's or wider."""
+    is_own = all(t is None or t.dtype == x.dtype for t in parameters)
+    return x.dtype if is_own else accumulate_dtype(x.dtype)
+
+
+def _paired(inputs, seed, kept, num_heads, kind, layout, channel_dropout_p, spatial_dropout_p):
+    """Arguments of the kernels, the dtype of parameters, and the tensors that must outlive both."""
+    x, P = inputs[0], inputs[3].shape[0]
+    B, N, C = x.shape
+    _check("paired_attention", batch_size=B, channels=C, head_dim=C // num_heads, P=P)
+    dtype = _parameter_dtype(x, inputs[1:])
+    projections = [None if inputs[i] is None else inputs[i].to(dtype) for i in _VIEWS[1:]]
+    weights = [_dense(inputs[i], dtype) for i in _WEIGHTS]
+    channel_threshold, channel_seed = _dropout(channel_dropout_p, seed)
+    spatial_threshold, spatial_seed = _dropout(spatial_dropout_p, seed)
+    op = module.PairedAttention(
+        (B, N, C, num_heads, P), _KINDS[kind], _LAYOUTS[layout],
+        plan(N, C) == "direct", (channel_threshold, spatial_threshold),
+        channel_seed or spatial_seed, _DTYPES[dtype], tuple(map(_view, (x, *projections))),
+        tuple(map(_address, weights)), tuple(map(_address, kept)), _stream(x),
+    )  # fmt: skip
+    return op, dtype, (projections, weights)
+
+
+def paired_attention(*tensors, **options):
+    """Op `paired_attention`, see `ops`."""
+    *inputs, seed = tensors
+    y, *kept = OPS["paired_attention"].fake(*inputs)
+    op, _, _alive = _paired(inputs, seed, kept, **options)
+    _launch(op, "fwd", y, _address(y))
+    return y, *kept
+
+
+def paired_attention_bwd(dy, *tensors, **options):
+    """Op `paired_attention_bwd`, see `ops`."""
+    *inputs, mean, gram, projected, seed = tensors
+    x, dy = inputs[0], dy.contiguous()
+    kept = [t.contiguous() for t in (mean, gram, projected)]
+    op, dtype, _alive = _paired(inputs, seed, kept, **options)
+    gradients = {i: empty_gradient(inputs[i], x) for i in _VIEWS}
+    views = {
+        i: t if i == 0 or t.dtype == dtype else torch.empty_like(t, dtype=dtype)
+        for i, t in gradients.items()
+    }
+    weights = ParameterGradients([inputs[i] for i in _WEIGHTS], x, dtype)
+    _launch(
+        op, "bwd", x, _address(dy),
+        tuple(None if inputs[i] is None else _view(t) for i, t in views.items()),
+        tuple(map(_address, weights.dense)),
+    )  # fmt: skip
+    for i, t in views.items():
+        if t is not gradients[i]:
+            gradients[i].copy_(t)
+    gradients |= dict(zip(_WEIGHTS, weights.finish(), strict=True))
+    return tuple(gradients[i] for i in range(len(inputs)))
+
+
+def _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p):
+    """Arguments of the kernels, and the tensor that must outlive them."""
+    _check("spatial_attention", P=k_proj.shape[1])
+    per_head = _per_head(temperature, q_norm.dtype)
+    op = module.SpatialAttention(
+        (*q.shape, k_proj.shape[1]), normalize, _dropout(dropout_p, seed),
+        tuple(map(_view, (q, k_proj, v_proj))), _temperature(per_head), _address(q_norm),
+        _stream(q),
+    )  # fmt: skip
+    return op, per_head
 
 
 def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
     out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=accumulate_dtype(q.dtype))
-    _spatial(
-        "spatial_attention_fwd", q, k_proj, v_proj, temperature, q_norm, seed, normalize,
-        dropout_p, _view(out),
-    )  # fmt: skip
+    op, _alive = _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p)
+    _launch(op, "fwd", q, _view(out))
     return out, q_norm
 
 
@@ -173,23 +248,19 @@ def spatial_attention_bwd(
     q_norm = q_norm.contiguous()
     gradients = tuple(empty_gradient(t, q) for t in (q, k_proj, v_proj))
     dtemperature = q_norm.new_empty(q.shape[0], q.shape[2])
-    _spatial(
-        "spatial_attention_bwd", q, k_proj, v_proj, temperature, q_norm, seed, normalize,
-        dropout_p, _view(dout), tuple(map(_view, gradients)), _address(dtemperature),
-    )  # fmt: skip
+    op, _alive = _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p)
+    _launch(op, "bwd", q, _view(dout), tuple(map(_view, gradients)), _address(dtemperature))
     return *gradients, temperature_gradient(dtemperature.sum(0), temperature)
 
 
-def _channel(name, q, k, v, temperature, kept, seed, dropout_p, *results):
-    size_in_bytes = getattr(module, f"{name}_workspace")(tuple(q.shape), _DTYPES[q.dtype])
-    workspace = _workspace(size_in_bytes, q)
-    temperature, stride = _per_head(temperature, kept[0].dtype)
-    with _device(q):
-        getattr(module, name)(
-            tuple(q.shape), *_dropout(dropout_p, seed), tuple(map(_view, (q, k, v))),
-            _address(temperature), stride, tuple(map(_address, kept)), _address(workspace),
-            _stream(q), *results,
-        )  # fmt: skip
+def _channel(q, k, v, temperature, kept, seed, dropout_p):
+    """Arguments of the kernels, and the tensor that must outlive them."""
+    per_head = _per_head(temperature, kept[0].dtype)
+    op = module.ChannelAttention(
+        tuple(q.shape), _dropout(dropout_p, seed), tuple(map(_view, (q, k, v))),
+        _temperature(per_head), tuple(map(_address, kept)), _stream(q),
+    )  # fmt: skip
+    return op, per_head
 
 
 def channel_attention(q, k, v, temperature, seed, *, dropout_p):
@@ -198,7 +269,8 @@ def channel_attention(q, k, v, temperature, seed, *, dropout_p):
     out = q.new_empty(B, N, H, D)
     shapes = (B, H, D, D), (B, H, D), (B, H, D)
     kept = tuple(q.new_empty(shape, dtype=accumulate_dtype(q.dtype)) for shape in shapes)
-    _channel("channel_attention_fwd", q, k, v, temperature, kept, seed, dropout_p, _view(out))
+    op, _alive = _channel(q, k, v, temperature, kept, seed, dropout_p)
+    _launch(op, "fwd", q, _view(out))
     return out, *kept
 
 
@@ -207,15 +279,6 @@ def channel_attention_bwd(dout, q, k, v, temperature, gram, q_norm, k_norm, seed
     kept = tuple(t.contiguous() for t in (gram, q_norm, k_norm))
     gradients = tuple(empty_gradient(t, q) for t in (q, k, v))
     dtemperature = gram.new_empty(q.shape[0], q.shape[2])
-    _channel(
-        "channel_attention_bwd", q, k, v, temperature, kept, seed, dropout_p,
-        _view(dout), tuple(map(_view, gradients)), _address(dtemperature),
-    )  # fmt: skip
+    op, _alive = _channel(q, k, v, temperature, kept, seed, dropout_p)
+    _launch(op, "bwd", q, _view(dout), tuple(map(_view, gradients)), _address(dtemperature))
     return *gradients, temperature_gradient(dtemperature.sum(0), temperature)
-
-
-def paired_attention(*_, **__):
-    raise NotImplementedError("paired_attention is not implemented")
-
-
-paired_attention_bwd = paired_attention

@@ -45,6 +45,28 @@ def interpreter(pytestconfig):
         triton_interpreter.enlarge_blocks()
 
 
+@pytest.fixture(scope="session")
+def cuda_module(tmp_path_factory):
+    """The module of the CUDA kernels, for a CPU."""
+    import cuda_on_cpu
+
+    if reason := cuda_on_cpu.why_not():
+        pytest.skip(reason)
+    return cuda_on_cpu.build_module(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="module")
+def emulated_cuda(cuda_module):
+    """Lets `epa_kernels.cuda` run on CPU tensors; a function that counts launches."""
+    import ctypes
+
+    from epa_kernels import cuda
+
+    before, cuda.module = cuda.module, cuda_module
+    yield ctypes.CDLL(cuda_module.__file__).emulator_launches
+    cuda.module = before
+
+
 @pytest.fixture(scope="session", autouse=True)
 def other_folder(tmp_path_factory):
     """Run elsewhere: here, child processes would import the sources, not what is installed."""

@@ -1,6 +1,5 @@
 """The CUDA kernels on a CPU, under the emulator, against the spec."""
 
-import cuda_on_cpu
 import pytest
 import torch
 from cases import Errors, strided
@@ -26,14 +25,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
-    if reason := cuda_on_cpu.why_not():
-        pytest.skip(reason)
-    before = cuda.module
-    cuda.module = cuda_on_cpu.build_module(tmp_path_factory.mktemp("cuda"))
-    yield
-    cuda.module = before
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
 
 def shape_id(shape):

@@ -54,8 +54,9 @@ def checker(request, tmp_path_factory):
     return request.param, cuda_on_cpu.Checker(folder, request.param)
 
 
-# Name, how it shows, op, file of csrc/cuda, what is right, what is planted instead. A bug stays in
-# the program until one in the same op takes its place, so those of an op stand together.
+# Name, how it shows, what check_kernels.cpp is to run, file of csrc/cuda, what is right, what is
+# planted instead. A bug stays in the program until one in the same .cu takes its place, so those of
+# one stand together.
 BUGS = (
     (
         "barrier-before-keys-are-read", "values", "spatial", "spatial_mma.cuh",
@@ -63,11 +64,11 @@ BUGS = (
         "scale[d] = factor / scale[d];",
     ),
     (
-        "column-mask", "values", "spatial", "spatial_mma.cuh",
+        "column-mask", "values", "spatial", "fragments.cuh",
         "8 * j + 2 * t + i < P ? logit * factor : -INFINITY", "logit * factor",
     ),
     (
-        "dropout-row", "values", "spatial", "spatial_mma.cuh",
+        "dropout-row", "values", "spatial", "fragments.cuh",
         "philox(seed, row + 8 * r,", "philox(seed, row,",
     ),
     (
@@ -97,7 +98,7 @@ BUGS = (
         "if (lane == 0) totals[warp] = total;",
     ),
     (
-        "row-mask-of-loads", "address", "spatial", "spatial_mma.cuh",
+        "row-mask-of-loads", "address", "spatial", "fragments.cuh",
         "if (row < inside) value =", "value =",
     ),
     (
@@ -112,6 +113,33 @@ BUGS = (
         "column-mask-of-sums", "address", "channel", "channel.cuh",
         "if (element < length && group == 0)", "if (group == 0)",
     ),
+    (
+        "last-chunk-of-gram", "values", "paired", "paired_mix.cuh",
+        "for (int64_t t = 0; t < a.chunks; ++t)\n        sum += a.chunk_grams",
+        "for (int64_t t = 0; t + 1 < a.chunks; ++t)\n        sum += a.chunk_grams",
+    ),
+    (
+        "dropout-of-backward", "values", "paired", "paired_output.cuh",
+        "weights[p] *= kept(p);", "",
+    ),
+    (
+        "rows-of-a-span", "values", "paired_mma", "paired_mma.cuh",
+        "outs + r % D * stride + r / D * C", "outs + r % D * stride",
+    ),
+    (
+        "barrier-after-means", "thread", "paired", "paired_mix.cuh",
+        "a.mean[b * a.C + c] = mean[c];\n  }\n  __syncthreads();",
+        "a.mean[b * a.C + c] = mean[c];\n  }",
+    ),
+    (
+        "barrier-before-paired-map-is-overwritten", "thread", "paired_mma", "paired_mma.cuh",
+        "add_products<T, D>(dvalues, maps, gradients);\n    __syncthreads();",
+        "add_products<T, D>(dvalues, maps, gradients);",
+    ),
+    (
+        "token-mask-of-a-span", "address", "paired_mma", "paired_mma.cuh",
+        "if (n + token < a.N)", "if (n + token >= 0)",
+    ),
 )  # fmt: skip
 
 
@@ -120,19 +148,19 @@ def test_kernels_are_right_and_every_planted_bug_is_found(checker, tmp_path):
     sanitizer, checker = checker
     clean = checker.run()
     assert clean.returncode == 0, clean
-    original = {op: SOURCES / f"cuda/{op}_attention.cu" for op in ("spatial", "channel")}
-    planted = ""
+    planted = None
     for name, shows, op, file, right, wrong in BUGS:
         if shows != sanitizer:
             continue
-        if planted not in ("", op):
-            checker.compile(original[planted])
-        planted = op
+        source = f"cuda/{op.split('_')[0]}_attention.cu"
+        if planted not in (None, source):
+            checker.compile(SOURCES / planted)
+        planted = source
         sources = tmp_path / name
         shutil.copytree(SOURCES, sources)
         text = (sources / "cuda" / file).read_text()
         assert text.count(right) == 1, name
         (sources / "cuda" / file).write_text(text.replace(right, wrong))
-        found = checker.run(sources / f"cuda/{op}_attention.cu")
+        found = checker.run(op, changed=sources / source)
         report = {"thread": "data race", "address": "AddressSanitizer"}.get(sanitizer, "")
         assert found.returncode != 0 and report in found.stderr, (name, found)

@@ -87,18 +87,9 @@ __device__ void channel_row(const Channel<T> &a, int64_t head, int i, Accumulate
   const A *gram = a.gram + (head * a.D + i) * a.D, *k_norm = a.k_norm + head * a.D;
   const A q_norm = a.q_norm[head * a.D + i];
   const int lane = threadIdx.x % 32;
-  A largest = -INFINITY, total = 0;
-  for (int j = lane; j < a.D; j += 32) {
+  for (int j = lane; j < a.D; j += 32)
     weights[j] = t * A(LOG2_E) * (gram[j] / (q_norm * k_norm[j]));
-    largest = weights[j] > largest ? weights[j] : largest;
-  }
-  largest = warp_max(largest);
-  for (int j = lane; j < a.D; j += 32) {
-    weights[j] = exp2(weights[j] - largest);
-    total += weights[j];
-  }
-  total = warp_sum(total);
-  for (int j = lane; j < a.D; j += 32) weights[j] /= total;
+  softmax(weights, a.D);
 }
 
 // Of a head: gram, norms, and the map transposed (B, H, D, D).

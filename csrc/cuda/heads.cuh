@@ -28,4 +28,29 @@ __device__ __forceinline__ bool is_kept(int64_t seed, int64_t row, int column, u
   return half >= threshold;
 }
 
+// 0 where dropout drops it, else what keeps the mean.
+template <class A>
+__device__ __forceinline__ A dropout_multiplier(int64_t seed, int64_t row, int column, uint32_t map,
+                                                uint32_t threshold) {
+  return is_kept(seed, row, column, map, threshold) ? A(dropout_scale(threshold)) : A(0);
+}
+
+// A warp's row of logits, scaled for exp2, to its softmax. A lane reads and writes the columns
+// lane, lane + 32, ... Loops are not unrolled, which would take half of the time to compile.
+template <class A> __device__ void softmax(A *row, int columns) {
+  const int lane = threadIdx.x % 32;
+  A largest = -INFINITY, total = 0;
+#pragma unroll 1
+  for (int i = lane; i < columns; i += 32) largest = row[i] > largest ? row[i] : largest;
+  largest = warp_max(largest);
+#pragma unroll 1
+  for (int i = lane; i < columns; i += 32) {
+    row[i] = exp2(row[i] - largest);
+    total += row[i];
+  }
+  total = warp_sum(total);
+#pragma unroll 1
+  for (int i = lane; i < columns; i += 32) row[i] /= total;
+}
+
 } // namespace epa::cuda

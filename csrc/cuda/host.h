@@ -31,6 +31,21 @@ inline Chunks output_chunks(int64_t N) {
 
 inline int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 
+// f(Type<T>()) with T the element type of a dtype.
+template <class T> struct Type { using type = T; };
+template <class F> auto with_type(Dtype dtype, F f) {
+  switch (dtype) {
+  case Dtype::float64:
+    return f(Type<double>());
+  case Dtype::bfloat16:
+    return f(Type<__nv_bfloat16>());
+  case Dtype::float16:
+    return f(Type<__half>());
+  default:
+    return f(Type<float>());
+  }
+}
+
 template <class T> Heads<T> heads(const View &view) {
   return {static_cast<T *>(view.data), view.stride[0], view.stride[1], view.stride[2],
           view.stride[3]};

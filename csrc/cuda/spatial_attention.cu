@@ -135,30 +135,14 @@ int64_t spatial_attention_bwd_workspace(const SpatialAttention &a) {
 }
 
 void spatial_attention_fwd(const SpatialAttention &a, View out) {
-  switch (a.q.dtype) {
-  case Dtype::float32:
-    return Launcher<float>{a}.forward(out);
-  case Dtype::float64:
-    return Launcher<double>{a}.forward(out);
-  case Dtype::bfloat16:
-    return Launcher<__nv_bfloat16>{a}.forward(out);
-  case Dtype::float16:
-    return Launcher<__half>{a}.forward(out);
-  }
+  with_type(a.q.dtype, [&](auto type) { Launcher<typename decltype(type)::type>{a}.forward(out); });
 }
 
 void spatial_attention_bwd(const SpatialAttention &a, View dout,
                            const SpatialAttentionGradients &gradients) {
-  switch (a.q.dtype) {
-  case Dtype::float32:
-    return Launcher<float>{a}.backward(dout, gradients);
-  case Dtype::float64:
-    return Launcher<double>{a}.backward(dout, gradients);
-  case Dtype::bfloat16:
-    return Launcher<__nv_bfloat16>{a}.backward(dout, gradients);
-  case Dtype::float16:
-    return Launcher<__half>{a}.backward(dout, gradients);
-  }
+  with_type(a.q.dtype, [&](auto type) {
+    Launcher<typename decltype(type)::type>{a}.backward(dout, gradients);
+  });
 }
 
 } // namespace epa::cuda

@@ -46,22 +46,14 @@ __device__ void softmax_row(const Spatial<T> &a, const T *q, const T *k, const A
                             Accumulate<T> *weights) {
   using A = Accumulate<T>;
   const int lane = threadIdx.x % 32;
-  A largest = -INFINITY, total = 0;
   for (int p = lane; p < a.P; p += 32) {
     A logit = 0;
     for (int d = 0; d < a.D; ++d)
       logit += widen(q[d * a.q.stride_d]) * scale[d] *
                widen(k[p * a.k_proj.stride_n + d * a.k_proj.stride_d]);
     weights[p] = logit;
-    largest = logit > largest ? logit : largest;
   }
-  largest = warp_max(largest);
-  for (int p = lane; p < a.P; p += 32) {
-    weights[p] = exp2(weights[p] - largest);
-    total += weights[p];
-  }
-  total = warp_sum(total);
-  for (int p = lane; p < a.P; p += 32) weights[p] /= total;
+  softmax(weights, a.P);
 }
 
 template <class T>

@@ -1,28 +1,21 @@
-// Runs the ops on the emulator, in memory that ends where the tensors end, compares them with their
-// definitions in double, and their bits between two orders of blocks and warps. Exit status 0:
-// right, 1: wrong, 2: refused by the emulator. Small grids: ThreadSanitizer counts at most some
-// thousand threads a launch.
-#include "cuda_kernels.h"
-#include "numbers.h"
-#include "../../csrc/philox.h"
+// Runs the ops that are named, or all, on the emulator, in memory that ends where the tensors end;
+// compares them with their definitions in double, and their bits between two orders of blocks and
+// warps. Exit status 0: right, 1: wrong, 2: refused by the emulator. Small grids: ThreadSanitizer
+// counts at most some thousand threads a launch.
+#include "check_paired.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <exception>
-#include <random>
-#include <vector>
+#include <functional>
+#include <map>
+#include <string>
 
 namespace {
 
-using namespace epa::cuda;
+using namespace check;
 
 struct Shape {
   int64_t N, H, D, P;
 };
-
-constexpr uint32_t THRESHOLD = 13107;
-constexpr int64_t SEED = -5;
 
 // One sample's gradients and output, in the order of heads, then of rows.
 struct Results {
@@ -45,9 +38,7 @@ Results spatial_definition(Shape s, const std::vector<double> &q, const std::vec
     for (int64_t n = 0; n < s.N; ++n) {
       double largest = -INFINITY, total = 0, product = 0;
       for (int64_t p = 0; p < s.P; ++p) {
-        uint16_t halves[8];
-        epa::philox(SEED, h * s.N + n, p / 8, epa::SPATIAL_MAP, halves);
-        kept[p] = halves[p % 8] >= THRESHOLD ? epa::dropout_scale(THRESHOLD) : 0;
+        kept[p] = dropout_multiplier(h * s.N + n, p, epa::SPATIAL_MAP);
         weights[p] = 0;
         for (int64_t d = 0; d < s.D; ++d)
           weights[p] += temperature[h] * q[at(n, h, d)] / norm[d] * k[at(p, h, d)];
@@ -105,9 +96,7 @@ Results channel_definition(Shape s, const std::vector<double> &q, const std::vec
         total += weights[j] = std::exp(temperature[h] * cosine[j]);
       }
       for (int64_t j = 0; j < s.D; ++j) {
-        uint16_t halves[8];
-        epa::philox(SEED, h * s.D + i, j / 8, epa::CHANNEL_MAP, halves);
-        kept[j] = halves[j % 8] >= THRESHOLD ? epa::dropout_scale(THRESHOLD) : 0;
+        kept[j] = dropout_multiplier(h * s.D + i, j, epa::CHANNEL_MAP);
         weights[j] /= total;
         dweights[j] = dot(dout, i, v, j) * kept[j];
         along += weights[j] * dweights[j];
@@ -151,26 +140,6 @@ template <class T> struct Tensor {
   }
 };
 
-template <class V>
-bool is_close(const char *name, const V &found, const std::vector<double> &exact,
-              double tolerance) {
-  double error = 0, largest = 0;
-  for (size_t i = 0; i < exact.size(); ++i) {
-    const double difference = std::abs(widen(found[i]) - exact[i]);
-    // A NaN is the largest error.
-    if (!(difference <= error)) error = std::isnan(difference) ? INFINITY : difference;
-    largest = std::max(largest, std::abs(exact[i]));
-  }
-  if (error <= tolerance * largest) return true;
-  std::printf("%s: error %g of %g\n", name, error, largest);
-  return false;
-}
-
-template <class V> void append(std::vector<char> &bits, const V &values) {
-  const char *bytes = reinterpret_cast<const char *>(values.data());
-  bits.insert(bits.end(), bytes, bytes + values.size() * sizeof(values[0]));
-}
-
 // What both ops take and give; P = N for channel attention.
 template <class T> struct Call {
   Shape s;
@@ -200,7 +169,7 @@ template <class T> struct Call {
   template <class Run>
   bool is_right(Run run, decltype(channel_definition) *definition, double tolerance) {
     std::vector<char> bits[2];
-    for (int order = 0; order < 2; ++order) {
+    for (int order = 0; order < ORDERS; ++order) {
       emulator::set_seed(order);
       run();
       append(bits[order], out.values);
@@ -215,7 +184,7 @@ template <class T> struct Call {
         is_close("k", dk.values, exact.k, tolerance),
         is_close("v", dv.values, exact.v, tolerance),
         is_close("temperature", dtemperature, exact.temperature, tolerance),
-        bits[0] == bits[1],
+        bits[0] == bits[ORDERS - 1],
     };
     return std::all_of(std::begin(right), std::end(right), [](bool is_right) { return is_right; });
   }
@@ -261,16 +230,35 @@ template <class T> bool channel_is_right(Shape s, epa::Dtype dtype, double toler
 
 } // namespace
 
-int main() {
+int main(int count, char **arguments) {
+  const std::map<std::string, std::function<bool()>> ops = {
+      {"spatial",
+       [] {
+         return spatial_is_right<__nv_bfloat16>({67, 2, 8, 33}, epa::Dtype::bfloat16, 0.03) &
+                spatial_is_right<float>({67, 2, 5, 9}, epa::Dtype::float32, 1e-4);
+       }},
+      {"channel",
+       [] {
+         return channel_is_right<__half>({67, 2, 9, 67}, epa::Dtype::float16, 0.01) &
+                channel_is_right<float>({67, 1, 18, 67}, epa::Dtype::float32, 1e-4);
+       }},
+      {"paired",
+       [] {
+         return paired_is_right<double>({67, 6, 2, 9}, epa::Dtype::float64, 1e-11) &
+                paired_is_right<float>({9, 6, 1, 5}, epa::Dtype::float32, 1e-4);
+       }},
+      {"paired_mma",
+       [] {
+         return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03) &
+                paired_is_right<__half>({35, 32, 2, 9}, epa::Dtype::float16, 0.01);
+       }},
+  };
   try {
-    const bool right[] = {
-        spatial_is_right<__nv_bfloat16>({67, 2, 8, 33}, epa::Dtype::bfloat16, 0.03),
-        spatial_is_right<float>({67, 2, 5, 9}, epa::Dtype::float32, 1e-4),
-        channel_is_right<__half>({67, 2, 9, 67}, epa::Dtype::float16, 0.01),
-        channel_is_right<float>({67, 1, 18, 67}, epa::Dtype::float32, 1e-4),
-    };
-    const bool all = std::all_of(std::begin(right), std::end(right), [](bool is) { return is; });
-    return all ? 0 : 1;
+    bool right = true;
+    for (const auto &[name, is_right] : ops)
+      if (count == 1 || std::find(arguments + 1, arguments + count, name) != arguments + count)
+        right = is_right() && right;
+    return right ? 0 : 1;
   } catch (const std::exception &error) {
     std::puts(error.what());
     return 2;

@@ -72,7 +72,7 @@ struct Block {
   char begin, end, allocation; // addresses that ThreadSanitizer orders by
 };
 
-uint64_t seed = 0;
+uint64_t seed = 0, launches = 0;
 thread_local Block *running = nullptr;
 
 void suspend() {
@@ -279,6 +279,7 @@ void run(dim3 grid, dim3 size, size_t dynamic, const std::function<void()> &kern
     throw std::runtime_error("emulator: grid of a size not allowed");
   if (dynamic > SHARED_LIMIT)
     throw std::runtime_error("emulator: more than 48 KB of shared memory");
+  ++launches;
   std::mt19937_64 random(seed);
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
@@ -336,3 +337,8 @@ void run(dim3 grid, dim3 size, size_t dynamic, const std::function<void()> &kern
 }
 
 } // namespace emulator
+
+// Launches so far, for tests that load the kernels as a library.
+extern "C" __attribute__((visibility("default"))) uint64_t emulator_launches() {
+  return emulator::launches;
+}

@@ -1,0 +1,250 @@
+// Pieces of kernels on tensor cores, T __nv_bfloat16 or __half: a warp owns 16 rows of tokens, and
+// of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane % 4.
+//
+// Rows in shared memory are padded by 16 bytes, so that the words of 8 rows lie in different banks.
+#pragma once
+#include "heads.cuh"
+#include "ptx.h"
+
+namespace epa::cuda {
+
+constexpr int MMA_WARPS = 4, MMA_THREADS = 32 * MMA_WARPS, WARP_ROWS = 16;
+constexpr int TILE_ROWS = MMA_WARPS * WARP_ROWS;
+constexpr int MAP_COLUMNS = 64, MAP_GROUPS = MAP_COLUMNS / 8, MAP_STRIDE = MAP_COLUMNS + 8;
+template <int D> constexpr int ROW_STRIDE = D == 8 ? 8 : D + 8; // elements
+
+static_assert(MMA_WARPS * WARP_ROWS == MAP_COLUMNS, "backward, each warp owns 16 columns");
+
+// A warp's rows of tokens as the first factor of products over D.
+template <int D> struct RowFactor {
+  static constexpr int STEPS = D == 8 ? 1 : D / 16, WORDS = D == 8 ? 2 : 4;
+  uint32_t word[STEPS][WORDS];
+};
+
+// `rows` rows of D channels to shared memory, zeros from row `inside` on.
+template <class T, int D>
+__device__ void load_rows(T *to, const T *from, int64_t stride_n, int64_t stride_d, int64_t inside,
+                          int rows, int thread, int threads) {
+  constexpr int VECTOR = 16 / sizeof(T);
+  const bool is_aligned =
+      stride_d == 1 && stride_n % VECTOR == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  if (is_aligned) {
+    for (int i = thread; i < rows * (D / VECTOR); i += threads) {
+      const int row = i / (D / VECTOR), d = i % (D / VECTOR) * VECTOR;
+      uint4 value = {0, 0, 0, 0};
+      if (row < inside) value = *reinterpret_cast<const uint4 *>(from + row * stride_n + d);
+      *reinterpret_cast<uint4 *>(to + row * ROW_STRIDE<D> + d) = value;
+    }
+  } else {
+    for (int i = thread; i < rows * D; i += threads) {
+      const int row = i / D, d = i % D;
+      to[row * ROW_STRIDE<D> + d] =
+          row < inside ? from[row * stride_n + d * stride_d] : narrow<T>(0.f);
+    }
+  }
+}
+
+// Columns d, d + 1 of a row of global memory.
+template <class T>
+__device__ __forceinline__ void store_pair(T *row, int64_t stride_d, int d, float low, float high) {
+  T *to = row + d * stride_d;
+  if (stride_d == 1 && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
+    *reinterpret_cast<uint32_t *>(to) = pack<T>(low, high);
+  } else {
+    to[0] = narrow<T>(low);
+    to[stride_d] = narrow<T>(high);
+  }
+}
+
+template <class T> __device__ __forceinline__ uint32_t word_at(const T *pair) {
+  return *reinterpret_cast<const uint32_t *>(pair);
+}
+
+template <class T, int D> __device__ __forceinline__ RowFactor<D> row_factor(const T *rows) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  RowFactor<D> result;
+#pragma unroll
+  for (int step = 0; step < RowFactor<D>::STEPS; ++step)
+#pragma unroll
+    for (int i = 0; i < RowFactor<D>::WORDS; ++i)
+      result.word[step][i] =
+          word_at(rows + (g + 8 * (i % 2)) * ROW_STRIDE<D> + 16 * step + 2 * t + 8 * (i / 2));
+  return result;
+}
+
+// The same of rows whose channels are multiplied by scale (D), rounded to T.
+template <class T, int D>
+__device__ __forceinline__ RowFactor<D> row_factor(const T *rows, const float *scale) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  RowFactor<D> result;
+#pragma unroll
+  for (int step = 0; step < RowFactor<D>::STEPS; ++step)
+#pragma unroll
+    for (int i = 0; i < RowFactor<D>::WORDS; ++i) {
+      const int d = 16 * step + 2 * t + 8 * (i / 2);
+      const T *pair = rows + (g + 8 * (i % 2)) * ROW_STRIDE<D> + d;
+      result.word[step][i] = pack<T>(widen(pair[0]) * scale[d], widen(pair[1]) * scale[d + 1]);
+    }
+  return result;
+}
+
+// result (16, 8 GROUPS) += rows matrix^T, matrix (8 GROUPS, D)
+template <class T, int D, int GROUPS>
+__device__ __forceinline__ void add_transposed(float (&result)[GROUPS][4], const RowFactor<D> &rows,
+                                               const T *matrix) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < GROUPS; ++j)
+#pragma unroll
+    for (int step = 0; step < RowFactor<D>::STEPS; ++step) {
+      uint32_t factor[RowFactor<D>::WORDS / 2];
+#pragma unroll
+      for (int i = 0; i < RowFactor<D>::WORDS / 2; ++i)
+        factor[i] = word_at(matrix + (8 * j + g) * ROW_STRIDE<D> + 16 * step + 2 * t + 8 * i);
+      mma<T>(result[j], rows.word[step], factor);
+    }
+}
+
+template <int GROUPS> __device__ __forceinline__ void set_zero(float (&result)[GROUPS][4]) {
+#pragma unroll
+  for (int j = 0; j < GROUPS; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result[j][i] = 0;
+}
+
+// map (16, 64) = rows matrix^T, matrix (64, D)
+template <class T, int D>
+__device__ __forceinline__ void multiply_transposed(float (&map)[MAP_GROUPS][4],
+                                                    const RowFactor<D> &rows, const T *matrix) {
+  set_zero(map);
+  add_transposed<T, D>(map, rows, matrix);
+}
+
+// result (16, D) = map (16, 64) matrix (64, D), the map rounded to T
+template <class T, int D>
+__device__ __forceinline__ void multiply_map(float (&result)[D / 8][4],
+                                             const float (&map)[MAP_GROUPS][4], const T *matrix) {
+  set_zero(result);
+#pragma unroll
+  for (int k = 0; k < MAP_COLUMNS / 16; ++k) {
+    const float(&low)[4] = map[2 * k], (&high)[4] = map[2 * k + 1];
+    const uint32_t factor[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
+                                pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      uint32_t other[2];
+      load_transposed(other, matrix + (16 * k + threadIdx.x % 16) * ROW_STRIDE<D> + 8 * c);
+      mma<T>(result[c], factor, other);
+    }
+  }
+}
+
+// sum (16, D) += map^T rows over the tile's tokens; of the map the columns of this warp.
+template <class T, int D>
+__device__ __forceinline__ void add_products(float (&sum)[D / 8][4], const T *map, const T *rows) {
+  const int lane = threadIdx.x % 32, p = threadIdx.x / 32 % MMA_WARPS * 16;
+#pragma unroll
+  for (int k = 0; k < TILE_ROWS / 16; ++k) {
+    uint32_t factor[4];
+    load_transposed(factor,
+                    map + (16 * k + lane % 8 + lane / 16 * 8) * MAP_STRIDE + p + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      uint32_t other[2];
+      load_transposed(other, rows + (16 * k + lane % 16) * ROW_STRIDE<D> + 8 * c);
+      mma<T>(sum[c], factor, other);
+    }
+  }
+}
+
+// A warp's rows of the map, rounded to T, to shared memory.
+template <class T>
+__device__ __forceinline__ void store_map(T *to, const float (&map)[MAP_GROUPS][4]) {
+  const int row = threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      *reinterpret_cast<uint32_t *>(to + (row + 8 * r) * MAP_STRIDE + 8 * j + 2 * t) =
+          pack<T>(map[j][2 * r], map[j][2 * r + 1]);
+}
+
+// map = exp2(factor map - maximum of its row), 0 from column P on; total, its sums.
+__device__ __forceinline__ void exp2_rows(float (&map)[MAP_GROUPS][4], float (&total)[2], int P,
+                                          float factor) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float &logit = map[j][2 * r + i];
+        logit = 8 * j + 2 * t + i < P ? logit * factor : -INFINITY;
+        largest = fmaxf(largest, logit);
+      }
+    largest = warp_max(largest, 4);
+    total[r] = 0;
+#pragma unroll
+    for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        map[j][2 * r + i] = exp2_approximate(map[j][2 * r + i] - largest);
+        total[r] += map[j][2 * r + i];
+      }
+    total[r] = warp_sum(total[r], 4);
+  }
+}
+
+// Bit 4 j + 2 r + i: whether dropout keeps column 8 j + 2 t + i of row + 8 r.
+__device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_t threshold) {
+  const int t = threadIdx.x % 4;
+  uint32_t bits = 0;
+  // Not unrolled: sixteen counters at once spill.
+#pragma unroll 1
+  for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint16_t halves[COLUMNS_PER_COUNTER];
+      philox(seed, row + 8 * r, j, SPATIAL_MAP, halves);
+      // Selected, not indexed: an index that is no constant puts an array into memory.
+      uint32_t low = 0, high = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i == t) low = halves[2 * i], high = halves[2 * i + 1];
+      bits |= (uint32_t(low >= threshold) | uint32_t(high >= threshold) << 1) << (4 * j + 2 * r);
+    }
+  return bits;
+}
+
+// From exponentials, their sums and gradients of the map to the map with dropout and dlogits.
+__device__ __forceinline__ void softmax_backward(float (&weights)[MAP_GROUPS][4],
+                                                 float (&dlogits)[MAP_GROUPS][4],
+                                                 const float (&total)[2], uint32_t kept,
+                                                 float multiplier) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    // Divided once: an exact division is ten instructions.
+    const float inverse = 1.f / total[r];
+    float along = 0;
+#pragma unroll
+    for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        weights[j][i] *= inverse;
+        dlogits[j][i] = kept >> (4 * j + i) & 1 ? dlogits[j][i] * multiplier : 0.f;
+        along += weights[j][i] * dlogits[j][i];
+      }
+    along = warp_sum(along, 4);
+#pragma unroll
+    for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        dlogits[j][i] = weights[j][i] * (dlogits[j][i] - along);
+        weights[j][i] = kept >> (4 * j + i) & 1 ? weights[j][i] * multiplier : 0.f;
+      }
+  }
+}
+
+} // namespace epa::cuda

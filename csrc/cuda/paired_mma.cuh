@@ -1,0 +1,603 @@
+// The passes over the tokens on tensor cores: T of 16 bits, D in {8, 16, 32, 64}, P up to 64,
+// C a multiple of 32 up to 256; forward the official layout of kinds with output projections.
+//
+//   A block has a chunk of tokens of a head, or of the channel branch for some of its output
+//   channels; its warps have 16 tokens each of a tile of 64. x comes in blocks of 32 channels.
+//   q goes from accumulators to a factor of the logits, these to a factor of out_s: registers only.
+//   out_s lies in shared memory with its channels as rows, as the official layout has it: C tokens
+//   of it are whole rows, which are projected at once; where C does not divide N, it is stored.
+//   Backward, a warp owns 16 projected tokens of dkeys and dv_proj, as in spatial_mma.cuh. What is
+//   summed over tokens besides is left^T right by token_products, 64 x 64 of it a block.
+#pragma once
+#include "fragments.cuh"
+#include "paired.cuh"
+
+namespace epa::cuda {
+
+constexpr int CHANNEL_BLOCK = 32, CHANNEL_STRIDE = ROW_STRIDE<CHANNEL_BLOCK>;
+constexpr int CHANNEL_OUTPUTS = 64; // of a block of the channel branch
+
+struct MmaTiles {
+  bool has_rows;    // C divides N: whole rows of out_s' are projected at once
+  bool is_resident; // the weights of all channels fit in shared memory, else 32 at a time
+  int span;         // tokens whose out_s lies in shared memory: C, at least a tile
+  int64_t chunk;    // tokens of a block, a multiple of span
+};
+
+// An accumulator of (16, D), rounded to T, as a factor of products over D.
+template <class T, int D>
+__device__ __forceinline__ RowFactor<D> packed(const float (&rows)[D / 8][4]) {
+  RowFactor<D> result;
+#pragma unroll
+  for (int step = 0; step < RowFactor<D>::STEPS; ++step)
+#pragma unroll
+    for (int i = 0; i < RowFactor<D>::WORDS; ++i) {
+      const float(&group)[4] = rows[2 * step + i / 2];
+      result.word[step][i] = pack<T>(group[i % 2 * 2], group[i % 2 * 2 + 1]);
+    }
+  return result;
+}
+
+// matrix (rows, D) of sums to shared memory, rounded to T, zeros from row `inside` on.
+template <class T, int D>
+__device__ __forceinline__ void load_sums(T *to, const float *from, int inside, int rows) {
+  for (int i = threadIdx.x; i < rows * D; i += MMA_THREADS)
+    to[i / D * ROW_STRIDE<D> + i % D] = narrow<T>(i / D < inside ? from[i] : 0.f);
+}
+
+// `channels` channels from `first` on of a head's weight of q, in blocks of (D, 32).
+template <class T, int D>
+__device__ __forceinline__ void load_weights(const Paired<T> &a, T *to, int h, int first,
+                                             int channels) {
+  for (int i = threadIdx.x; i < D * channels; i += MMA_THREADS) {
+    const int d = i / channels, c = i % channels;
+    to[(c / CHANNEL_BLOCK * D + d) * CHANNEL_STRIDE + c % CHANNEL_BLOCK] =
+        narrow<T>(a.weight(0, h * D + d, first + c));
+  }
+}
+
+// Channels of x, `first` to first + 31, of a warp's 16 tokens.
+template <class T>
+__device__ __forceinline__ void load_x(const Paired<T> &a, T *to, int64_t b, int64_t n,
+                                       int64_t stop, int first) {
+  load_rows<T, CHANNEL_BLOCK>(to, &a.x.at(b, n, first), a.x.stride_n, a.x.stride_c, stop - n,
+                              WARP_ROWS, threadIdx.x % 32, 32);
+}
+
+// A span of out_s, outs (D, span + 8), projected: y_s of D span / C rows.
+template <class T, int D>
+__device__ __forceinline__ void project_rows(const Paired<T> &a, int64_t b, int h, int64_t n,
+                                             int span, const T *outs, T *y) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, C = a.C;
+  const int rows = D * (span / C), groups = a.O / 8, stride = span + 8;
+  const int64_t rows_of_channel = a.N / C;
+  for (int task = threadIdx.x / 32; task < (rows + 15) / 16 * groups; task += MMA_WARPS) {
+    const int first_row = task / groups * 16, first = task % groups * 8;
+    // Row d of part j of the span, which C tokens make up.
+    const T *row[2];
+    for (int i = 0; i < 2; ++i) {
+      const int r = first_row + g + 8 * i < rows ? first_row + g + 8 * i : 0;
+      row[i] = outs + r % D * stride + r / D * C + 2 * t;
+    }
+    float sum[4] = {};
+#pragma unroll 2
+    for (int k = 0; k < C; k += 16) {
+      const uint32_t factor[4] = {word_at(row[0] + k), word_at(row[1] + k), word_at(row[0] + k + 8),
+                                  word_at(row[1] + k + 8)};
+      const int64_t at = int64_t(first + g) * C + k + 2 * t;
+      const uint32_t other[2] = {pack<T>(a.out_proj_weight[at], a.out_proj_weight[at + 1]),
+                                 pack<T>(a.out_proj_weight[at + 8], a.out_proj_weight[at + 9])};
+      mma<T>(sum, factor, other);
+    }
+    const int o = first + 2 * t;
+    const float low = a.out_proj_bias ? a.out_proj_bias[o] : 0.f;
+    const float high = a.out_proj_bias ? a.out_proj_bias[o + 1] : 0.f;
+    for (int i = 0; i < 2; ++i) {
+      const int r = first_row + g + 8 * i;
+      if (r >= rows || n + r / D * C >= a.N) continue;
+      const int64_t number = (int64_t(r % D) * a.H + h) * rows_of_channel + n / C + r / D;
+      store_pair(y + (b * a.N + number) * C, 1, o, sum[2 * i] + low, sum[2 * i + 1] + high);
+    }
+  }
+}
+
+// A span of out_s to its place in the flat out_s'.
+template <class T, int D>
+__device__ __forceinline__ void store_span(const Paired<T> &a, int64_t b, int h, int64_t n,
+                                           int span, const T *outs, T *out_s) {
+  for (int i = threadIdx.x; i < D * span; i += MMA_THREADS) {
+    const int d = i / span, token = i % span;
+    if (n + token < a.N)
+      out_s[b * a.N * a.C + a.flat(n + token, h, d)] = outs[d * (span + 8) + token];
+  }
+}
+
+// y_c of a chunk, CHANNEL_OUTPUTS of its columns from `first` on.
+template <class T>
+__device__ void channel_outputs_mma(const Paired<T> &a, int64_t b, int64_t start, int64_t stop,
+                                    int first, T *shared, T *y) {
+  EPA_SHARED(float, constants, [CHANNEL_OUTPUTS]);
+  constexpr int BLOCK = CHANNEL_OUTPUTS * CHANNEL_STRIDE;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, C = a.C;
+  const int outputs = a.O - first < CHANNEL_OUTPUTS ? a.O - first : CHANNEL_OUTPUTS;
+  T *tile = shared + threadIdx.x / 32 * WARP_ROWS * CHANNEL_STRIDE;
+  T *matrix = shared + TILE_ROWS * CHANNEL_STRIDE;
+  for (int i = threadIdx.x; i < CHANNEL_OUTPUTS * C; i += MMA_THREADS) {
+    const int o = i / C, c = i % C;
+    matrix[c / CHANNEL_BLOCK * BLOCK + o * CHANNEL_STRIDE + c % CHANNEL_BLOCK] =
+        narrow<T>(o < outputs ? a.matrix(b, first + o, c) : 0.f);
+  }
+  for (int o = threadIdx.x; o < CHANNEL_OUTPUTS; o += MMA_THREADS)
+    constants[o] = o < outputs ? a.constant(b, first + o) : 0.f;
+  __syncthreads();
+  for (int64_t n = start + threadIdx.x / 32 * WARP_ROWS; n < stop; n += TILE_ROWS) {
+    float sum[CHANNEL_OUTPUTS / 8][4] = {};
+    for (int k = 0; k < C; k += CHANNEL_BLOCK) {
+      load_x(a, tile, b, n, stop, k);
+      __syncwarp();
+      add_transposed<T, CHANNEL_BLOCK>(sum, row_factor<T, CHANNEL_BLOCK>(tile),
+                                       matrix + k / CHANNEL_BLOCK * BLOCK);
+      __syncwarp();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (n + g + 8 * r >= stop) continue;
+      T *row = y + (b * a.N + n + g + 8 * r) * C + a.O + first;
+#pragma unroll
+      for (int j = 0; j < CHANNEL_OUTPUTS / 8; ++j) {
+        const int o = 8 * j + 2 * t;
+        if (o < outputs)
+          store_pair(row, 1, o, sum[j][2 * r] + constants[o], sum[j][2 * r + 1] + constants[o + 1]);
+      }
+    }
+  }
+}
+
+// out_s is null where rows are projected here.
+template <class T, int D>
+__global__ void __launch_bounds__(MMA_THREADS, 4)
+    paired_attention_mma_output_fwd_kernel(Paired<T> a, MmaTiles tiles, T *y, T *out_s) {
+  EPA_DYNAMIC_SHARED(T, shared); // x, keys, values, out_s, weights; or x and the matrix
+  EPA_SHARED(float, scale, [2 * D]);
+  const int64_t b = blockIdx.z, start = blockIdx.x * tiles.chunk;
+  const int64_t past = start + tiles.chunk, stop = past < a.N ? past : a.N;
+  const int h = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int g = lane / 4, t = lane % 4, C = a.C, stride = tiles.span + 8;
+  if (h >= a.H)
+    return channel_outputs_mma(a, b, start, stop, (h - a.H) * CHANNEL_OUTPUTS, shared, y);
+  T *tile = shared + warp * WARP_ROWS * CHANNEL_STRIDE;
+  T *keys = shared + TILE_ROWS * CHANNEL_STRIDE, *values = keys + MAP_COLUMNS * ROW_STRIDE<D>;
+  T *outs = values + MAP_COLUMNS * ROW_STRIDE<D>, *weights = outs + D * stride;
+  const int64_t projected = (b * a.H + h) * a.P * D;
+  load_sums<T, D>(keys, a.k_proj + projected, a.P, MAP_COLUMNS);
+  load_sums<T, D>(values, a.v_proj + projected, a.P, MAP_COLUMNS);
+  if (tiles.is_resident) load_weights<T, D>(a, weights, h, 0, C);
+  for (int d = threadIdx.x; d < D; d += MMA_THREADS) {
+    scale[d] = a.scale[b * C + h * D + d] * float(LOG2_E);
+    scale[D + d] = a.bias(0, h * D + d);
+  }
+  __syncthreads();
+  const float multiplier = a.spatial_threshold ? float(dropout_scale(a.spatial_threshold)) : 1.f;
+  const int64_t seed = a.spatial_threshold ? *a.seed : 0;
+  for (int64_t first = start; first < stop; first += TILE_ROWS) {
+    const int64_t n = first + warp * WARP_ROWS;
+    float q[D / 8][4] = {};
+    for (int k = 0; k < C; k += CHANNEL_BLOCK) {
+      if (!tiles.is_resident) load_weights<T, D>(a, weights, h, k, CHANNEL_BLOCK);
+      load_x(a, tile, b, n, stop, k);
+      tiles.is_resident ? __syncwarp() : __syncthreads();
+      add_transposed<T, CHANNEL_BLOCK>(q, row_factor<T, CHANNEL_BLOCK>(tile),
+                                       weights + (tiles.is_resident ? k / CHANNEL_BLOCK : 0) * D *
+                                                     CHANNEL_STRIDE);
+      tiles.is_resident ? __syncwarp() : __syncthreads();
+    }
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int d = 8 * c + 2 * t + i % 2;
+        q[c][i] = (q[c][i] + scale[D + d]) * scale[d];
+      }
+    float map[MAP_GROUPS][4], total[2], result[D / 8][4];
+    multiply_transposed<T, D>(map, packed<T, D>(q), keys);
+    exp2_rows(map, total, a.P, 1.f);
+    if (a.spatial_threshold) {
+      const uint32_t kept = kept_bits(seed, (b * a.H + h) * a.N + n + g, a.spatial_threshold);
+#pragma unroll
+      for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (!(kept >> (4 * j + i) & 1)) map[j][i] = 0;
+    }
+    multiply_map<T, D>(result, map, values);
+    const int at = int((first - start) % tiles.span) + warp * WARP_ROWS;
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        outs[(8 * c + 2 * t + i % 2) * stride + at + g + i / 2 * 8] =
+            narrow<T>(result[c][i] * (multiplier / total[i / 2]));
+    const int64_t end = first + TILE_ROWS;
+    if ((end - start) % tiles.span && end < stop) continue;
+    __syncthreads();
+    const int64_t span_start = first - (first - start) % tiles.span;
+    if (tiles.has_rows)
+      project_rows<T, D>(a, b, h, span_start, tiles.span, outs, y);
+    else
+      store_span<T, D>(a, b, h, span_start, tiles.span, outs, out_s);
+    __syncthreads();
+  }
+}
+
+__host__ __device__ __forceinline__ int blocks_of_64(int size) { return (size + 63) / 64; }
+
+// Columns of tokens, from a chunk's first token on; those from `columns` on count as zero.
+template <class T> struct TokenBlock {
+  const T *data;
+  int64_t stride_n, stride_c;
+  int columns;
+  const double *mean; // to be subtracted, or null
+};
+
+// 64 tokens of 64 columns to shared memory, where at(token, column) says; zeros from `tokens` on.
+template <class T, class At>
+__device__ __forceinline__ void load_block(const TokenBlock<T> &from, int64_t n, int64_t tokens,
+                                           const float *mean, T *to, At at) {
+  constexpr int VECTOR = 8;
+  const bool is_aligned = from.stride_c == 1 && from.stride_n % VECTOR == 0 &&
+                          reinterpret_cast<uintptr_t>(from.data) % 16 == 0;
+  for (int i = threadIdx.x; i < TILE_ROWS * MAP_COLUMNS / VECTOR; i += blockDim.x) {
+    const int row = i / (MAP_COLUMNS / VECTOR), c = i % (MAP_COLUMNS / VECTOR) * VECTOR;
+    const T *source = from.data + (n + row) * from.stride_n + c * from.stride_c;
+    alignas(16) T values[VECTOR];
+    if (is_aligned && row < tokens && c + VECTOR <= from.columns) {
+      *reinterpret_cast<uint4 *>(values) = *reinterpret_cast<const uint4 *>(source);
+    } else {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e)
+        values[e] =
+            row < tokens && c + e < from.columns ? source[e * from.stride_c] : narrow<T>(0.f);
+    }
+    if (from.mean && row < tokens) {
+#pragma unroll
+      for (int e = 0; e < VECTOR; ++e) values[e] = narrow<T>(widen(values[e]) - mean[c + e]);
+    }
+    *reinterpret_cast<uint4 *>(to + at(row, c)) = *reinterpret_cast<const uint4 *>(values);
+  }
+}
+
+constexpr int64_t TOKEN_PRODUCTS_SHARED = // bytes
+    (TILE_ROWS * MAP_STRIDE + 2 * TILE_ROWS * CHANNEL_STRIDE) * 2 + MAP_COLUMNS * 4;
+
+// to (.., stride) = left^T right over the tokens of a chunk, and sums of left's columns where asked
+// for. Warps beyond the fourth have the second half of the columns.
+template <class T, int THREADS>
+__device__ void token_products(const TokenBlock<T> &left, const TokenBlock<T> &right,
+                               int64_t tokens, T *shared, float *to, int stride, float *left_sums) {
+  constexpr int HALVES = 2 * MMA_THREADS / THREADS, HALF = TILE_ROWS * CHANNEL_STRIDE;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  T *left_tile = shared, *right_tile = left_tile + TILE_ROWS * MAP_STRIDE;
+  float *mean = reinterpret_cast<float *>(right_tile + 2 * HALF);
+  for (int c = threadIdx.x; c < MAP_COLUMNS; c += THREADS)
+    mean[c] = right.mean && c < right.columns ? float(right.mean[c]) : 0.f;
+  __syncthreads();
+  float sum[HALVES][CHANNEL_BLOCK / 8][4] = {}, total = 0;
+  for (int64_t n = 0; n < tokens; n += TILE_ROWS) {
+    load_block(left, n, tokens - n, nullptr, left_tile,
+               [](int row, int c) { return row * MAP_STRIDE + c; });
+    load_block(right, n, tokens - n, mean, right_tile, [](int row, int c) {
+      return c / CHANNEL_BLOCK * HALF + row * CHANNEL_STRIDE + c % CHANNEL_BLOCK;
+    });
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < HALVES; ++i)
+      add_products<T, CHANNEL_BLOCK>(sum[i], left_tile, right_tile + (i + warp / MMA_WARPS) * HALF);
+    if (left_sums && threadIdx.x < MAP_COLUMNS)
+      for (int row = 0; row < TILE_ROWS; ++row)
+        total += widen(left_tile[row * MAP_STRIDE + threadIdx.x]);
+    __syncthreads();
+  }
+  if (left_sums && int(threadIdx.x) < left.columns) left_sums[threadIdx.x] = total;
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+    for (int c = 0; c < CHANNEL_BLOCK / 8; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = warp % MMA_WARPS * 16 + g + i / 2 * 8;
+        const int column = (half + warp / MMA_WARPS) * CHANNEL_BLOCK + 8 * c + 2 * t + i % 2;
+        if (row < left.columns && column < right.columns)
+          to[int64_t(row) * stride + column] = sum[half][c][i];
+      }
+}
+
+// The first pass: of a chunk 64 x 64 of the gram or of projected, as summary_fwd of
+// paired_summary.cuh. Centred tokens are rounded to T; sums and means are not.
+template <class T>
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
+    paired_attention_mma_summary_fwd_kernel(Paired<T> a) {
+  constexpr int HALF = TILE_ROWS * CHANNEL_STRIDE;
+  EPA_SHARED(T, left, [TILE_ROWS * MAP_STRIDE]); // tokens of the rows' channels; or E, (P, tokens)
+  EPA_SHARED(T, right, [2 * HALF]);
+  EPA_SHARED(float, deltas, [2 * MAP_COLUMNS]);
+  const int64_t index = blockIdx.x, b = blockIdx.z, start = index * a.chunk;
+  const int column_blocks = blocks_of_64(a.C), projected_blocks = blocks_of_64(a.P);
+  const int block = blockIdx.y / column_blocks, first_column = blockIdx.y % column_blocks * 64;
+  const bool is_gram = block < column_blocks;
+  const int j = is_gram ? 0 : (block - column_blocks) / projected_blocks;
+  const int first_row = (is_gram ? block : (block - column_blocks) % projected_blocks) * 64;
+  const int rows = (is_gram ? a.C : a.P) - first_row, columns = a.C - first_column;
+  const int64_t count = a.tokens_of(index);
+  const auto tokens_of = [&](int first, int rest) {
+    return TokenBlock<T>{&a.x.at(b, start, first), a.x.stride_n, a.x.stride_c,
+                         rest < MAP_COLUMNS ? rest : MAP_COLUMNS, nullptr};
+  };
+  const auto left_at = [](int row, int c) { return row * MAP_STRIDE + c; };
+  const auto right_at = [](int row, int c) {
+    return c / CHANNEL_BLOCK * HALF + row * CHANNEL_STRIDE + c % CHANNEL_BLOCK;
+  };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const T *own_half = right + warp / MMA_WARPS * HALF;
+  const int own_row = warp % MMA_WARPS * 16 + g;
+  const int own_column = warp / MMA_WARPS * CHANNEL_BLOCK + 2 * t;
+  // Of the first threads each has a channel: of the rows, then of the columns.
+  const int side = threadIdx.x / MAP_COLUMNS, channel = threadIdx.x % MAP_COLUMNS;
+  const bool has_channel = is_gram && side < 2 && channel < (side ? columns : rows);
+  const float token =
+      has_channel ? widen(a.x.at(b, start, (side ? first_column : first_row) + channel)) : 0.f;
+  float sum[CHANNEL_BLOCK / 8][4] = {}, mean = 0;
+  for (int64_t n = 0; n < count; n += TILE_ROWS) {
+    const int inside = count - n < TILE_ROWS ? int(count - n) : TILE_ROWS;
+    load_block(tokens_of(first_column, columns), n, inside, nullptr, right, right_at);
+    if (is_gram) {
+      load_block(tokens_of(first_row, rows), n, inside, nullptr, left, left_at);
+    } else {
+      for (int i = threadIdx.x; i < MAP_COLUMNS * TILE_ROWS; i += PAIRED_THREADS) {
+        const int p = i / TILE_ROWS, row = i % TILE_ROWS;
+        left[p * MAP_STRIDE + row] = narrow<T>(
+            p < rows && row < inside ? a.projection[j].at(first_row + p, start + n + row) : 0.f);
+      }
+    }
+    __syncthreads();
+    if (is_gram) {
+      const float share = float(inside) / float(n + inside);
+      if (has_channel) {
+        T *tile = side ? right + right_at(0, channel) : left + channel;
+        const int stride = side ? CHANNEL_STRIDE : MAP_STRIDE;
+        // Differences to one token are exact where tokens are nearly constant.
+        float offset = 0;
+        for (int i = 0; i < inside; ++i) offset += widen(tile[i * stride]) - token;
+        offset /= inside;
+        for (int i = 0; i < inside; ++i)
+          tile[i * stride] = narrow<T>(widen(tile[i * stride]) - token - offset);
+        deltas[threadIdx.x] = offset - mean;
+        mean += share * (offset - mean);
+      }
+      __syncthreads();
+      // Chan's formula: from the means of the tokens so far and of the tile to the joint one.
+#pragma unroll
+      for (int c = 0; c < CHANNEL_BLOCK / 8; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n)
+            sum[c][i] += deltas[own_row + i / 2 * 8] * (share * float(n)) *
+                         deltas[MAP_COLUMNS + own_column + 8 * c + i % 2];
+      add_products<T, CHANNEL_BLOCK>(sum, left, own_half);
+    } else {
+      const RowFactor<TILE_ROWS> factor =
+          row_factor<T, TILE_ROWS>(left + warp % MMA_WARPS * 16 * MAP_STRIDE);
+#pragma unroll
+      for (int k = 0; k < TILE_ROWS / 16; ++k)
+#pragma unroll
+        for (int c = 0; c < CHANNEL_BLOCK / 8; ++c) {
+          uint32_t other[2];
+          load_transposed(other, own_half + (16 * k + lane % 16) * CHANNEL_STRIDE + 8 * c);
+          mma<T>(sum[c], factor.word[k], other);
+        }
+    }
+    __syncthreads();
+  }
+  const int64_t at = b * gridDim.x + index;
+  float *to =
+      is_gram ? a.chunk_grams + at * a.C * a.C : a.chunk_projected + (at * a.J + j) * a.P * a.C;
+#pragma unroll
+  for (int c = 0; c < CHANNEL_BLOCK / 8; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = own_row + i / 2 * 8, column = own_column + 8 * c + i % 2;
+      if (row < rows && column < columns)
+        to[int64_t(first_row + row) * a.C + first_column + column] = sum[c][i];
+    }
+  if (has_channel && side && block == 0)
+    a.chunk_means[at * a.C + first_column + channel] = double(token) + double(mean);
+}
+
+// Columns from `first` on, 64 of them, of a dense (B, N, C); the rest lies beyond `end`.
+template <class T>
+__device__ __forceinline__ TokenBlock<T> token_block(const T *data, int64_t at, int C, int first,
+                                                     int end) {
+  return {data + at * C + first, C, 1, end - first < MAP_COLUMNS ? end - first : MAP_COLUMNS,
+          nullptr};
+}
+
+template <class T>
+__device__ __forceinline__ TokenBlock<T> centred_block(const Paired<T> &a, int64_t b, int64_t n,
+                                                       int first) {
+  const int rest = a.C - first;
+  return {&a.x.at(b, n, first), a.x.stride_n, a.x.stride_c, rest < MAP_COLUMNS ? rest : MAP_COLUMNS,
+          a.mean + b * a.C + first};
+}
+
+// dmatrix and dconstant of a chunk, a block of 64 x 64.
+template <class T>
+__device__ void channel_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int job,
+                                 T *shared) {
+  const int columns = blocks_of_64(a.C), row = job / columns * 64, column = job % columns * 64;
+  const int64_t start = blockIdx.x * g.chunk, rest = a.N - start;
+  const int64_t at = (b * g.chunks + blockIdx.x) * a.O + row;
+  token_products<T, MMA_THREADS>(
+      token_block(g.dy, b * a.N + start, a.C, a.C - a.O + row, a.C),
+      centred_block(a, b, start, column), rest < g.chunk ? rest : g.chunk, shared,
+      g.matrix_sums + at * a.C + column, a.C, column ? nullptr : g.constant_sums + at);
+}
+
+// dq^T (x - mean), or dWo1 = dy_s^T out_s' and dbo1, of a chunk, a block of 64 x 64.
+template <class T>
+__device__ void weight_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
+                                int index, int job, T *shared) {
+  const int columns = blocks_of_64(a.C), of_q = columns * columns, column = job % columns * 64;
+  const int64_t start = index * g.chunk, first = b * a.N + start, at = b * g.chunks + index;
+  const int64_t tokens = a.N - start < g.chunk ? a.N - start : g.chunk;
+  if (job < of_q) {
+    const int row = job / columns * 64;
+    token_products<T, PAIRED_THREADS>(
+        token_block<T>(g.dq, first, a.C, row, a.C), centred_block(a, b, start, column), tokens,
+        shared, g.q_weight_sums + (at * a.C + row) * a.C + column, a.C, nullptr);
+  } else {
+    const int row = (job - of_q) / columns * 64;
+    token_products<T, PAIRED_THREADS>(
+        token_block(g.dy, first, a.C, row, a.O), token_block<T>(g.out_s, first, a.C, column, a.C),
+        tokens, shared, g.out_proj_sums + (at * a.O + row) * a.C + column, a.C,
+        column ? nullptr : g.out_proj_bias_sums + at * a.O + row);
+  }
+}
+
+// dq, out_s and sums of a chunk of a head; or a block of the channel branch's.
+template <class T, int D>
+__global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
+    paired_attention_mma_output_bwd_kernel(Paired<T> a, PairedBackward<T> g, bool is_resident) {
+  constexpr int ROWS = TILE_ROWS * ROW_STRIDE<D>;
+  constexpr int X_TILE = TILE_ROWS * CHANNEL_STRIDE, MAP_TILE = TILE_ROWS * MAP_STRIDE;
+  constexpr int WEIGHTS = D * CHANNEL_STRIDE; // of a block of channels
+  // keys, values, gradients of out_s, q without its mean; the map, and in the same place x and
+  // weights of a block of channels; weights of all channels if resident
+  EPA_DYNAMIC_SHARED(T, shared);
+  EPA_SHARED(float, scale, [2 * D]);
+  const int64_t index = blockIdx.x, b = blockIdx.z, start = index * g.chunk;
+  const int64_t past = start + g.chunk, stop = past < a.N ? past : a.N;
+  const int h = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = lane / 4, t = lane % 4, C = a.C, P = a.P;
+  if (h >= a.H) return channel_sums_mma(a, g, b, h - a.H, shared);
+  T *keys = shared, *values = keys + ROWS, *gradients = values + ROWS, *queries = gradients + ROWS;
+  T *maps = queries + ROWS, *tile = maps + warp * WARP_ROWS * CHANNEL_STRIDE;
+  T *weights = maps + (is_resident ? MAP_TILE : X_TILE);
+  const int64_t projected = (b * a.H + h) * P * D, head = b * C + h * D;
+  load_sums<T, D>(keys, a.k_proj + projected, P, MAP_COLUMNS);
+  load_sums<T, D>(values, a.v_proj + projected, P, MAP_COLUMNS);
+  if (is_resident) load_weights<T, D>(a, weights, h, 0, C);
+  for (int d = threadIdx.x; d < D; d += MMA_THREADS) {
+    scale[d] = a.scale[head + d];
+    scale[D + d] = a.q_mean[head + d];
+  }
+  __syncthreads();
+  const float multiplier = a.spatial_threshold ? float(dropout_scale(a.spatial_threshold)) : 1.f;
+  const int64_t seed = a.spatial_threshold ? *a.seed : 0;
+  float dkeys[D / 8][4] = {}, dvalues[D / 8][4] = {}, totals[MAP_GROUPS][2] = {};
+  for (int64_t first = start; first < stop; first += TILE_ROWS) {
+    const int64_t n = first + warp * WARP_ROWS + group;
+    // Neighbouring threads have what lies next to each other in the flat out_s'.
+    for (int i = threadIdx.x; i < TILE_ROWS * D; i += MMA_THREADS) {
+      const int d = a.is_official ? i / TILE_ROWS : i % D;
+      const int row = a.is_official ? i % TILE_ROWS : i / D;
+      gradients[row * ROW_STRIDE<D> + d] =
+          first + row < stop ? g.dout[b * a.N * C + a.flat(first + row, h, d)] : narrow<T>(0.f);
+    }
+    float q[D / 8][4] = {};
+    for (int k = 0; k < C; k += CHANNEL_BLOCK) {
+      if (!is_resident) load_weights<T, D>(a, weights, h, k, CHANNEL_BLOCK);
+      load_x(a, tile, b, first + warp * WARP_ROWS, stop, k);
+      is_resident ? __syncwarp() : __syncthreads();
+      // Each lane takes the mean off what it loaded with the others, then all read it.
+      for (int i = lane; i < WARP_ROWS * CHANNEL_BLOCK; i += 32) {
+        T &value = tile[i / CHANNEL_BLOCK * CHANNEL_STRIDE + i % CHANNEL_BLOCK];
+        value = narrow<T>(widen(value) - float(a.mean[b * C + k + i % CHANNEL_BLOCK]));
+      }
+      __syncwarp();
+      add_transposed<T, CHANNEL_BLOCK>(q, row_factor<T, CHANNEL_BLOCK>(tile),
+                                       weights + (is_resident ? k / CHANNEL_BLOCK : 0) * WEIGHTS);
+      is_resident ? __syncwarp() : __syncthreads();
+    }
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      const int d = 8 * c + 2 * t;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        *reinterpret_cast<uint32_t *>(queries + (warp * WARP_ROWS + group + 8 * r) * ROW_STRIDE<D> +
+                                      d) = pack<T>(q[c][2 * r], q[c][2 * r + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        q[c][i] = (q[c][i] + scale[D + d + i % 2]) * (scale[d + i % 2] * float(LOG2_E));
+    }
+    __syncthreads();
+    float map[MAP_GROUPS][4], dlogits[MAP_GROUPS][4], total[2], result[D / 8][4];
+    multiply_transposed<T, D>(map, packed<T, D>(q), keys);
+    exp2_rows(map, total, P, 1.f);
+    multiply_transposed<T, D>(
+        dlogits, row_factor<T, D>(gradients + warp * WARP_ROWS * ROW_STRIDE<D>), values);
+    const uint32_t kept = a.spatial_threshold
+                              ? kept_bits(seed, (b * a.H + h) * a.N + n, a.spatial_threshold)
+                              : 0xFFFFFFFF;
+    softmax_backward(map, dlogits, total, kept, multiplier);
+#pragma unroll
+    for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) totals[j][i] += dlogits[j][i] + dlogits[j][2 + i];
+    store_map(maps, map);
+    if (!a.is_sum) {
+      multiply_map<T, D>(result, map, values);
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n + i / 2 * 8 < stop)
+            g.out_s[b * a.N * C + a.flat(n + i / 2 * 8, h, 8 * c + 2 * t + i % 2)] =
+                narrow<T>(result[c][i]);
+    }
+    multiply_map<T, D>(result, dlogits, keys);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (n + 8 * r >= stop) continue;
+      T *row = g.dq + (b * a.N + n + 8 * r) * C + h * D;
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c) {
+        const int d = 8 * c + 2 * t;
+        store_pair(row, 1, d, result[c][2 * r] * scale[d], result[c][2 * r + 1] * scale[d + 1]);
+      }
+    }
+    __syncthreads();
+    add_products<T, D>(dvalues, maps, gradients);
+    __syncthreads();
+    store_map(maps, dlogits);
+    __syncthreads();
+    add_products<T, D>(dkeys, maps, queries);
+    __syncthreads();
+  }
+  float *sums = g.head_sums + ((b * a.H + h) * g.chunks + index) * head_size(P, D);
+#pragma unroll
+  for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int p = warp * 16 + group + i / 2 * 8, d = 8 * c + 2 * t + i % 2;
+      if (p >= P) continue;
+      sums[p * D + d] = dkeys[c][i];
+      sums[(P + p) * D + d] = dvalues[c][i];
+    }
+  // Sums of dlogits: over the lanes that share columns, then over warps.
+  float *parts = reinterpret_cast<float *>(maps);
+#pragma unroll
+  for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float &value = totals[j][i];
+      for (int mask = 4; mask < 32; mask *= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, mask);
+      if (group == 0) parts[warp * MAP_COLUMNS + 8 * j + 2 * t + i] = value;
+    }
+  __syncthreads();
+  for (int p = threadIdx.x; p < P; p += MMA_THREADS) {
+    float value = 0;
+    for (int i = 0; i < MMA_WARPS; ++i) value += parts[i * MAP_COLUMNS + p];
+    sums[2 * P * D + p] = value;
+  }
+}
+
+} // namespace epa::cuda

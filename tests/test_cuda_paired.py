@@ -1,0 +1,222 @@
+"""Paired attention's CUDA kernels on a CPU, under the emulator, against the spec."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import KINDS, LAYOUTS, Errors, relative_l2, shape_id, strided
+from paired_op import Guards, ops_arguments
+
+from epa_kernels import cuda, reference, two_pass
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+
+SEED = torch.tensor(-5)
+# B, N, C, H, P. Two chunks and more, C no divisor of N; whole rows of the official layout; D = 15;
+# P at its most; the direct plan, its smallest too.
+SHAPES = (
+    (2, 131, 16, 2, 17),
+    (1, 160, 32, 4, 9),
+    (1, 90, 30, 2, 5),
+    (1, 50, 24, 1, 512),
+    (2, 35, 40, 2, 5),
+    (2, 1, 6, 2, 3),
+)
+# Where the specialised kernels run: D from 8 to 64, P at its most and odd, C no divisor of N.
+SPECIALISED = (
+    (1, 160, 32, 4, 64),
+    (1, 131, 32, 2, 33),
+    (1, 128, 64, 2, 9),
+    (1, 150, 64, 1, 64),
+)
+NO_DROPOUT = {"channel_dropout_p": 0.0, "spatial_dropout_p": 0.0}
+
+
+def run_cuda(tensors, dy, **options):
+    y, *kept = cuda.paired_attention(*tensors, SEED, **options)
+    gradients = cuda.paired_attention_bwd(dy, *tensors, *kept, SEED, **options)
+    return named(y, gradients, tensors)
+
+
+def run_spec(tensors, dy, **options):
+    inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = reference.paired_attention(*inputs, seed=SEED, **options)
+    present = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(y, present, dy))
+    return named(y.detach(), [None if t is None else next(found) for t in inputs], tensors)
+
+
+def named(y, gradients, tensors):
+    pairs = zip(two_pass.PAIRED_INPUTS, gradients, tensors, strict=True)
+    return {"y": y} | {name: gradient for name, gradient, t in pairs if t is not None}
+
+
+def cast(tensors, dtype, parameter_dtype=None):
+    dtypes = [dtype] + [parameter_dtype or dtype] * (len(tensors) - 1)
+    return [None if t is None else t.to(d) for t, d in zip(tensors, dtypes, strict=True)]
+
+
+def output_gradient(shape, dtype=torch.float64, seed=2):
+    return torch.randn(shape[:3], generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(found, exact, tolerance=1e-11):
+    for name, truth in exact.items():
+        # Where N = 1 the normalised q has no gradient: zero against rounding.
+        scale = max(truth.abs().max().item(), 1e-3 * exact["y"].abs().max().item())
+        assert (found[name] - truth).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_matches_spec_in_float64(shape, kind, layout):
+    tensors, options = ops_arguments(shape, kind, layout, torch.float64)
+    dy = output_gradient(shape)
+    assert_close(run_cuda(tensors, dy, **options), run_spec(tensors, dy, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", (SHAPES[0], SHAPES[4]), ids=shape_id)
+def test_matches_spec_without_biases_and_dropout(shape, kind):
+    tensors, options = ops_arguments(shape, kind, "official", torch.float64, bias=False)
+    options |= NO_DROPOUT
+    # Steps of no kind: x a slice, dy transposed, projections as columns.
+    generator = torch.Generator().manual_seed(1)
+    tensors[0] = strided(*shape[:3], dtype=torch.float64, generator=generator)
+    for i in (3, 5):
+        tensors[i] = None if tensors[i] is None else tensors[i].t().contiguous().t()
+    dy = output_gradient(shape).mT.contiguous().mT
+    found = run_cuda(tensors, dy, **options)
+    assert_close(found, run_spec(tensors, dy, **options))
+    assert found["proj_k_weight"].stride() == tensors[3].stride()
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, parameter_dtype",
+    [(shape, torch.float32, None) for shape in (SHAPES[1], SHAPES[4])]
+    + [(SHAPES[0], dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)]
+    + [(SHAPES[4], torch.bfloat16, None)]
+    + [
+        (shape, dtype, wide)
+        for shape, wide in zip(SPECIALISED, (torch.float32, None, torch.float32, None), strict=True)
+        for dtype in (torch.bfloat16, torch.float16)
+    ],
+    ids=lambda value: shape_id(value) if isinstance(value, tuple) else str(value),
+)
+def test_low_precision_is_as_accurate_as_spec(shape, dtype, parameter_dtype):
+    errors = {}
+    layers = list(itertools.product(KINDS, LAYOUTS))
+    # The largest error in float32 has heavy tails, see `Errors`.
+    for draw, (kind, layout) in enumerate(layers * (3 if dtype == torch.float32 else 1)):
+        tensors, options = ops_arguments(shape, kind, layout, torch.float64, seed=draw)
+        dy = output_gradient(shape, seed=draw)
+        low = cast(tensors, dtype, parameter_dtype)
+        exact = run_spec(cast(low, torch.float64), dy.to(dtype).double(), **options)
+        same_dtype = run_spec(low, dy.to(dtype), **options)
+        found = run_cuda(low, dy.to(dtype), **options)
+        for name, gradient in found.items():
+            assert gradient.dtype == same_dtype[name].dtype, name
+        errors.setdefault(kind, Errors()).add(found, same_dtype, exact)
+    for found in errors.values():
+        found.check()
+
+
+@pytest.mark.parametrize("shape", (SHAPES[0], SHAPES[4]), ids=("two_pass", "direct"))
+@pytest.mark.parametrize("eps", (1e-1, 1e-4))
+def test_nearly_constant_tokens(shape, eps):
+    """x = v + eps noise: the float32 error, RMS over draws, is at most twice the definition's."""
+    squares = {}
+    for draw in range(6):
+        tensors, options = ops_arguments(shape, "shared", "official", torch.float64, seed=draw)
+        generator = torch.Generator().manual_seed(draw)
+        x = torch.randn(1, 1, shape[2], generator=generator)
+        tensors[0] = (x + eps * torch.randn(shape[:3], generator=generator)).double()
+        dy = output_gradient(shape, torch.float32, seed=draw)
+        options |= NO_DROPOUT
+        exact = run_spec(tensors, dy.double(), **options)
+        low = cast(tensors, torch.float32)
+        for column, run in enumerate((run_spec, run_cuda)):
+            result = run(low, dy, **options)
+            for name, truth in exact.items():
+                squares.setdefault(name, [0, 0])[column] += relative_l2(result[name], truth) ** 2
+    for name, (definition, found) in squares.items():
+        assert found <= 4 * definition, (name, math.sqrt(found), math.sqrt(definition))
+
+
+@pytest.mark.parametrize(
+    "shape, kind, layout, dtype",
+    (
+        (SHAPES[0], "split", "official", torch.float32),
+        (SHAPES[1], "shared", "official", torch.float64),
+        (SHAPES[4], "sum", "tokens", torch.float32),
+        (SPECIALISED[0], "shared", "official", torch.bfloat16),
+        (SPECIALISED[1], "split", "official", torch.float16),
+        (SPECIALISED[2], "sum", "official", torch.bfloat16),
+        (SPECIALISED[3], "shared", "tokens", torch.bfloat16),
+    ),
+    ids=lambda value: shape_id(value) if isinstance(value, tuple) else str(value),
+)
+def test_nothing_is_touched_outside_and_everything_written(shape, kind, layout, dtype, monkeypatch):
+    """Reads outside would bring NaN into a result, and what is not written would be NaN."""
+    tensors, options = ops_arguments(shape, kind, layout, dtype)
+    dy = output_gradient(shape, dtype)
+    expected = run_cuda(tensors, dy, **options)
+    with monkeypatch.context() as patch:
+        guards = Guards(patch)
+        tensors, dy = [guards.copy(t) for t in tensors], guards.copy(dy)
+        found = run_cuda(tensors, dy, **options)
+    guards.check()
+    for name, truth in expected.items():
+        assert torch.equal(found[name], truth) and truth.isfinite().all(), name
+
+
+# Forward and backward of layers that are and are not whole rows, with and without a bias of qkvv.
+@pytest.mark.parametrize(
+    "shape, kind, layout, bias, dtype, expected",
+    (
+        ((1, 64, 32, 4, 8), "shared", "official", False, torch.bfloat16, (3, 5)),
+        ((1, 64, 32, 4, 8), "split", "tokens", False, torch.float32, (3, 5)),
+        ((1, 70, 32, 4, 8), "sum", "official", False, torch.float32, (3, 5)),
+        ((1, 70, 32, 4, 8), "shared", "official", False, torch.float32, (4, 5)),
+        ((1, 16, 32, 4, 8), "shared", "official", False, torch.bfloat16, (3, 5)),
+        ((1, 16, 32, 4, 8), "shared", "tokens", False, torch.float32, (2, 5)),
+        ((1, 64, 32, 4, 8), "shared", "official", True, torch.bfloat16, (4, 6)),
+    ),
+)
+def test_launches(emulated_cuda, shape, kind, layout, bias, dtype, expected):
+    tensors, options = ops_arguments(shape, kind, layout, dtype, bias=bias)
+    start = emulated_cuda()
+    y, *kept = cuda.paired_attention(*tensors, SEED, **options)
+    middle = emulated_cuda()
+    cuda.paired_attention_bwd(y, *tensors, *kept, SEED, **options)
+    assert (middle - start, emulated_cuda() - middle) == expected
+
+
+def test_zero_channel_is_finite_and_equal():
+    """|q| = 0 is clamped to 1e-12: output and gradients are those of the spec."""
+    for shape in (SHAPES[0], SHAPES[4]):
+        tensors, options = ops_arguments(shape, "shared", "official", torch.float64, bias=False)
+        tensors[1][1] = 0  # a query channel
+        tensors[1][shape[2] + 2] = 0  # a key channel
+        dy = output_gradient(shape)
+        exact = run_spec(tensors, dy, **options)
+        found = run_cuda(tensors, dy, **options)
+        for name, truth in exact.items():
+            assert relative_l2(found[name], truth) <= 1e-11, name
+        # Upstream gradient over 1e-12: the direction of a zero channel is all that decides it.
+        assert exact["qkvv_weight"][1].abs().max() > 1e6
+
+
+def test_sizes_beyond_the_limits_are_refused():
+    """What only other tensors than the first tell, before anything is launched."""
+    tensors, options = ops_arguments((1, 3, 8, 2, 513), "shared", "official")
+    with pytest.raises(NotImplementedError, match="P 513 > 512; use backend 'two_pass'"):
+        cuda.paired_attention(*tensors, SEED, **options)
+    tensors, options = ops_arguments((1, 3, 1026, 2, 1), "shared", "official")
+    with pytest.raises(NotImplementedError, match="channels 1026 > 1024, head dim 513 > 512"):
+        cuda.paired_attention(*tensors, SEED, **options)
+    q, k = torch.ones(1, 3, 1, 2), torch.ones(1, 513, 1, 2)
+    with pytest.raises(NotImplementedError, match="spatial_attention: .* P 513 > 512"):
+        cuda.spatial_attention(q, k, k, torch.ones(1), None, normalize=False, dropout_p=0.0)
