@@ -15,7 +15,7 @@ from torch.nn import functional
 from epa_kernels import EfficientPairedAttention, use_backend
 from unetrpp.models import PRESETS, UNETRPP, create_model
 from unetrpp.models.layers import TransformerBlock, resample_grid, resampling_matrix
-from unetrpp.models.unetrpp import nearest_legal_size
+from unetrpp.models.network import nearest_legal_size
 
 VARIANTS = ("synapse", "acdc", "lung", "tumor")
 BACKENDS = ("reference", "two_pass")
@@ -284,13 +284,16 @@ def test_config_builds_the_same_model():
 def test_preset_can_be_overridden():
     model = create_model("unetrpp", "tiny", in_channels=2, out_channels=5, img_size=(16, 32, 16))
     assert model(torch.randn(2, 2, 16, 32, 16)).shape == (2, 5, 16, 32, 16)
-    assert PRESETS["tiny"]["in_channels"] == 1
+    assert PRESETS["unetrpp"]["tiny"]["in_channels"] == 1
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: create_model("unet"), "create_model: name must be one of unetrpp; got 'unet'"),
+        (
+            lambda: create_model("unet"),
+            "create_model: name must be one of unetrpp, s.*; got 'unet'",
+        ),
         (lambda: UNETRPP.from_preset("brain"), "synapse, btcv, acdc, lung, tumor, tiny; got 'br"),
         (lambda: UNETRPP(**{**SMALL, "dims": (4, 8)}), "dims must have 4 entries, got 2"),
         (lambda: UNETRPP(**{**SMALL, "decoder_depths": (1,)}), "decoder_depths must have 3"),
