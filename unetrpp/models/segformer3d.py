@@ -291,7 +291,7 @@ class Decoder(nn.Module):
         for level, (x, grid, weight) in enumerate(zip(stages, grids, weights, strict=True)):
             projected = getattr(self, f"linear_c{level + 1}")(x).transpose(1, 2)
             # Stored channel by channel, which upsampling reads; expanded for a product per sample.
-            part = (weight.expand(len(x), -1, -1) @ projected).unflatten(2, grid)
+            part = (weight.expand(x.shape[0], -1, -1) @ projected).unflatten(2, grid)
             if fused is None:
                 fused = part
             else:

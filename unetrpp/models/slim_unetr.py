@@ -198,7 +198,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, skips: list[Tensor], grid: Triple) -> Tensor:
         """tokens (B, N, C) on grid, skips of the first three stages -> logits."""
         # As published, a reshape of what lies in memory; tokens.transpose(1, 2) would be meant.
-        x = self.block4(tokens.reshape(len(tokens), -1, *grid))
+        x = self.block4(tokens.reshape(tokens.shape[0], -1, *grid))
         x = self.block3(self.TSconv1(x) + skips[2])
         x = self.block2(self.TSconv2(x) + skips[1])
         x = self.block1(self.TSconv3(x) + skips[0])
