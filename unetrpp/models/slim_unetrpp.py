@@ -76,7 +76,7 @@ class SlimUNETRPP(Network):
     """
 
     name = "slim_unetrpp"
-    attention = "paired_attention"
+    attention = "spatial_attention"
     is_reconstruction = True
     input_weight = ("Encoder.DWconv1.depth_wise.weight", 1)
     output_weight = ("Decoder.SegHead.transposed.weight", 1)
