@@ -144,6 +144,11 @@ def test_broken_import_of_our_own_keeps_its_message(monkeypatch, capsys):
         _ = unetrpp.load_published
 
 
+def test_no_option_at_all_is_explained(capsys):
+    assert cli.main(["train"]) == 1
+    assert "needs --data DIR" in capsys.readouterr().err
+
+
 def test_wrong_usage_is_code_2(capsys):
     assert cli.main(["trian"]) == 2
     assert "there are train, predict" in capsys.readouterr().err

@@ -283,7 +283,7 @@ def _spell_out(arguments: list[str], parser) -> list[str]:
         for option in action.option_strings
     }
     spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument.startswith("--"):
             option, equals, value = argument.partition("=")
             argument = "--" + option[2:].replace("-", "_") + equals + value
