@@ -1,4 +1,4 @@
-"""The siblings as their published code computes them: scores in memory, decoder at full width.
+"""The siblings as their published code computes them: scores in memory, decoders in its order.
 
     with published_order(): ...     inside, SegFormer3D and Slim UNETR run like that
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from unetrpp.models import segformer3d, slim_unetr
-from unetrpp.models.layers import to_volume
+from unetrpp.models.layers import UpsamplingConv3d, to_volume
 
 
 def materialised_attention(q, k, v, scale):
@@ -21,12 +21,17 @@ def materialised_attention(q, k, v, scale):
     return ((q @ k.transpose(2, 3)) * scale).softmax(3).matmul(v).transpose(1, 2)
 
 
+def interpolate(x, size):
+    """`layers.upsample_linear` by the operator of torch."""
+    return functional.interpolate(x, size=size, mode="trilinear")
+
+
 def fuse_at_full_resolution(decoder, stages, grids):
     """`segformer3d.Decoder.forward`: every stage upsampled to the first, then fused."""
     parts = []
     for level in range(len(stages), 0, -1):
         part = to_volume(getattr(decoder, f"linear_c{level}")(stages[level - 1]), grids[level - 1])
-        parts.append(functional.interpolate(part, size=grids[0], mode="trilinear"))
+        parts.append(interpolate(part, grids[0]))
     return decoder.linear_pred(decoder.linear_fuse(torch.cat(parts, 1)))
 
 
@@ -37,5 +42,7 @@ def published_order():
         mock.patch.object(segformer3d, "spatial_attention", materialised_attention),
         mock.patch.object(slim_unetr, "spatial_attention", materialised_attention),
         mock.patch.object(segformer3d.Decoder, "forward", fuse_at_full_resolution),
+        mock.patch.object(segformer3d, "upsample_linear", interpolate),
+        mock.patch.object(UpsamplingConv3d, "forward", torch.nn.ConvTranspose3d.forward),
     ):
         yield

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from epa_kernels import spatial_attention
 
-from .layers import Triple, replace_parameter, resample_grid, to_tokens
+from .layers import Triple, UpsamplingConv3d, replace_parameter, resample_grid, to_tokens
 from .network import STAGES, Network
 
 __all__ = ["SlimUNETR"]
@@ -223,7 +223,7 @@ class Upsample(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: Triple) -> None:
         super().__init__()
-        self.transposed = nn.ConvTranspose3d(in_channels, out_channels, stride, stride)
+        self.transposed = UpsamplingConv3d(in_channels, out_channels, stride)
         self.norm = nn.GroupNorm(1, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
