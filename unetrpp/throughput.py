@@ -13,6 +13,7 @@ the memory of the next:
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
-__all__ = ["multiply_adds", "throughput_table"]
+__all__ = ["multiply_adds", "processor", "throughput_table"]
 
 # Passes of the warm protocol: at least so many, and for so long.
 PASSES, SECONDS = 5, 4.0
@@ -36,8 +37,6 @@ def throughput_table(presets: Iterable[str]) -> Iterator[str]:
     Raises:
         RuntimeError: a preset's process failed, with what it said.
     """
-    import platform
-
     import torch
 
     from unetrpp.models import MODELS, create_model, preset_names
@@ -67,7 +66,7 @@ def throughput_table(presets: Iterable[str]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
     yield ""
     yield (
-        f"One volume, float32, {torch.get_num_threads()} threads of {platform.machine()}, torch "
+        f"One volume, float32, {torch.get_num_threads()} threads of {processor()}, torch "
         f"{torch.__version__}. Cold: first forward pass of a process, training mode with "
         f"gradients, as Slim UNETR measures. Warm: evaluation, median. Memory: of the first warm "
         f"pass, beyond weights and libraries."
@@ -94,6 +93,14 @@ def multiply_adds(model) -> int:
     with torch.no_grad(), counter, epa_kernels.use_backend("reference"):
         copy(x)
     return counter.get_total_flops() // 2
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    return platform.processor() or platform.machine()
 
 
 def _in_process(network: str, preset: str, protocol: str) -> dict:

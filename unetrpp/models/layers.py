@@ -233,15 +233,21 @@ class UpBlock(nn.Module):
         return self.decoder_block[0](x)
 
 
-def resampling_matrix(target: int, source: int) -> Tensor:
-    """Return the (target, source) float64 matrix that resamples a line of samples; rows sum to 1.
+def resampling_matrix(
+    target: int,
+    source: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the (target, source) matrix that resamples a line of samples; rows sum to 1.
 
     Cells of both lines share the same extent. Growing interpolates linearly between cell centres.
     Shrinking interpolates at ceil(source / target) evenly spread points of each target cell and
     averages them, so that no sample is skipped; by an integer factor that is average pooling.
     """
     points = math.ceil(source / target)
-    lines = torch.eye(source, dtype=torch.float64)[None]  # (1, source lines, source)
+    lines = torch.eye(source, dtype=dtype, device=device)[None]  # (1, source lines, source)
     fine = functional.interpolate(lines, size=target * points, mode="linear", align_corners=False)
     return fine[0].T.reshape(target, points, source).mean(1)
 
