@@ -248,6 +248,29 @@ def test_reconstruction_has_the_described_size(arguments, millions, multiply_add
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.005)
 
 
+def test_reconstruction_adds_its_attention_to_what_was_there():
+    """SCA is residual on its skips, EPA in front of the decoder: both silent, nothing is left."""
+    torch.manual_seed(0)
+    model = create_model("slim_unetrpp", "tiny").double().eval()
+    model.load_state_dict(golden.fill_sibling(golden.entries_of(model), "slim_unetrpp_pieces"))
+    bare = create_model("slim_unetrpp", "tiny", sca_stages=(), has_epa=False).double().eval()
+    weights = model.state_dict()
+    bare.load_state_dict({key: weights[key] for key in bare.state_dict()})
+    x = torch.randn(1, 1, 32, 32, 32, dtype=torch.float64)
+    silence = {
+        "SCA.2": [part.qkvv.weight for part in (model.SCA["2"].sa, model.SCA["2"].sc)],
+        "SCA.3": [part.qkvv.weight for part in (model.SCA["3"].sa, model.SCA["3"].sc)],
+        "EPA": [model.EPA.gamma, *model.EPA.conv8.parameters()],
+    }
+    with torch.no_grad():
+        expected = bare(x)
+        for part, parameters in silence.items():
+            assert relative_l2(model(x), expected) > 1e-4, f"{part} does nothing"
+            for parameter in parameters:
+                parameter.zero_()
+        assert relative_l2(model(x), expected) < 1e-12
+
+
 def test_reconstruction_can_leave_its_parts_out():
     model = create_model("slim_unetrpp", "tiny", sca_stages=(), has_epa=False, kernel_size=5)
     keys = model.state_dict().keys()

@@ -152,15 +152,25 @@ def test_a_run_learns_and_writes_everything(data, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["short", "published"])
 @pytest.mark.parametrize("model", ["segformer3d", "slim_unetr", "slim_unetrpp"])
-def test_every_network_goes_through_the_same_commands(data, tmp_path, model, recipe, capsys):
+def test_every_network_goes_through_the_same_commands(
+    data, tmp_path, model, recipe, capsys, monkeypatch
+):
     from unetrpp import cli
 
+    loss, used = training.deep_supervision_loss, set()
+
+    def recorded(logits, label, name):
+        used.add(name)
+        return loss(logits, label, name)
+
+    monkeypatch.setattr(training, "deep_supervision_loss", recorded)
     run, out = tmp_path / "run", tmp_path / "out"
     options = [option for option in small_options() if not option.startswith("--model_args")]
     sizes = ["--steps", 2, "--batch_size", 2]
     arguments = ["--data", data, "-o", run, "--model", model, "--recipe", recipe, *sizes, *options]
     assert cli.main(["train", *map(str, arguments)]) == 0
     assert np.isfinite([loss for _, loss, _ in losses(run) if loss is not None]).all()
+    assert used == {"dice_ce" if recipe == "short" else PUBLISHED[model]["loss"]}
     assert json.loads((run / "best/config.json").read_text())["model"]["name"] == model
     scans = str(data / "imagesTr")
     assert cli.main(["predict", scans, "-o", str(out), "--checkpoint", str(run / "best")]) == 0
