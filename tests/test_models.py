@@ -231,9 +231,9 @@ def test_resize_keeps_parameters_and_their_properties(name):
     parameters = dict(model.named_parameters())
     frozen = next(iter(parameters.values())).requires_grad_(False)
     needed = {key: parameter.requires_grad for key, parameter in parameters.items()}
-    assert model.resize_tokens((16, 16, 16)) is model
-    assert model.img_size == (16, 16, 16)
-    assert model.config["args"]["img_size"] == [16, 16, 16]
+    assert model.resize_tokens((16, 32, 16)) is model
+    assert model.img_size == (16, 32, 16)
+    assert model.config["args"]["img_size"] == [16, 32, 16]
     assert dict(model.named_parameters()).keys() == parameters.keys()
     for key, parameter in model.named_parameters():
         assert parameter is parameters[key]
@@ -246,7 +246,7 @@ def test_resize_keeps_parameters_and_their_properties(name):
             assert module.F is module.E
     fresh = create_model(model.config["name"], **model.config["args"])
     assert golden.entries_of(fresh.bfloat16()) == golden.entries_of(model)
-    model.float().train()(torch.randn(2, 1, 16, 16, 16)).square().sum().backward()
+    model.float().train()(torch.randn(2, 1, 16, 32, 16)).square().sum().backward()
     for key, parameter in model.named_parameters():
         if key.endswith(("E.weight", "EF", "position_embeddings")) and parameter.requires_grad:
             assert parameter.grad.any(), key

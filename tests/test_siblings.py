@@ -248,6 +248,78 @@ def test_reconstruction_has_the_described_size(arguments, millions, multiply_add
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.005)
 
 
+def test_segformer3d_derives_kernels_and_reductions_from_the_strides():
+    model = create_model(
+        "segformer3d", "tiny", strides=((1, 2, 4), (1, 2, 2), (2, 2, 1), (2, 2, 2))
+    )
+    encoder = model.segformer_encoder
+    kernels = [
+        tuple(getattr(encoder, f"embed_{stage}").patch_embeddings.weight.shape[2:])
+        for stage in (1, 2, 3, 4)
+    ]
+    # The published 7 for a stride of 4 and 3 for 2; patches overlap where the stride is 1, too.
+    assert kernels == [(3, 3, 7), (3, 3, 3), (3, 3, 3), (3, 3, 3)]
+    # Keys of the first two stages lie on the grid of the third.
+    assert encoder.tf_block1[0].attention.sr.kernel_size == (2, 4, 2)
+    assert encoder.tf_block2[0].attention.sr.kernel_size == (2, 2, 1)
+    assert not hasattr(encoder.tf_block3[0].attention, "sr")
+    assert model(torch.randn(2, 1, 32, 32, 32)).shape == (2, 2, 32, 32, 32)
+
+
+def test_segformer3d_is_initialised_as_published():
+    torch.manual_seed(0)
+    model = create_model("segformer3d", "brats")
+    block = model.segformer_encoder.tf_block1[0]
+    assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    # Fan-out of a convolution: voxels of the kernel times channels that a channel feeds.
+    for weight, fan_out in (
+        (model.segformer_encoder.embed_2.patch_embeddings.weight, 27 * 64),
+        (block.mlp.dwconv.dwconv.weight, 27),
+        (model.segformer_decoder.linear_fuse[0].weight, 256),
+    ):
+        assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            assert not parameter.any(), key
+
+
+@pytest.mark.parametrize("name", ["slim_unetr", "slim_unetrpp"])
+def test_tokens_are_dropped_in_training_only(name):
+    torch.manual_seed(0)
+    rest = {"attention_dropout": 0.0} if name == "slim_unetrpp" else {}
+    model = create_model(name, "tiny", dropout=0.5, **rest)
+    x = torch.randn(2, 1, 32, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+
+def test_sca_is_resized_as_epa_is():
+    block = TransformerBlock((4, 6, 8), 8, 5, 2, epa_kind="sum")
+    sca = slim_unetrpp.SCA((4, 6, 8), 8, 5, 2)
+    with torch.no_grad():
+        block.epa_block.temperature2.copy_(torch.tensor([2.0, 3.0]).view(2, 1, 1))
+        sca.sa.temperature2.copy_(block.epa_block.temperature2)
+        sca.sa.EF.copy_(block.epa_block.EF)
+    for module in (block, sca.sa):
+        module.resize_tokens((8, 3, 16))
+    assert torch.equal(sca.sa.EF, block.epa_block.EF)
+    assert torch.equal(sca.sa.temperature2, block.epa_block.temperature2)
+    assert sca(torch.randn(1, 8, 8, 3, 16)).shape == (1, 8, 8, 3, 16)
+
+
+@pytest.mark.parametrize("branch", ["sa", "sc"])
+def test_sca_drops_attention_in_training_only(branch):
+    torch.manual_seed(0)
+    layer = getattr(slim_unetrpp.SCA((4, 4, 4), 8, 5, 2, dropout=0.5), branch)
+    x = torch.randn(1, 64, 8)
+    with torch.no_grad():
+        assert not torch.equal(layer(x), layer(x))
+        layer.eval()
+        assert torch.equal(layer(x), layer(x))
+
+
 def test_reconstruction_adds_its_attention_to_what_was_there():
     """SCA is residual on its skips, EPA in front of the decoder: both silent, nothing is left."""
     torch.manual_seed(0)
