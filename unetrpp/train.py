@@ -239,8 +239,10 @@ class _Run:
             # A step takes 0.85 times as long as with channels first (32x48x32, one thread).
             self.model.to(memory_format=torch.channels_last_3d)
         parameters = sum(p.numel() for p in self.model.parameters())
+        label = " (a reconstruction)" if self.model.is_reconstruction else ""
         self.say(
-            f"{parameters / 1e6:.2f} M parameters, on {self.fabric.device} in {config.precision}"
+            f"{type(self.model).__name__}{label}: {parameters / 1e6:.2f} M parameters, on "
+            f"{self.fabric.device} in {config.precision}"
         )
         optimizer = _optimizer(self.model, config)
         self.step, self.total, self.best, self.elapsed = 0, config.steps, -1.0, 0.0
