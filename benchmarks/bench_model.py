@@ -1,16 +1,18 @@
-"""Time of the whole Synapse network: prediction of one patch, and one training step.
+"""Time of whole networks: prediction of one patch, and a training step of the Synapse network.
 
 Attention is a part of it: convolutions, the same for every backend, are most of the rest. Few
-rounds, since each takes seconds.
+rounds, since each takes seconds. The reference of SegFormer3D and Slim UNETR is the same network
+with attention scores in memory and the decoder in the published order (`published`).
 """
 
 import pytest
 import torch
 from cases import kept_for_backward
+from published import published_order
 from report import REFERENCE
 
-from epa_kernels import dispatch
-from unetrpp import UNETRPP
+from epa_kernels import dispatch, use_backend
+from unetrpp import UNETRPP, create_model
 from unetrpp.losses import deep_supervision_loss
 
 BACKENDS = (REFERENCE, *(name for name in dispatch.BACKENDS if name != REFERENCE))
@@ -62,3 +64,30 @@ def bench_synapse(setting, direction, benchmark):
             benchmark.pedantic(model, (x,), rounds=7, warmup_rounds=1)
         return
     benchmark.pedantic(training_step(model, x, label), rounds=7, warmup_rounds=1)
+
+
+@pytest.fixture(scope="module", params=("segformer3d", "slim_unetr"))
+def sibling(request):
+    """Name, network as described for BraTS, and a batch of volumes."""
+    torch.manual_seed(0)
+    model = create_model(request.param, "brats").eval()
+    x = torch.randn(request.config.getoption("--batch"), model.in_channels, *model.img_size)
+    return request.param, model, x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def bench_sibling(sibling, backend, benchmark):
+    name, model, x = sibling
+    if reasons := dispatch.BACKENDS[backend].why_not(
+        "spatial_attention", torch.empty(1, 64, 1, 32)
+    ):
+        pytest.skip("; ".join(reasons))
+    benchmark.extra_info |= {
+        "case": name,
+        "direction": "prediction",
+        "backend": backend,
+        "floor_ms": None,
+        "kept_bytes": None,
+    }
+    with torch.no_grad(), published_order() if backend == REFERENCE else use_backend(backend):
+        benchmark.pedantic(model, (x,), rounds=15, warmup_rounds=2)

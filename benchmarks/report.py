@@ -2,11 +2,12 @@
 
 import csv
 import math
-import platform
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from unetrpp.throughput import processor
 
 REFERENCE, COMPILED = "reference", "reference compiled"
 # Okabe and Ito's colours, told apart by everyone; the reference is grey.
@@ -143,12 +144,3 @@ def plot(rows, title, path):
 def _short(value):
     """Three digits; nothing where there is no bar."""
     return "" if math.isnan(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def processor():
-    """The processor's name, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -3,10 +3,13 @@
     path("model_acdc.json")            where the file lies; skips the test if it is nowhere
     load("model_acdc.safetensors")     (tensors, metadata), metadata decoded from JSON
     load("acdc.state_dict.json")       the decoded JSON
+    load("slim_unetr/lrd_stage2.npz")  a dict of tensors; the siblings have a folder each
     fill(entries, shared_ef=False)     the weights that belong to a list of state-dict entries
+    fill_sibling(entries, folder, ...) the same by the rule of the siblings' files
 
 The smaller files lie in tests/golden/ (see its README.md). The rest is looked up in
-$EPA_KERNELS_SHARED/golden/unetrpp or, without that variable, in ../shared/golden/unetrpp.
+$EPA_KERNELS_SHARED/golden or, without that variable, in ../shared/golden, where the files of
+UNETR++ have a folder of their own, too.
 """
 
 import gzip
@@ -28,7 +31,7 @@ HERE = REPOSITORY / "tests" / "golden"
 def path(name):
     """Return the path of golden file `name` (or of its `.gz`); skip the test if it is missing."""
     shared = Path(os.environ.get("EPA_KERNELS_SHARED", REPOSITORY.parent / "shared"))
-    elsewhere = shared / "golden" / "unetrpp"
+    elsewhere = shared / "golden" if "/" in name else shared / "golden" / "unetrpp"
     for candidate in (HERE / name, HERE / f"{name}.gz", elsewhere / name):
         if candidate.is_file():
             return candidate
@@ -36,8 +39,11 @@ def path(name):
 
 
 def load(name):
-    """Return the decoded JSON of `name`, or `(tensors, metadata)` of a `.safetensors` file."""
+    """Return the decoded JSON of `name`, the arrays of an `.npz` file as a dict of tensors, or
+    `(tensors, metadata)` of a `.safetensors` file."""
     file = path(name)
+    if name.endswith(".npz"):
+        return {key: torch.from_numpy(value) for key, value in np.load(file).items()}
     if name.endswith(".json"):
         opener = gzip.open if file.suffix == ".gz" else open
         with opener(file, "rt", encoding="utf-8") as stream:
@@ -115,3 +121,67 @@ def _fill(key, dtype, shapes, shared_ef):
     else:
         raise KeyError(key)
     return w.astype(np.float32)
+
+
+def drawn(seed, shape):
+    """Return PCG64 normals in float32, the rule of all golden inputs."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+
+# Ends of keys with a rule of their own: value from a normal a and its 1 / sqrt(fan-in) d.
+_SPECIAL = {
+    "segformer3d": {},
+    "slim_unetr": {
+        "Encoder.position_embeddings": lambda a, d: 0.5 * a,
+        "positional_encoding.weight": lambda a, d: 0.3 * a * d,
+        "LocalRC.pointwise_conv_1.weight": lambda a, d: 0.3 * a * d,
+        "line_conv_1.weight": lambda a, d: 0.3 * a * d,
+        "GlobalST.qkv.weight": lambda a, d: 0.6 * a * d,
+    },
+    # Attention layers alone.
+    "slim_unetr/gst": {"qkv.weight": lambda a, d: 0.9 * a * d},
+    "slim_unetr/lrd": {},
+    "slim_unetrpp_pieces": {
+        "grn_gamma": lambda a, d: 0.5 * a,
+        "grn_beta": lambda a, d: 0.5 * a,
+        "temperature": lambda a, d: 3 + 0.5 * a,
+        "temperature2": lambda a, d: 3 + 0.5 * a,
+        "gamma": lambda a, d: 0.5 + 0.1 * a,
+        "pos_embed": lambda a, d: 0.5 * a,
+    },
+}
+
+
+def fill_sibling(entries, folder, *, salt=""):
+    """Return `{key: tensor}` for state-dict entries of a sibling.
+
+    `folder` names the rules for special keys: a folder of golden files, or one of `_SPECIAL`.
+    """
+
+    def values(key, shape, dtype):
+        if not dtype.startswith("float"):
+            return np.zeros(shape, np.int64)
+        generator = np.random.Generator(np.random.PCG64(zlib.crc32((salt + key).encode())))
+        a = generator.standard_normal(tuple(shape), dtype=np.float32).astype(np.float64)
+        d = 1 / math.sqrt(math.prod(shape[1:]))
+        for end, rule in _SPECIAL[folder].items():
+            if key.endswith(end):
+                return rule(a, d)
+        if key.endswith("running_mean"):
+            return 0.1 * a
+        if key.endswith("running_var"):
+            return 1 + 0.1 * np.abs(a)
+        if len(shape) >= 2:
+            return a * d
+        if key.endswith("weight"):
+            return 1 + 0.1 * a
+        if key.endswith("bias"):
+            return 0.1 * a
+        raise KeyError(key)
+
+    def tensor(entry):
+        value = values(entry["key"], entry["shape"], entry["dtype"])
+        return torch.from_numpy(value.astype(np.float32 if value.dtype.kind == "f" else np.int64))
+
+    return {entry["key"]: tensor(entry) for entry in entries}

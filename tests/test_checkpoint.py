@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from unetrpp import checkpoint
 from unetrpp.checkpoint import load_checkpoint, load_published, save_checkpoint
-from unetrpp.models import UNETRPP
+from unetrpp.models import UNETRPP, create_model
 
 EXTRA = {
     "preprocessing": {"modality": "CT", "clip": [-160.5, 240], "spacing": None},
@@ -40,6 +40,27 @@ def assert_same(a, b):
     for (key, x), (other, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
         assert key == other
         assert torch.equal(x, y), key
+
+
+@pytest.mark.parametrize("name", ["segformer3d", "slim_unetr", "slim_unetrpp"])
+def test_other_networks_round_trip_and_are_recognised(name, tmp_path):
+    torch.manual_seed(1)
+    model = create_model(name, "tiny", in_channels=2, out_channels=5).eval()
+    again, config = load_checkpoint(save_checkpoint(tmp_path / "a", model, EXTRA))
+    assert_same(model, again)
+    assert config == {"model": model.config, **EXTRA}
+    # Published ones are a state dict alone, or one among other things.
+    file = published(model.state_dict(), tmp_path / "published.pt", prefix="")
+    for found in (load_published(file), load_published(file, f"{name}/tiny")):
+        assert found.config == model.config
+        assert_same(model, found)
+    resized, _ = load_checkpoint(tmp_path / "a", img_size=(32, 48, 32))
+    assert resized(torch.randn(1, 2, 32, 48, 32)).shape == (1, 5, 32, 48, 32)
+    if not model.takes_any_size:
+        file = published(resized.state_dict(), tmp_path / "resized.pt")
+        with pytest.raises(ValueError, match=f"preset '{name}/tiny' at another img_size, one with"):
+            load_published(file)
+        assert_same(resized, load_published(file, f"{name}/tiny", img_size=(32, 48, 32)))
 
 
 def test_round_trip_is_exact(model, folder):

@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("monai", reason="needs the extra 'train'")
 pytest.importorskip("jsonargparse", reason="needs the extra 'train'")
 
+import torch  # noqa: E402
+
 import unetrpp  # noqa: E402
 from unetrpp import cli, train  # noqa: E402
 
@@ -142,6 +144,11 @@ def test_broken_import_of_our_own_keeps_its_message(monkeypatch, capsys):
         _ = unetrpp.load_published
 
 
+def test_no_option_at_all_is_explained(capsys):
+    assert cli.main(["train"]) == 1
+    assert "needs --data DIR" in capsys.readouterr().err
+
+
 def test_wrong_usage_is_code_2(capsys):
     assert cli.main(["trian"]) == 2
     assert "there are train, predict" in capsys.readouterr().err
@@ -158,3 +165,38 @@ def test_info_of_a_preset_counts_parameters_and_tokens(capsys):
     assert "two_pass" in text and "reference" in text
     assert cli.main(["info", "nothing"]) == 1
     assert "neither a checkpoint folder nor a preset" in capsys.readouterr().err
+
+
+def test_info_of_other_networks_and_says_what_is_a_reconstruction(capsys):
+    for name, parameters, multiply_adds in (
+        ("segformer3d/brats", "4,525,251", "10.04 G"),
+        ("slim_unetr/hepatic", "1,773,726", "0.94 G"),
+        ("slim_unetrpp/brats", "3,407,899", "4.06 G"),
+    ):
+        assert cli.main(["info", name]) == 0
+        text = capsys.readouterr().out
+        assert parameters in text and f"= {multiply_adds} multiply-adds" in text
+        assert "each axis a multiple of 32x32x32" in text
+        assert "spatial_attention on cpu" in text
+        assert ("RECONSTRUCTION" in text) == name.startswith("slim_unetrpp")
+        assert ("any other size" in text) == name.startswith("segformer3d")
+    assert cli.main(["info"]) == 1
+    assert "neither a checkpoint folder nor a preset (synapse, " in capsys.readouterr().err
+
+
+def test_throughput_is_a_markdown_table_of_figures_that_agree(capsys):
+    assert cli.main(["info", "slim_unetrpp/tiny", "--throughput"]) == 0
+    head, line, row, _, note = capsys.readouterr().out.splitlines()
+    assert head.count("|") == line.count("|") == row.count("|")
+    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert cells["preset"] == "slim_unetrpp/tiny (reconstruction)"
+    assert cells["input"] == "1x32x32x32"
+    cold, warm, latency = (
+        float(cells[key]) for key in ("images/min, cold", "images/min, warm", "latency ms")
+    )
+    # The very first pass starts threads and kernels, which a median after it does not see.
+    assert 0 < cold < warm
+    assert 60e3 / warm == pytest.approx(latency, abs=0.51)
+    assert "Slim UNETR" in note and f"{torch.get_num_threads()} threads" in note
+    assert cli.main(["info", "nothing", "--throughput"]) == 1
+    assert "'nothing' is no preset" in capsys.readouterr().err

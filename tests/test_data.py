@@ -13,7 +13,7 @@ pytest.importorskip("monai", reason="needs the extra 'train'")
 
 from unetrpp import data as volumes  # noqa: E402
 from unetrpp.data import Case, Preprocessing  # noqa: E402
-from unetrpp.sampling import TrainingPatches, train_transforms  # noqa: E402
+from unetrpp.sampling import AUGMENTATIONS, TrainingPatches, train_transforms  # noqa: E402
 
 LABELS = {"background": 0, "lesion": 1}
 
@@ -264,20 +264,22 @@ def test_split_is_disjoint_complete_and_repeatable():
         volumes.split_cases(cases, 5)
 
 
-def patches(case, augmentation, **changes):
+def patches(case, augmentation, *, mirror=True, **changes):
     plan = preprocessing(**changes)
-    transforms = train_transforms(plan, augmentation, mirror=True)
+    transforms = train_transforms(plan, augmentation, mirror=mirror)
     return TrainingPatches([case, case], transforms, batch_size=3, seed=5, foreground=1 / 3)
 
 
-def test_a_sample_is_a_function_of_its_number(case):
-    first, second = patches(case, "full"), patches(case, "full")
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_a_sample_is_a_function_of_its_number(case, augmentation):
+    first, second = patches(case, augmentation), patches(case, augmentation)
     # Backwards and alone, as after a resume.
     later = [second[i] for i in (6, 3)]
     earlier = [first[i] for i in range(7)]
     for a, b in ((later[0], earlier[6]), (later[1], earlier[3])):
         assert torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
-    assert not torch.equal(earlier[0]["image"], earlier[2]["image"])
+    # Not all 7: what segformer3d cuts out of so small a patch can be all of it.
+    assert len({sample["image"].numpy().tobytes() for sample in earlier}) > 3
     assert type(earlier[0]["image"]) is torch.Tensor
 
 
@@ -327,13 +329,39 @@ def test_the_share_of_forced_samples_is_the_wanted_one(case, batch_size, monkeyp
     assert abs(by_place[int(always)] - sometimes) < 0.1
 
 
-def test_augmentation_keeps_label_values_and_size(case):
-    samples = patches(case, "full", patch_size=[8, 16, 8])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_augmentation_keeps_label_values_and_size(case, augmentation):
+    samples = patches(case, augmentation, patch_size=[8, 16, 8])
     for index in range(10):
         sample = samples[index]
         assert sample["image"].shape == sample["label"].shape == (1, 8, 16, 8)
         assert set(sample["label"].unique().tolist()) <= {0.0, 1.0}
         assert torch.isfinite(sample["image"]).all()
+
+
+def test_slim_unetr_scales_and_shifts_intensities_and_nothing_else(case):
+    plain, changed = (patches(case, name, mirror=False) for name in ("none", "slim_unetr"))
+    scales, shifts = [], []
+    for index in range(12):
+        before, after = plain[index], changed[index]
+        assert torch.equal(before["label"], after["label"])
+        x, y = before["image"].double().flatten(), after["image"].double().flatten()
+        scale = (x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()
+        shift = y.mean() - scale * x.mean()
+        torch.testing.assert_close(scale * x + shift, y, atol=1e-5, rtol=0)
+        scales.append(scale.item() - 1)
+        shifts.append(shift.item())
+    for values in (scales, shifts):
+        assert 0.05 < max(map(abs, values)) < 0.1 + 1e-5 and min(values) < 0 < max(values)
+
+
+def test_segformer3d_cuts_blocks_out_of_image_and_label(case):
+    plain, changed = (patches(case, name) for name in ("none", "segformer3d"))
+    lost = []
+    for index in range(12):
+        before, after = plain[index], changed[index]
+        lost.append((before["label"].sum() - after["label"].sum()).item())
+    assert max(lost) > 0, "no label was ever cut"
 
 
 def test_preprocessing_survives_json_and_refuses_other_entries():

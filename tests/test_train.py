@@ -25,6 +25,7 @@ from unetrpp import train as training  # noqa: E402
 from unetrpp.data import find_cases, read_dataset_info  # noqa: E402
 from unetrpp.plan import propose  # noqa: E402
 from unetrpp.train import Interrupted, NonFiniteLoss, TrainConfig, run_train  # noqa: E402
+from unetrpp.train_config import PUBLISHED, resolved  # noqa: E402
 
 HIPPOCAMPUS = Path(__file__).parents[2] / "shared" / "data" / "Task04_Hippocampus"
 SMALL = {
@@ -149,6 +150,36 @@ def test_a_run_learns_and_writes_everything(data, tmp_path):
     assert not list(run.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("recipe", ["short", "published"])
+@pytest.mark.parametrize("model", ["segformer3d", "slim_unetr", "slim_unetrpp"])
+def test_every_network_goes_through_the_same_commands(
+    data, tmp_path, model, recipe, capsys, monkeypatch
+):
+    from unetrpp import cli
+
+    loss, used = training.deep_supervision_loss, set()
+
+    def recorded(logits, label, name):
+        used.add(name)
+        return loss(logits, label, name)
+
+    monkeypatch.setattr(training, "deep_supervision_loss", recorded)
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = [option for option in small_options() if not option.startswith("--model_args")]
+    sizes = ["--steps", 2, "--batch_size", 2]
+    arguments = ["--data", data, "-o", run, "--model", model, "--recipe", recipe, *sizes, *options]
+    assert cli.main(["train", *map(str, arguments)]) == 0
+    assert np.isfinite([loss for _, loss, _ in losses(run) if loss is not None]).all()
+    assert used == {"dice_ce" if recipe == "short" else PUBLISHED[model]["loss"]}
+    assert json.loads((run / "best/config.json").read_text())["model"]["name"] == model
+    scans = str(data / "imagesTr")
+    assert cli.main(["predict", scans, "-o", str(out), "--checkpoint", str(run / "best")]) == 0
+    assert cli.main(["evaluate", str(out), str(data / "labelsTr")]) == 0
+    assert (out / "scores.csv").is_file()
+    assert cli.main(["info", str(run / "best")]) == 0
+    assert ("RECONSTRUCTION" in capsys.readouterr().out) == (model == "slim_unetrpp")
+
+
 def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 8, "--save_minutes", 0, *small_options()]
@@ -204,9 +235,9 @@ def test_non_finite_loss_names_the_cases_and_spares_the_checkpoints(data, tmp_pa
     loss = training.deep_supervision_loss
     calls = []
 
-    def broken(logits, label):
+    def broken(*arguments):
         calls.append(1)
-        return loss(logits, label) * (math.nan if len(calls) == 3 else 1)
+        return loss(*arguments) * (math.nan if len(calls) == 3 else 1)
 
     monkeypatch.setattr(training, "deep_supervision_loss", broken)
     with pytest.raises(NonFiniteLoss, match=r"loss nan.* at step 3, cases box_\d, box_\d"):
@@ -372,12 +403,61 @@ def test_loss_is_the_published_one_up_to_a_constant():
     )
 
 
-def test_learning_rates_of_both_recipes():
-    short = [training.learning_rate_at(s, 1000, 1.0, "short") for s in range(1000)]
+def test_learning_rates_of_the_schedules():
+    rate = training.learning_rate_at
+    short = [rate(s, 1000, 1.0, "cosine", 50) for s in range(1000)]
     assert short[0] == pytest.approx(1 / 50) and max(short) == pytest.approx(1.0)
     assert short[-1] < 1e-4 and short[50:] == sorted(short[50:], reverse=True)
-    published = [training.learning_rate_at(s, 250_000, 0.01, "published") for s in (0, 249, 250)]
+    assert rate(9, 100, 1.0, "cosine", 50) == 1.0 > rate(8, 100, 1.0, "cosine", 50)
+    published = [rate(s, 250_000, 0.01, "poly", 0) for s in (0, 249, 250)]
     assert published == pytest.approx([0.01, 0.01, 0.01 * 0.999**0.9])
+    # 800 epochs, 20 of them warm-up, restarted after 400, down to 6e-6.
+    restarts = [rate(s, 800, 1e-4, "restarts", 20) for s in range(800)]
+    assert restarts[:20] == pytest.approx([1e-4 * (s + 1) / 20 for s in range(20)])
+    assert restarts[20] == restarts[420] == 1e-4
+    assert restarts[419] == pytest.approx(6e-6, rel=1e-3)
+    assert restarts[21:419] == sorted(restarts[21:419], reverse=True)
+    # While the time of a step is measured the total is unknown.
+    assert [rate(s, None, 1.0, "cosine", 4) for s in (0, 3, 9)] == [0.25, 1.0, 1.0]
+
+
+def test_published_recipes_are_the_described_ones():
+    data = {"data": Path("d"), "output": Path("r"), "recipe": "published"}
+    of = {name: resolved(TrainConfig(model=name, **data)) for name in PUBLISHED}
+    described = {
+        name: (c.optimizer, c.schedule, c.loss, c.learning_rate, c.weight_decay, c.batch_size)
+        for name, c in of.items()
+    }
+    assert described == {
+        "unetrpp": ("sgd", "poly", "dice_ce", 1e-2, 3e-5, None),
+        "segformer3d": ("adamw", "restarts", "dice", 1e-4, 0.01, 8),
+        "slim_unetr": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 16),
+        "slim_unetrpp": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 3),
+    }
+    slim = of["slim_unetr"]
+    assert slim.betas == [0.9, 0.95] and slim.mirror
+    assert abs(slim.warm_up - slim.steps * 5 / 300) < 1
+    assert of["segformer3d"].warm_up / of["segformer3d"].steps == pytest.approx(20 / 800)
+    assert all(config.minutes is None and config.ema == 0.0 for config in of.values())
+
+
+@pytest.mark.parametrize("loss", ["dice", "dice_focal"])
+def test_sigmoid_losses_see_every_class_of_the_label_map(loss):
+    torch.manual_seed(0)
+    label = torch.randint(0, 3, (2, 1, 8, 8, 8)).float()
+    logits = torch.randn(2, 3, 8, 8, 8, requires_grad=True)
+    hot = torch.nn.functional.one_hot(label[:, 0].long(), 3).movedim(-1, 1).float()
+    soft, axes = logits.sigmoid(), (2, 3, 4)
+    top, bottom = (1e-5, 1e-5) if loss == "dice" else (0.0, 1e-5)
+    dice = (2 * (soft * hot).sum(axes) + top) / (soft.sum(axes) + hot.sum(axes) + bottom)
+    expected = (1 - dice).mean()
+    if loss == "dice_focal":
+        entropy = torch.nn.functional.binary_cross_entropy(soft, hot, reduction="none")
+        expected = expected + ((soft - hot).abs() ** 2 * entropy).mean()
+    found = training.deep_supervision_loss(logits, label, loss)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    found.backward()
+    assert logits.grad.flatten(2).abs().sum((0, 2)).all(), "a class, the background too, is idle"
 
 
 def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
@@ -392,7 +472,12 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
         preset="tiny",
         **SMALL["model_args"],
     )
-    options = {"learning_rate": 0.1, "weight_decay": 0.5}
+    options = {
+        "learning_rate": 0.1,
+        "weight_decay": 0.5,
+        "optimizer": "adamw",
+        "betas": [0.9, 0.95],
+    }
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, kept = training._optimizer(model, TrainConfig(**options)).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0)
@@ -401,9 +486,11 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
     assert temperatures and temperatures <= {id(parameter) for parameter in kept["params"]}
     others = [p for p in kept["params"] if id(p) not in temperatures]
     assert others and all(parameter.ndim <= 1 for parameter in others)
-    published = TrainConfig(recipe="published", **options)
-    (group,) = training._optimizer(model, published).param_groups
-    assert group["weight_decay"] == 0.5 and len(group["params"]) == len(names)
+    for name in ("adamw", "sgd"):
+        published = TrainConfig(recipe="published", **{**options, "optimizer": name})
+        (group,) = training._optimizer(model, published).param_groups
+        assert group["weight_decay"] == 0.5 and len(group["params"]) == len(names)
+        assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)
 
 
 @pytest.mark.parametrize(

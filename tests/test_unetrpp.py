@@ -1,10 +1,7 @@
 """UNETR++: parity with the published networks, sizes, resizing, compile and export."""
 
 import copy
-import json
 import math
-import subprocess
-import sys
 
 import golden
 import numpy as np
@@ -13,9 +10,8 @@ import torch
 from torch.nn import functional
 
 from epa_kernels import EfficientPairedAttention, use_backend
-from unetrpp.models import PRESETS, UNETRPP, create_model
+from unetrpp.models import UNETRPP, create_model
 from unetrpp.models.layers import TransformerBlock, resample_grid, resampling_matrix
-from unetrpp.models.unetrpp import nearest_legal_size
 
 VARIANTS = ("synapse", "acdc", "lung", "tumor")
 BACKENDS = ("reference", "two_pass")
@@ -269,28 +265,13 @@ def test_deep_supervision_can_be_switched():
     assert model.config["args"]["deep_supervision"] is True
 
 
-def test_config_builds_the_same_model():
-    model = small_model(epa_kind="split", res_blocks=2, deep_supervision=True)
-    config = json.loads(json.dumps(model.config))
-    again = create_model(config["name"], **config["args"]).eval()
-    assert again.config == config == model.config
-    again.load_state_dict(model.state_dict())
-    x = torch.randn(1, 1, *SMALL["img_size"])
-    with torch.no_grad():
-        for a, b in zip(model(x), again(x), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_preset_can_be_overridden():
-    model = create_model("unetrpp", "tiny", in_channels=2, out_channels=5, img_size=(16, 32, 16))
-    assert model(torch.randn(2, 2, 16, 32, 16)).shape == (2, 5, 16, 32, 16)
-    assert PRESETS["tiny"]["in_channels"] == 1
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: create_model("unet"), "create_model: name must be one of unetrpp; got 'unet'"),
+        (
+            lambda: create_model("unet"),
+            "create_model: name must be one of unetrpp, s.*; got 'unet'",
+        ),
         (lambda: UNETRPP.from_preset("brain"), "synapse, btcv, acdc, lung, tumor, tiny; got 'br"),
         (lambda: UNETRPP(**{**SMALL, "dims": (4, 8)}), "dims must have 4 entries, got 2"),
         (lambda: UNETRPP(**{**SMALL, "decoder_depths": (1,)}), "decoder_depths must have 3"),
@@ -302,37 +283,6 @@ def test_preset_can_be_overridden():
 def test_wrong_argument_names_the_rule(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_illegal_size_names_multiples_and_nearest_size():
-    with pytest.raises(ValueError) as caught:
-        UNETRPP.from_preset("synapse", img_size=(60, 100, 130))
-    message = str(caught.value)
-    assert "(16, 32, 32)" in message
-    assert "(60, 100, 130)" in message
-    assert message.endswith("Nearest legal size: (64, 96, 128).")
-
-
-def test_nearest_legal_size():
-    strides = ((2, 4, 4), (2, 2, 2), (2, 2, 2), (2, 2, 2))
-    assert nearest_legal_size((1, 47, 48), strides) == (16, 32, 64)
-
-
-def test_input_of_another_size_names_stage_and_remedy():
-    model = small_model()
-    with pytest.raises(ValueError) as caught:
-        model(torch.randn(1, 1, 16, 16, 32))
-    message = str(caught.value)
-    assert "stage 1 expects 1024 tokens (8, 8, 16)" in message
-    assert "2048 tokens (16, 8, 16)" in message
-    assert "model.resize_tokens((16, 16, 32))" in message
-    assert "sliding_window_inference" in message
-    with pytest.raises(ValueError, match=r"no multiple of \(4, 8, 16\).*tokens\(\(8, 16, 32\)\)"):
-        model(torch.randn(1, 1, 8, 16, 30))
-    with pytest.raises(ValueError, match=r"must be \(B, 1, 8, 16, 32\), got \(1, 2, 8, 16, 32\)"):
-        model(torch.randn(1, 2, 8, 16, 32))
-    with pytest.raises(ValueError, match=r"got \(8, 16, 32\)"):
-        model(torch.randn(8, 16, 32))
 
 
 def test_initialisation_is_the_published_one():
@@ -352,25 +302,6 @@ def test_initialisation_is_the_published_one():
         assert (block.gamma == 1e-6).all()
         assert not block.pos_embed.any()
     assert encoder.epa_block.F is encoder.epa_block.E
-
-
-def test_layout_of_the_input_in_memory_does_not_matter():
-    model = small_model()
-    x = torch.randn(2, 1, *SMALL["img_size"])
-    strided = torch.randn(2, 1, 16, 16, 64)[:, :, ::2, :, ::2].copy_(x)
-    with torch.no_grad():
-        expected = model(x)
-        assert relative_l2(model(x.to(memory_format=torch.channels_last_3d)), expected) < 1e-6
-        assert relative_l2(model(strided), expected) < 1e-6
-
-
-def test_autocast_keeps_close_to_float32():
-    model = small_model()
-    x = torch.randn(1, 1, *SMALL["img_size"])
-    with torch.no_grad():
-        expected = model(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert relative_l2(model(x), expected) < 0.05
 
 
 def test_block_keeps_nine_volumes_for_backward():
@@ -519,61 +450,6 @@ def test_resized_model_gives_the_same_segmentation(kind, img_size):
         assert relative_l2(again(cosine_field(field, model.img_size)), before) < 0.1
 
 
-def test_resize_keeps_parameters_and_their_properties():
-    model = small_model().to(torch.bfloat16)
-    frozen = model.unetr_pp_encoder.stages[1][0].pos_embed.requires_grad_(False)
-    parameters = dict(model.named_parameters())
-    assert model.resize_tokens((16, 16, 16)) is model
-    assert model.img_size == (16, 16, 16)
-    assert model.config["args"]["img_size"] == [16, 16, 16]
-    assert dict(model.named_parameters()).keys() == parameters.keys()
-    for key, parameter in model.named_parameters():
-        assert parameter is parameters[key]
-        assert parameter.dtype == torch.bfloat16
-        assert parameter.is_contiguous()
-        assert parameter.requires_grad == (parameter is not frozen)
-    for block in model.modules():
-        if isinstance(block, TransformerBlock):
-            assert block.epa_block.F is block.epa_block.E
-            assert block.epa_block.E.in_features == math.prod(block.grid)
-    fresh = create_model(model.config["name"], **model.config["args"])
-    assert golden.entries_of(fresh.bfloat16()) == golden.entries_of(model)
-    model.float().train()(torch.randn(2, 1, 16, 16, 16)).mean().backward()
-    assert model.unetr_pp_encoder.stages[0][0].epa_block.E.weight.grad.any()
-
-
-def test_resize_to_illegal_size_leaves_the_model():
-    model = small_model()
-    with pytest.raises(
-        ValueError, match=r"UNETRPP.resize_tokens: .* Nearest legal size: \(8, 16, 32"
-    ):
-        model.resize_tokens((8, 16, 36))
-    assert model(torch.randn(1, 1, *SMALL["img_size"])).shape == (1, 3, 8, 16, 32)
-
-
-def test_compiles_without_graph_break():
-    # In float64, since rounding at the kinks of LeakyReLU shows in float32 gradients.
-    model = small_model().double()
-    x = torch.randn(2, 1, *SMALL["img_size"], dtype=torch.float64)
-
-    def run(callable_model):
-        model.zero_grad()
-        output = callable_model(x)
-        output.square().mean().backward()
-        return output.detach(), {
-            key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None
-        }
-
-    # The whole network is traced, forward and backward; machine code is generated for one block
-    # only, in the next test, because more of them would cost time and show nothing new.
-    found, found_gradients = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
-    expected, gradients = run(model)
-    assert relative_l2(found, expected) < 1e-12
-    assert found_gradients.keys() == gradients.keys()
-    for key, gradient in gradients.items():
-        assert relative_l2(found_gradients[key], gradient) < 1e-10, key
-
-
 def test_block_compiles_to_machine_code():
     torch.manual_seed(0)
     block = TransformerBlock((4, 4, 4), 8, 4, 2).eval()
@@ -581,35 +457,3 @@ def test_block_compiles_to_machine_code():
     x = torch.randn(2, 8, 4, 4, 4)
     with torch.no_grad():
         assert relative_l2(torch.compile(block, fullgraph=True)(x), block(x)) < 1e-5
-
-
-def test_exports_and_runs_in_onnxruntime(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = small_model()
-    x = torch.randn(2, 1, *SMALL["img_size"])
-    batch = ({0: torch.export.Dim("batch")},)
-    exported = torch.export.export(model, (x,), dynamic_shapes=batch)
-    operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    assert not any("epa_kernels" in operator for operator in operators)
-    three = torch.randn(3, 1, *SMALL["img_size"])
-    with torch.no_grad():
-        expected = model(three)
-        assert relative_l2(exported.module()(three), expected) < 1e-5
-    torch.onnx.export(exported, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: three.numpy()})
-    assert relative_l2(torch.from_numpy(found), expected) < 1e-5
-
-
-def test_import_is_lazy():
-    def loaded(statement):
-        code = f"import sys; {statement}; print(*sys.modules)"
-        return subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        ).stdout.split()
-
-    assert "torch" not in loaded("import unetrpp")
-    modules = loaded("from unetrpp import UNETRPP, load_checkpoint")
-    assert "torch" in modules
-    assert not {"monai", "nibabel", "triton"} & set(modules)

@@ -1,4 +1,4 @@
-"""UNETR++ for 3-D medical image segmentation: networks, checkpoints, training, prediction.
+"""UNETR++ and its siblings for 3-D medical image segmentation: networks, training, prediction.
 
 Importing this package costs nothing: torch and the networks are loaded at the first use of a name.
 """
@@ -9,13 +9,17 @@ from typing import Any
 
 __all__ = [
     "UNETRPP",
+    "SegFormer3D",
+    "SlimUNETR",
+    "SlimUNETRPP",
     "create_model",
     "load_checkpoint",
     "load_published",
     "save_checkpoint",
 ]
 
-_HOMES = {"UNETRPP": "models", "create_model": "models"}
+_NETWORKS = ("UNETRPP", "SegFormer3D", "SlimUNETR", "SlimUNETRPP")
+_HOMES = dict.fromkeys((*_NETWORKS, "create_model"), "models")
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .models import PRESETS, UNETRPP, create_model
+from .models import MODELS, Network, create_model, preset_names
 
 __all__ = ["load_checkpoint", "load_published", "save_checkpoint"]
 
@@ -29,7 +29,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 # Entries whose shape depends on the number of tokens, hence on img_size.
-_PER_TOKEN = ("pos_embed", "E.weight", "F.weight", "EF")
+_PER_TOKEN = ("pos_embed", "position_embeddings", "E.weight", "F.weight", "EF")
 
 
 def save_checkpoint(
@@ -128,7 +128,7 @@ def load_published(
     map_location: torch.device | str = "cpu",
     **overrides: Any,
 ) -> nn.Module:
-    """Load a checkpoint of the published UNETR++ code (`.model`, `.pt`), without running its code.
+    """Load a checkpoint of published training code (`.model`, `.pt`), without running its code.
 
     The file is a pickle: {"epoch", "state_dict", "optimizer_state_dict", "plot_stuff", ...}, or a
     state dict alone. Only tensors, Python's plain types, numpy's numbers and arrays of them are
@@ -136,9 +136,9 @@ def load_published(
 
     Args:
         path: the file.
-        model_or_preset: the model to load into, or a preset's name, or None: the preset whose
-            tensors have the names and shapes of the file's. Numbers of input channels and of
-            classes are taken from the file.
+        model_or_preset: the model to load into, or a preset's name ("synapse", or of another
+            network "segformer3d/brats"), or None: the preset whose tensors have the names and
+            shapes of the file's. Numbers of input channels and of classes are taken from the file.
         map_location: device of the model; a model that is passed stays where it is.
         overrides: constructor arguments beside the preset's, for instance the img_size that the
             checkpoint was trained at. `model.resize_tokens` then carries it to another.
@@ -172,7 +172,12 @@ def load_published(
             f"load_published: {path} fits no preset. {advice + ' ' if advice else ''}Pass the "
             f"model or the preset that it was trained with."
         )
-    model = UNETRPP.from_preset(preset, **{**_channels(tensors), **overrides})
+    names = preset_names()
+    if preset not in names:
+        raise ValueError(
+            f"load_published: preset must be one of {', '.join(names)}; got {preset!r}."
+        )
+    model = _from_preset(preset, tensors, **overrides)
     _load_state(model, tensors, "load_published", path)
     return model.to(map_location).eval()
 
@@ -341,11 +346,12 @@ def _advice(tensors: Mapping[str, Tensor], otherwise: str = "The file fits no pr
     fitting = _fitting_presets(tensors, any_size=True)
     if not fitting:
         return otherwise
-    counts = [value.shape[1] for key, value in tensors.items() if key.endswith("pos_embed")]
+    embeddings = ("pos_embed", "position_embeddings")
+    key = next(key for key in tensors if key.endswith(embeddings))
     return (
         f"The file fits preset {' or '.join(map(repr, fitting))} at another img_size, one with "
-        f"{counts[0]} tokens in stage 1: build the model with the img_size it was trained at, "
-        f"then use resize_tokens."
+        f"{tensors[key].shape[1]} tokens in {key}: build the model with the img_size it was "
+        f"trained at, then use resize_tokens."
     )
 
 
@@ -362,27 +368,25 @@ def _fitting_presets(
 
     wanted = shapes(tensors)
     fitting = []
-    for preset in PRESETS:
-        arguments = {**_channels(tensors), **overrides}
+    for preset, (network, _) in preset_names().items():
+        if MODELS[network].input_weight[0] not in tensors:
+            continue
         try:
             with torch.device("meta"):
-                model = UNETRPP.from_preset(preset, **arguments)
-        except ValueError:
-            # An img_size that is passed need not be legal for every preset.
+                model = _from_preset(preset, tensors, **overrides)
+        except (TypeError, ValueError):
+            # What is passed need not be legal for every preset, nor known to every network.
             continue
         if shapes(model.state_dict()) == wanted:
             fitting.append(preset)
     return fitting
 
 
-def _channels(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the numbers of input channels and of classes that the tensors were made for."""
-    found = {}
-    if "encoder1.conv1.conv.weight" in tensors:
-        found["in_channels"] = tensors["encoder1.conv1.conv.weight"].shape[1]
-    if "out1.conv.conv.weight" in tensors:
-        found["out_channels"] = tensors["out1.conv.conv.weight"].shape[0]
-    return found
+def _from_preset(preset: str, tensors: Mapping[str, Tensor], **overrides: Any) -> Network:
+    """Build a preset with the numbers of input channels and of classes that the tensors have."""
+    network, name = preset_names()[preset]
+    model = MODELS[network]
+    return model.from_preset(name, **{**model.channels_of(tensors), **overrides})
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

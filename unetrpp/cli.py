@@ -113,10 +113,26 @@ def _demo(parser) -> Callable[[dict], int]:
 
 
 def _info(parser) -> Callable[[dict], int]:
-    parser.add_argument("model", help="Checkpoint folder (RUN/best), or a preset: synapse, ...")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="Checkpoint folder (RUN/best), or a preset: synapse, segformer3d/brats, ...",
+    )
+    parser.add_argument(
+        "--throughput",
+        type=bool,
+        default=False,
+        help="Time the preset on this CPU, or all presets: images per minute, latency, memory.",
+    )
 
     def run(options: dict) -> int:
-        print(info(options["model"]))
+        if options["throughput"]:
+            from unetrpp.throughput import throughput_table
+
+            for line in throughput_table(_presets(options["model"])):
+                print(line, flush=True)
+        else:
+            print(info(options["model"]))
         return 0
 
     return run
@@ -132,7 +148,17 @@ COMMANDS = {
 }
 
 
-def info(model: str) -> str:
+def _presets(name: str | None) -> list[str]:
+    """The preset of this name, all if there is none."""
+    from unetrpp.models import preset_names
+
+    names = list(preset_names())
+    if name is not None and name not in names:
+        raise ValueError(f"{name!r} is no preset; throughput is measured of {', '.join(names)}")
+    return names if name is None else [name]
+
+
+def info(model: str | None) -> str:
     """Describe a checkpoint folder or a preset: parameters, FLOPs, tokens, sizes, labels, backends.
 
     Raises:
@@ -142,16 +168,17 @@ def info(model: str) -> str:
     import io
 
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     import epa_kernels
-    from unetrpp.models import PRESETS, create_model
+    from unetrpp.models import create_model, preset_names
+    from unetrpp.models.network import size_multiples
+    from unetrpp.throughput import multiply_adds
 
-    lines, preprocessing = [], None
-    if model in PRESETS:
-        network = create_model("unetrpp", model)
+    lines, preprocessing, presets = [], None, preset_names()
+    if model in presets:
+        network = create_model(*presets[model])
         lines.append(f"preset {model}")
-    elif Path(model).is_dir():
+    elif model is not None and Path(model).is_dir():
         from unetrpp.checkpoint import load_checkpoint
 
         network, config = load_checkpoint(Path(model))
@@ -161,31 +188,28 @@ def info(model: str) -> str:
             lines.append(f"  validation Dice  {config['val_dice']:.4f} after step {config['step']}")
     else:
         raise ValueError(
-            f"{model!r} is neither a checkpoint folder nor a preset ({', '.join(PRESETS)})"
+            f"{model!r} is neither a checkpoint folder nor a preset ({', '.join(presets)})"
         )
     settings = network.config["args"]
-    size, strides = settings["img_size"], settings["strides"]
-    multiples, tokens, grid = [1, 1, 1], [], list(size)
-    for stride in strides:
-        multiples = [m * s for m, s in zip(multiples, stride, strict=True)]
-        grid = [g // s for g, s in zip(grid, stride, strict=True)]
-        tokens.append(f"{grid[0] * grid[1] * grid[2]} ({_by(grid)})")
-    network.eval()
-    x = torch.zeros(1, settings["in_channels"], *size)
-    # The spec's plain operators are what the counter knows the cost of.
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, epa_kernels.use_backend("reference"):
-        network(x)
-    flops = counter.get_total_flops()
+    lines.append(f"  network          {type(network).__name__} ({network.name})")
+    if network.is_reconstruction:
+        lines.append(
+            "                   a RECONSTRUCTION: only parts of it were published, how they are "
+            "joined is this package's guess; nothing is known of its accuracy"
+        )
+    giga = multiply_adds(network) / 1e9
+    multiples = size_multiples(network.strides)
+    tokens = [f"{grid[0] * grid[1] * grid[2]} ({_by(grid)})" for grid in network.grids]
+    any_size = " and any other size" if network.takes_any_size else ""
     lines += [
         f"  parameters       {sum(p.numel() for p in network.parameters()):,}",
-        f"  FLOPs            {flops / 1e9:.2f} G = {flops / 2e9:.2f} G multiply-adds for one input "
-        "(torch.utils.flop_counter: 2 per multiply-add; convolutions and matrix products)",
-        f"  input            {settings['in_channels']} x {_by(size)} voxels (superior, posterior, "
-        f"left); each axis a multiple of {_by(multiples)}",
-        f"  strides          {' '.join(_by(stride) for stride in strides)}",
+        f"  FLOPs            {2 * giga:.2f} G = {giga:.2f} G multiply-adds for one input (torch"
+        ".utils.flop_counter: 2 per multiply-add; convolutions and matrix products)",
+        f"  input            {settings['in_channels']} x {_by(network.img_size)} voxels (superior, "
+        f"posterior, left){any_size}; each axis a multiple of {_by(multiples)}",
+        f"  strides          {' '.join(_by(stride) for stride in network.strides)}",
         f"  tokens per stage {', '.join(tokens)}",
-        f"  classes          {settings['out_channels']}, background included",
+        f"  output channels  {settings['out_channels']}",
     ]
     if preprocessing:
         spacing = preprocessing["spacing"]
@@ -203,7 +227,9 @@ def info(model: str) -> str:
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
         first = torch.zeros(1, int(tokens[0].split()[0]), settings["dims"][0])
-        epa_kernels.explain("paired_attention", first)
+        if network.attention == "spatial_attention":
+            first = first.unflatten(2, (settings["num_heads"][0], -1))  # (B, N, H, D)
+        epa_kernels.explain(network.attention, first)
     lines += ["backends, first stage:", *("  " + line for line in table.getvalue().splitlines())]
     return "\n".join(lines)
 
@@ -257,7 +283,7 @@ def _spell_out(arguments: list[str], parser) -> list[str]:
         for option in action.option_strings
     }
     spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument.startswith("--"):
             option, equals, value = argument.partition("=")
             argument = "--" + option[2:].replace("-", "_") + equals + value
@@ -281,8 +307,8 @@ def _overview() -> str:
         [
             "usage: unetrpp COMMAND ...",
             "",
-            "3-D medical image segmentation with UNETR++: train on labelled NIfTI volumes, predict "
-            "new ones.",
+            "3-D medical image segmentation with UNETR++ and its siblings: train on labelled NIfTI "
+            "volumes, predict new ones.",
             "",
             *(f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()),
             "",

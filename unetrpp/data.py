@@ -1,4 +1,4 @@
-"""Labelled volumes on disk -> tensors for UNETR++: finding, checking, preprocessing.
+"""Labelled volumes on disk -> tensors for the networks: finding, checking, preprocessing.
 
   find_cases        dataset.json (Decathlon or nnU-Net) -> Case objects, one per volume
   Preprocessing     what inference must repeat exactly; stored in a checkpoint's config.json

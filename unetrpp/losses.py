@@ -1,31 +1,57 @@
-"""The loss of UNETR++ under deep supervision.
+"""The losses of the training recipes, under deep supervision or of one output.
 
-The published loss is CE - Dice; this is CE + (1 - Dice), the same gradient with a value that cannot
-go below zero. As there, the background counts in CE only, and Dice sums over the batch.
+    dice_ce      UNETR++: cross-entropy + (1 - Dice) of the softmax, without the background in Dice
+    dice         SegFormer3D: 1 - Dice of one sigmoid per class
+    dice_focal   Slim UNETR, Slim UNETR++: 1 - Dice + focal loss (gamma 2) of one sigmoid per class
+
+UNETR++ publishes CE - Dice; dice_ce is the same gradient with a value that cannot go below zero. As
+there, Dice sums over the batch.
+
+The siblings were trained on regions that overlap (whole tumour, core, enhancing), each with a
+sigmoid of its own. The classes of a label map exclude each other, so here their losses see its
+one-hot channels, the background as one more: its logit must be trained, because a voxel's label is
+the arg-max. Prediction stays as for every network, for the arg-max of sigmoids is that of the
+softmax.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["deep_supervision_loss"]
+__all__ = ["LOSSES", "deep_supervision_loss"]
+
+LOSSES = ("dice_ce", "dice", "dice_focal")
 
 
-def deep_supervision_loss(logits: list[torch.Tensor], label: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of soft Dice + cross-entropy over the outputs: 4/7, 2/7, 1/7 for three.
+def deep_supervision_loss(
+    logits: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor, loss: str = "dice_ce"
+) -> torch.Tensor:
+    """Weighted sum of a loss over the outputs: 4/7, 2/7, 1/7 for three.
 
     Args:
-        logits: per output (B, K, *size), the finest first.
+        logits: per output (B, K, *size), the finest first; or those of the only output.
         label (B, 1, *patch): float32 class values; coarser outputs see it by nearest neighbour.
+        loss: one of `LOSSES`.
     """
-    from monai.losses import DiceCELoss
-
-    loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-    weights = [0.5**i for i in range(len(logits))]
+    outputs = [logits] if isinstance(logits, torch.Tensor) else logits
+    function = _function(loss)
+    weights = [0.5**i for i in range(len(outputs))]
     total = torch.zeros((), device=label.device)
-    for weight, output in zip(weights, logits, strict=True):
+    for weight, output in zip(weights, outputs, strict=True):
         target = label
         if output.shape[2:] != label.shape[2:]:
             target = F.interpolate(label, output.shape[2:], mode="nearest-exact")
         # Softmax and sums over a million voxels need float32 whatever the network ran in.
-        total = total + weight / sum(weights) * loss(output.float(), target)
+        total = total + weight / sum(weights) * function(output.float(), target)
     return total
+
+
+def _function(loss: str) -> torch.nn.Module:
+    from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss
+
+    if loss == "dice_ce":
+        return DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    if loss == "dice":
+        return DiceLoss(to_onehot_y=True, sigmoid=True)
+    return DiceFocalLoss(to_onehot_y=True, sigmoid=True, gamma=2.0, smooth_nr=0, smooth_dr=1e-5)

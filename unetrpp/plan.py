@@ -72,6 +72,7 @@ def propose(
     info: DatasetInfo,
     *,
     on_gpu: bool,
+    model: str = "unetrpp",
     patch_size: Sequence[int] | None = None,
     strides: Sequence[Sequence[int]] | None = None,
     spacing: Sequence[float] | None = None,
@@ -84,6 +85,7 @@ def propose(
     Args:
         cases: training cases only; nothing of the held-out ones may enter.
         on_gpu: size the patch and the network for a GPU rather than for a CPU.
+        model: network, a key of `unetrpp.models.MODELS`.
         patch_size, strides, spacing, preset, model_args, batch_size: taken as given where given;
             sizes in SPL order. spacing [0, 0, 0] means no resampling.
 
@@ -127,7 +129,10 @@ def propose(
         f"leaves at most {STEM_TOKENS} tokens along an axis, else 4; then halvings"
     )
 
-    if preset is None:
+    if preset is None and model != "unetrpp":
+        preset, chosen = "brats", {}
+        reasons.append(f"{model}, preset brats: the described widths, light enough for a CPU")
+    elif preset is None:
         preset, chosen = ("synapse", {}) if on_gpu else ("tiny", dict(CPU_WIDTHS))
         reasons.append(
             "preset synapse: the published widths (43 M parameters)"
@@ -136,10 +141,10 @@ def propose(
         )
     else:
         chosen = {}
-        reasons.append(f"preset {preset}: given")
+        reasons.append(f"{model}, preset {preset}: given")
     if batch_size is None:
         batch_size = 2
-        reasons.append("batch size 2: the published one")
+        reasons.append("batch size 2: the published one of UNETR++")
 
     kinds = ["ct" if channel.strip().lower() == "ct" else "zscore" for channel in info.channels]
     preprocessing = Preprocessing(
@@ -167,8 +172,8 @@ def propose(
             for channel, kind in zip(info.channels, kinds, strict=True)
         )
     )
-    model = {
-        "name": "unetrpp",
+    arguments = {
+        "name": model,
         "preset": preset,
         "in_channels": len(info.channels),
         "out_channels": len(info.labels),
@@ -177,7 +182,7 @@ def propose(
         **chosen,
         **(model_args or {}),
     }
-    return Plan(preprocessing, model, batch_size, reasons)
+    return Plan(preprocessing, arguments, batch_size, reasons)
 
 
 def _spacing(spacings: np.ndarray, given: Sequence[float] | None) -> tuple[list | None, str]:

@@ -95,7 +95,7 @@ def write_report(
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<meta name='color-scheme' content='light dark'><title>{heading}</title>"
         f"<style>{STYLE}</style></head><body><main><header><h1>{heading}</h1>"
-        f"<p class='muted'>UNETR++ training report, written {written}</p></header>{notes}"
+        f"<p class='muted'>Training report, written {written}</p></header>{notes}"
         f"{''.join(sections)}</main></body></html>\n"
     )
     output = Path(output) if output is not None else run / "report.html"

@@ -19,6 +19,8 @@ from unetrpp.data import Case, InOrder, Preprocessing, inference_transforms
 
 __all__ = ["TrainingPatches", "train_transforms"]
 
+AUGMENTATIONS = ("full", "light", "slim_unetr", "segformer3d", "none")
+
 
 class _ForegroundVoxels:
     """Add "voxels": per label present, up to 1000 voxel positions to centre patches on."""
@@ -91,27 +93,44 @@ def train_transforms(
     """Return Case -> {"image" (C,*patch) float32, "label" (1,*patch) float32, "name"} at random.
 
     The deterministic steps of `inference_transforms` come first (`TrainingPatches` keeps
-    their result), then a random window and the augmentation of the published recipe (nnU-Net's
-    "moreDA").
+    their result), then a random window and the augmentation.
 
     Args:
-        augmentation: "full"; "light", the same kinds at about half the strength, for short
-            runs; "none".
+        augmentation: "full", that of UNETR++ (nnU-Net's "moreDA"); "light", the same kinds at about
+            half the strength, for short runs; "slim_unetr" (intensities scaled and shifted by up
+            to 0.1, which Slim UNETR joins with mirror) and "segformer3d" (flip, rotation, blocks
+            cut out of image and label, Gibbs noise), as published with these networks; "none".
         mirror: flip along each axis with probability 1/2 (not with "none").
 
     Raises:
         ValueError: another name of an augmentation.
     """
-    if augmentation not in ("full", "light", "none"):
-        raise ValueError(f"augmentation must be full, light or none, got {augmentation!r}")
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(
+            f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}"
+        )
     patch = preprocessing.patch_size
-    margin = [0 if augmentation == "none" else size // 8 for size in patch]
+    turns = augmentation in ("full", "light")
+    margin = [size // 8 if turns else 0 for size in patch]
     steps: list = [
         *inference_transforms(preprocessing).transforms,
         _ForegroundVoxels(),
         _RandomWindow(patch, margin),
     ]
-    if augmentation != "none":
+    if augmentation == "slim_unetr":
+        steps += [
+            mt.RandScaleIntensityd(["image"], factors=0.1, prob=1.0),
+            mt.RandShiftIntensityd(["image"], offsets=0.1, prob=1.0),
+        ]
+    elif augmentation == "segformer3d":
+        both = ["image", "label"]
+        steps += [
+            mt.RandFlipd(both, 0.3, spatial_axis=1),
+            mt.RandRotated(both, range_x=0.36, prob=0.5, mode=("bilinear", "nearest")),
+            mt.RandCoarseDropoutd(both, holes=20, spatial_size=(-1, 7, 7), fill_value=0, prob=0.5),
+            mt.RandGibbsNoised(["image"]),
+        ]
+    elif turns:
         full = augmentation == "full"
         angle = np.deg2rad(30 if full else 15)
         # Slices much thicker than their pixels (nnU-Net's "dummy 2-D"): turn within slices only.
@@ -131,8 +150,8 @@ def train_transforms(
             )
         )
         steps += _intensity_augmentation(1.0 if full else 0.5)
-        if mirror:
-            steps += [mt.RandFlipd(["image", "label"], 0.5, spatial_axis=a) for a in range(3)]
+    if mirror and augmentation != "none":
+        steps += [mt.RandFlipd(["image", "label"], 0.5, spatial_axis=a) for a in range(3)]
     return mt.Compose([*steps, _PlainTensors()])
 
 

@@ -36,7 +36,6 @@ __all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train"]
 
 # Steps after which the time of a step is known well enough to turn minutes into steps.
 MEASURED_STEPS = 12
-WARM_UP_STEPS = 50
 VALIDATIONS = 10
 
 
@@ -56,38 +55,43 @@ class Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
-def learning_rate_at(step: int, total: int | None, peak: float, recipe: str) -> float:
-    """Learning rate of a step: warm-up then half a cosine (short), or (1 - t)^0.9 (published).
+def learning_rate_at(
+    step: int, total: int | None, peak: float, schedule: str, warm_up: int
+) -> float:
+    """Learning rate of a step.
 
-    total is None while a time budget is being measured, which the warm-up outlasts.
+    poly is peak (1 - t)^0.9, t the share of the run, constant within an "epoch" of 250 steps as
+    published. The others rise over warm_up steps, a tenth of the run at most, then follow half a
+    cosine: to zero at the end (cosine), or to 0.06 peak over half of the run, then once more from
+    the peak (restarts, as SegFormer3D's). total is None while a time budget is being measured.
     """
-    if recipe == "published":
-        # Constant within an "epoch" of 250 steps, as published.
+    if schedule == "poly":
         return peak * (1 - step // 250 * 250 / (total or math.inf)) ** 0.9
-    warm_up = WARM_UP_STEPS if total is None else max(1, min(WARM_UP_STEPS, total // 10))
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+    if total is not None:
+        warm_up = max(1, min(warm_up, total // 10))
+    if step < warm_up or total is None:
+        return peak * min(1.0, (step + 1) / max(1, warm_up))
+    if schedule == "restarts":
+        period = max(1, total // 2)
+        t, floor = (step - warm_up) % period / period, 0.06
+    else:
+        t, floor = (step - warm_up) / max(1, total - warm_up), 0.0
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t)))
 
 
 def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with decay on all parameters (published), or AdamW with decay on weights only (short)."""
-    if config.recipe == "published":
-        return torch.optim.SGD(
-            model.parameters(),
-            config.learning_rate,
-            momentum=0.99,
-            nesterov=True,
-            weight_decay=config.weight_decay,
-        )
-    # Decay pulls a norm's scale or a temperature (H, 1, 1) towards zero, where it means nothing.
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        (kept if parameter.ndim <= 1 or "temperature" in name else decayed).append(parameter)
-    groups = [{"params": decayed}, {"params": kept, "weight_decay": 0}]
-    return torch.optim.AdamW(
-        groups, config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    """SGD or AdamW, with decay on all parameters (published), or on weights only (short)."""
+    groups: list[dict] = [{"params": list(model.parameters())}]
+    if config.recipe == "short":
+        # Decay pulls a norm's scale or a temperature (H, 1, 1) to zero, where it means nothing.
+        decayed, kept = [], []
+        for name, parameter in model.named_parameters():
+            (kept if parameter.ndim <= 1 or "temperature" in name else decayed).append(parameter)
+        groups = [{"params": decayed}, {"params": kept, "weight_decay": 0}]
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.99, nesterov=True, **options)
+    return torch.optim.AdamW(groups, betas=tuple(config.betas), fused=True, **options)
 
 
 class _StepSampler(torch.utils.data.Sampler):
@@ -173,6 +177,7 @@ class _Run:
             given = {
                 key: getattr(config, key)
                 for key in (
+                    "model",
                     "patch_size",
                     "strides",
                     "spacing",
@@ -228,13 +233,16 @@ class _Run:
 
         config = self.config
         torch.manual_seed(config.seed)
-        self.model = unetrpp.create_model(**self.plan.model, deep_supervision=True)
+        self.model = unetrpp.create_model(**self.plan.model)
+        self._supervise_deeply(True)
         if self.fabric.device.type == "cpu":
             # A step takes 0.85 times as long as with channels first (32x48x32, one thread).
             self.model.to(memory_format=torch.channels_last_3d)
         parameters = sum(p.numel() for p in self.model.parameters())
+        label = " (a reconstruction)" if self.model.is_reconstruction else ""
         self.say(
-            f"{parameters / 1e6:.2f} M parameters, on {self.fabric.device} in {config.precision}"
+            f"{type(self.model).__name__}{label}: {parameters / 1e6:.2f} M parameters, on "
+            f"{self.fabric.device} in {config.precision}"
         )
         optimizer = _optimizer(self.model, config)
         self.step, self.total, self.best, self.elapsed = 0, config.steps, -1.0, 0.0
@@ -257,6 +265,12 @@ class _Run:
             self.say(f"resumed after step {self.step}")
         elif config.resume:
             self.say("no resume.pt: starting again at step 0")
+
+    def _supervise_deeply(self, switch: bool, model: torch.nn.Module | None = None) -> None:
+        """Switch the coarser outputs for training on or off, where the network has some."""
+        model = model or self.model
+        if model.has_deep_supervision:
+            model.deep_supervision = switch
 
     @torch.no_grad()
     def _average_weights(self, averages: list, values: list, _) -> None:
@@ -367,7 +381,9 @@ class _Run:
         # Dropout of this step, the same whether or not the run was interrupted before it.
         seed = np.random.SeedSequence([config.seed, 2, self.step, self.fabric.global_rank])
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        rate = learning_rate_at(self.step, self.total, self.config.learning_rate, config.recipe)
+        rate = learning_rate_at(
+            self.step, self.total, config.learning_rate, config.schedule, config.warm_up
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         image = batch["image"].to(self.fabric.device, non_blocking=True)  # (B, C, *patch)
@@ -375,7 +391,7 @@ class _Run:
             image = image.contiguous(memory_format=torch.channels_last_3d)
         label = batch["label"].to(self.fabric.device, non_blocking=True)  # (B, 1, *patch)
         self.network.train()
-        loss = deep_supervision_loss(self.network(image), label)
+        loss = deep_supervision_loss(self.network(image), label, config.loss)
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(
             self.network, self.optimizer, max_norm=12.0, error_if_nonfinite=False
@@ -427,11 +443,11 @@ class _Run:
         """Score the held-out cases by sliding window; write last/ and, if it is one, best/."""
         model = self.average.module if self.average is not None else self.model
         # Scored and saved as it predicts, with one output; the file has the other heads' weights.
-        model.deep_supervision = False
+        self._supervise_deeply(False, model)
         try:
             self._score_and_save(model)
         finally:
-            model.deep_supervision = True
+            self._supervise_deeply(True, model)
 
     def _score_and_save(self, model: torch.nn.Module) -> None:
         from unetrpp.checkpoint import save_checkpoint

@@ -6,31 +6,37 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["RECIPES", "TrainConfig", "resolved", "resumed"]
+__all__ = ["PUBLISHED", "SHORT", "TrainConfig", "resolved", "resumed"]
 
 
 @dataclass
 class TrainConfig:
-    """Train UNETR++ on a folder of labelled volumes.
+    """Train a network on a folder of labelled volumes.
 
     Args:
         data: Folder with dataset.json, imagesTr and labelsTr (Decathlon or nnU-Net layout).
         output: New folder for the run: checkpoints, curves, report.
         resume: Run folder to continue where it stopped; all settings come from there.
         overwrite: Empty the output folder first if it holds an earlier run.
-        recipe: short: AdamW, cosine, for minutes to hours. published: SGD 0.01, poly, 250000 steps.
+        model: Network: unetrpp, segformer3d, slim_unetr, or slim_unetrpp (a reconstruction).
+        recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days.
         steps: Number of optimizer steps.
         minutes: Instead of steps: time budget of the run; becomes steps once a step is timed.
         patch_size: Network input, voxels along superior, posterior, left; e.g. [48,64,48].
         strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
         spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
-        preset: Widths: synapse, acdc, lung, tumor, btcv or tiny.
+        preset: Widths: of unetrpp synapse, acdc, lung, tumor, btcv, tiny; of others brats, tiny.
         model_args: Further arguments of the network, e.g. {"dims": [16,32,64,128]}.
         batch_size: Patches per step and process.
-        learning_rate: Peak learning rate (short: 0.003, published: 0.01).
-        weight_decay: Weight decay (short: 0.01, published: 3e-5).
-        augmentation: full (published), light, or none (short: light, published: full).
-        mirror: Flip patches at random along all axes (short: no, published: yes).
+        loss: dice_ce, dice or dice_focal; the last two take a sigmoid per class.
+        optimizer: adamw or sgd.
+        betas: Decay of AdamW's two averages, e.g. [0.9,0.999].
+        schedule: Learning rate: cosine, restarts (cosine, twice) or poly.
+        warm_up: Steps of linear warm-up, at most a tenth of the run.
+        learning_rate: Peak learning rate (short: 0.003).
+        weight_decay: Weight decay (short: 0.01, of weights only).
+        augmentation: full (UNETR++), light (short), slim_unetr, segformer3d or none.
+        mirror: Flip patches at random along all axes (short: no).
         foreground: Share of a batch that is centred on a labelled voxel.
         ema: Decay of the averaged weights that are validated and saved; 0 for none.
         fold: Which of the folds is held out for validation.
@@ -50,6 +56,7 @@ class TrainConfig:
     output: Path | None = None
     resume: Path | None = None
     overwrite: bool = False
+    model: Literal["unetrpp", "segformer3d", "slim_unetr", "slim_unetrpp"] = "unetrpp"
     recipe: Literal["short", "published"] = "short"
     steps: int | None = None
     minutes: float | None = None
@@ -59,9 +66,14 @@ class TrainConfig:
     preset: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
+    loss: Literal["dice_ce", "dice", "dice_focal"] | None = None
+    optimizer: Literal["adamw", "sgd"] | None = None
+    betas: list[float] | None = None
+    schedule: Literal["cosine", "restarts", "poly"] | None = None
+    warm_up: int | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
-    augmentation: Literal["full", "light", "none"] | None = None
+    augmentation: Literal["full", "light", "slim_unetr", "segformer3d", "none"] | None = None
     mirror: bool | None = None
     foreground: float = 0.33
     ema: float | None = None
@@ -78,17 +90,41 @@ class TrainConfig:
     report: bool = True
 
 
-# What a recipe decides where the user did not.
-RECIPES = {
-    "short": {
-        "learning_rate": 3e-3,
-        "weight_decay": 0.01,
-        "augmentation": "light",
-        "mirror": False,
-        "ema": 0.99,
-        "minutes": 25.0,
-    },
-    "published": {
+# What a recipe decides where the user did not; what "published" says depends on the network.
+SHORT = {
+    "loss": "dice_ce",
+    "optimizer": "adamw",
+    "betas": [0.9, 0.999],
+    "schedule": "cosine",
+    "warm_up": 50,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.01,
+    "augmentation": "light",
+    "mirror": False,
+    "ema": 0.99,
+    "minutes": 25.0,
+}
+# 300 epochs of 1000 volumes, 5 of them warm-up, batches of 16.
+_SLIM_UNETR = {
+    "loss": "dice_focal",
+    "optimizer": "adamw",
+    "betas": [0.9, 0.95],
+    "schedule": "cosine",
+    "warm_up": 313,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "augmentation": "slim_unetr",
+    "mirror": True,
+    "ema": 0.0,
+    "steps": 18_750,
+    "batch_size": 16,
+}
+PUBLISHED = {
+    "unetrpp": {
+        "loss": "dice_ce",
+        "optimizer": "sgd",
+        "schedule": "poly",
+        "warm_up": 0,
         "learning_rate": 1e-2,
         "weight_decay": 3e-5,
         "augmentation": "full",
@@ -96,6 +132,24 @@ RECIPES = {
         "ema": 0.0,
         "steps": 250_000,
     },
+    # 800 epochs of 206 steps, 20 of them warm-up; a step takes 4 patches of each of 2 volumes.
+    "segformer3d": {
+        "loss": "dice",
+        "optimizer": "adamw",
+        "betas": [0.9, 0.999],
+        "schedule": "restarts",
+        "warm_up": 4_120,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+        "augmentation": "segformer3d",
+        "mirror": False,
+        "ema": 0.0,
+        "steps": 164_800,
+        "batch_size": 8,
+    },
+    "slim_unetr": _SLIM_UNETR,
+    # The same, batches of 3.
+    "slim_unetrpp": {**_SLIM_UNETR, "warm_up": 1_667, "steps": 100_000, "batch_size": 3},
 }
 # These change where and how fast a run goes on, not what it computes.
 RESUMABLE = ("data", "accelerator", "workers", "cache", "save_minutes", "report")
@@ -111,7 +165,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
     if config.minutes is not None and config.steps is not None:
         raise ValueError("train takes --steps or --minutes, not both")
-    recipe = dict(RECIPES[config.recipe])
+    recipe = dict(SHORT if config.recipe == "short" else PUBLISHED[config.model])
     if config.minutes is not None or config.steps is not None:
         recipe.pop("steps", None)
         recipe.pop("minutes", None)

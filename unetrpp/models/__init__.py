@@ -2,21 +2,35 @@
 
 from typing import Any
 
-from torch import nn
-
+from .network import Network
 from .presets import PRESETS
+from .segformer3d import SegFormer3D
+from .slim_unetr import SlimUNETR
+from .slim_unetrpp import SlimUNETRPP
 from .unetrpp import UNETRPP
 
-__all__ = ["MODELS", "PRESETS", "UNETRPP", "create_model"]
+__all__ = [
+    "MODELS",
+    "PRESETS",
+    "UNETRPP",
+    "Network",
+    "SegFormer3D",
+    "SlimUNETR",
+    "SlimUNETRPP",
+    "create_model",
+    "preset_names",
+]
 
-MODELS: dict[str, type[nn.Module]] = {"unetrpp": UNETRPP}
+MODELS: dict[str, type[Network]] = {
+    network.name: network for network in (UNETRPP, SegFormer3D, SlimUNETR, SlimUNETRPP)
+}
 
 
-def create_model(name: str, preset: str | None = None, **arguments: Any) -> nn.Module:
+def create_model(name: str, preset: str | None = None, **arguments: Any) -> Network:
     """Build a network by name.
 
     Args:
-        name: a key of `MODELS`: "unetrpp".
+        name: a key of `MODELS`: "unetrpp", "segformer3d", "slim_unetr" or "slim_unetrpp".
         preset: named settings of that network, for instance "synapse"; None takes all settings
             from `arguments`.
         arguments: constructor arguments, which override the preset's.
@@ -32,3 +46,15 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> nn.M
         raise ValueError(f"create_model: name must be one of {', '.join(MODELS)}; got {name!r}.")
     model = MODELS[name]
     return model(**arguments) if preset is None else model.from_preset(preset, **arguments)
+
+
+def preset_names() -> dict[str, tuple[str, str]]:
+    """Return all presets as one says them, with their network and their name there.
+
+    Those of UNETR++ go by their own name, "synapse"; all others by "segformer3d/brats".
+    """
+    return {
+        preset if network == "unetrpp" else f"{network}/{preset}": (network, preset)
+        for network, presets in PRESETS.items()
+        for preset in presets
+    }

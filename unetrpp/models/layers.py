@@ -1,4 +1,4 @@
-"""Building blocks of UNETR++, and the resampling that carries them to another token grid.
+"""Building blocks that networks share, and the resampling that carries them to another token grid.
 
 Volumes are (B, C, *grid), tokens (B, N, C) with N the product of the grid, last axis fastest.
 Sub-modules carry the names of the published state dict, so published weights load unchanged.
@@ -18,17 +18,60 @@ __all__ = [
     "ResidualBlock",
     "TransformerBlock",
     "UpBlock",
+    "UpsamplingConv3d",
     "named_conv",
+    "replace_parameter",
     "resample_grid",
+    "resample_projection",
     "resampling_matrix",
+    "to_tokens",
+    "to_volume",
+    "upsample_linear",
 ]
 
 Triple = tuple[int, int, int]
 
 
+def to_tokens(volume: Tensor) -> Tensor:
+    """(B, C, *grid) -> (B, N, C), a view."""
+    return volume.flatten(2).transpose(1, 2)
+
+
+def to_volume(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, N, C) -> (B, C, *grid), a view: contiguous tokens are a volume with channels last."""
+    # In this order a batch of one has the strides that convolutions know channels last by.
+    return tokens.unflatten(1, tuple(grid)).movedim(-1, 1)
+
+
 def named_conv(module: nn.Module) -> nn.Sequential:
     """Wrap a convolution so that its weight has the published name, `conv.weight`."""
     return nn.Sequential(OrderedDict(conv=module))
+
+
+class UpsamplingConv3d(nn.ConvTranspose3d):
+    """Transposed convolution with kernel = stride, as one matrix product.
+
+    Every voxel becomes a box of its own, so nothing overlaps: out = W^T x + b, boxes side by side.
+    On a CPU the logits of Slim UNETR (24 to 3 channels, 32^3 to 128^3) take a third of the time.
+
+    Args:
+        in_channels, out_channels: channels of x and of the result.
+        stride: size of a box.
+
+    Shapes: (B, in_channels, *grid) -> (B, out_channels, *grid * stride).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Triple) -> None:
+        super().__init__(in_channels, out_channels, stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, *grid) -> (B, out_channels, *grid * stride)."""
+        B, _, X, Y, Z = x.shape
+        a, b, c = self.stride
+        weight = self.weight.flatten(1).T.expand(B, -1, -1)  # (B, out a b c, in)
+        boxes = (weight @ x.flatten(2)).view(B, -1, a, b, c, X, Y, Z)
+        out = boxes.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, -1, X * a, Y * b, Z * c)
+        return out + self.bias[:, None, None, None]
 
 
 class ResidualBlock(nn.Module):
@@ -83,6 +126,7 @@ class TransformerBlock(nn.Module):
         res_blocks: 1 (conv51 alone) or 2 (conv51, conv52).
         attention_dropout: dropout of both attention maps.
         conv_dropout: channel dropout in front of the last convolution.
+        has_pos_embed: whether there is a pos_embed; not where the tokens come with one.
 
     Shapes: (B, C, *grid) -> (B, C, *grid).
     """
@@ -100,12 +144,13 @@ class TransformerBlock(nn.Module):
         res_blocks: int = 1,
         attention_dropout: float = 0.1,
         conv_dropout: float = 0.1,
+        has_pos_embed: bool = True,
     ) -> None:
         super().__init__()
         self.grid = grid
         tokens = math.prod(grid)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, channels))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, channels)) if has_pos_embed else None
         self.norm = nn.LayerNorm(channels)
         self.epa_block = EfficientPairedAttention(
             tokens,
@@ -128,7 +173,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *grid) -> (B, C, *grid)."""
         # A transposed view: the residual stream stays a contiguous volume, nothing is copied.
-        tokens = x.flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, C)
+        tokens = to_tokens(x)  # (B, N, C)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
         tokens = tokens + self.gamma * self.epa_block(self.norm(tokens))
         attended = tokens.transpose(1, 2).reshape(x.shape)
         return attended + self.conv8(self.conv52(self.conv51(attended)))
@@ -145,14 +192,17 @@ class TransformerBlock(nn.Module):
         """
         old, self.grid = self.grid, grid
         epa = self.epa_block
-        _replace(self.pos_embed, resample_grid(self.pos_embed, 1, old, grid))
-        _replace(epa.temperature2, epa.temperature2 * math.sqrt(math.prod(grid) / math.prod(old)))
+        if self.pos_embed is not None:
+            replace_parameter(self.pos_embed, resample_grid(self.pos_embed, 1, old, grid))
+        replace_parameter(
+            epa.temperature2, epa.temperature2 * math.sqrt(math.prod(grid) / math.prod(old))
+        )
         if epa.kind == "sum":
-            _replace(epa.EF, _resample_projection(epa.EF, 0, old, grid))
+            replace_parameter(epa.EF, resample_projection(epa.EF, 0, old, grid))
             return
         # A shared E and F are one module and must be resampled once.
         for linear in {id(linear): linear for linear in (epa.E, epa.F)}.values():
-            _replace(linear.weight, _resample_projection(linear.weight, 1, old, grid))
+            replace_parameter(linear.weight, resample_projection(linear.weight, 1, old, grid))
             linear.in_features = math.prod(grid)
 
 
@@ -183,17 +233,45 @@ class UpBlock(nn.Module):
         return self.decoder_block[0](x)
 
 
-def resampling_matrix(target: int, source: int) -> Tensor:
-    """Return the (target, source) float64 matrix that resamples a line of samples; rows sum to 1.
+def resampling_matrix(
+    target: int,
+    source: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the (target, source) matrix that resamples a line of samples; rows sum to 1.
 
     Cells of both lines share the same extent. Growing interpolates linearly between cell centres.
     Shrinking interpolates at ceil(source / target) evenly spread points of each target cell and
     averages them, so that no sample is skipped; by an integer factor that is average pooling.
     """
     points = math.ceil(source / target)
-    lines = torch.eye(source, dtype=torch.float64)[None]  # (1, source lines, source)
+    lines = torch.eye(source, dtype=dtype, device=device)[None]  # (1, source lines, source)
     fine = functional.interpolate(lines, size=target * points, mode="linear", align_corners=False)
     return fine[0].T.reshape(target, points, source).mean(1)
+
+
+def upsample_linear(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Trilinear upsampling, align_corners False, as one product per axis with a small matrix.
+
+    On a CPU 3 to 10 times as fast as functional.interpolate, for the same numbers up to rounding.
+
+    Args:
+        x (B, C, X, Y, Z): a volume.
+        size: three integers, each at least that of x.
+
+    Returns: (B, C, *size), contiguous.
+    """
+    rows, columns, lines = (
+        resampling_matrix(target, source).to(x)
+        for target, source in zip(size, x.shape[2:], strict=True)
+    )
+    # In this order most of the work is the last product, a single one of many rows.
+    B, C, X, Y, Z = x.shape
+    x = rows.expand(B * C, -1, -1) @ x.reshape(B * C, X, Y * Z)
+    x = columns.expand(B * C * size[0], -1, -1) @ x.view(B * C * size[0], Y, Z)
+    return (x @ lines.T).view(B, C, *size)
 
 
 def resample_grid(x: Tensor, axis: int, old: Sequence[int], new: Sequence[int]) -> Tensor:
@@ -213,7 +291,7 @@ def resample_grid(x: Tensor, axis: int, old: Sequence[int], new: Sequence[int]) 
     )
 
 
-def _resample_projection(x: Tensor, axis: int, old: Triple, new: Triple) -> Tensor:
+def resample_projection(x: Tensor, axis: int, old: Triple, new: Triple) -> Tensor:
     """Resample a map over tokens (E, F, EF): compose it with the resampling of fields, E -> E S."""
     return _apply_along_grid(
         x, axis, old, [resampling_matrix(s, t).T for t, s in zip(new, old, strict=True)]
@@ -229,7 +307,7 @@ def _apply_along_grid(x: Tensor, axis: int, grid: Sequence[int], matrices: list[
     return out.flatten(-len(grid)).movedim(-1, axis).to(x.dtype).contiguous()
 
 
-def _replace(parameter: nn.Parameter, value: Tensor) -> None:
+def replace_parameter(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a parameter new values of another shape; whoever holds the parameter sees them."""
     parameter.data = value
     parameter.grad = None

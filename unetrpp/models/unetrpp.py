@@ -12,22 +12,18 @@ Source: Shaker et al., "UNETR++: Delving into Efficient and Accurate 3D Medical 
 TMI 2024. Names, sizes and arithmetic are those of the published code, its sizes no longer fixed.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from .layers import ResidualBlock, TransformerBlock, Triple, UpBlock, named_conv
-from .presets import PRESETS
+from .network import STAGES, Network
 
-__all__ = ["UNETRPP", "nearest_legal_size", "size_multiples"]
-
-STAGES = 4
+__all__ = ["UNETRPP"]
 
 
-class UNETRPP(nn.Module):
+class UNETRPP(Network):
     """UNETR++ for 3-D segmentation: logits for volumes of one fixed size.
 
     Args:
@@ -79,6 +75,12 @@ class UNETRPP(nn.Module):
         torch.Size([1, 2, 32, 32, 32])
     """
 
+    name = "unetrpp"
+    attention = "paired_attention"
+    has_deep_supervision = True
+    input_weight = ("encoder1.conv1.conv.weight", 1)
+    output_weight = ("out1.conv.conv.weight", 0)
+
     def __init__(
         self,
         in_channels: int,
@@ -101,41 +103,37 @@ class UNETRPP(nn.Module):
         conv_dropout: float = 0.1,
         deep_supervision: bool = False,
     ) -> None:
-        super().__init__()
-        _check_lengths(STAGES, strides=strides, dims=dims, depths=depths, proj_sizes=proj_sizes)
-        _check_lengths(
+        super().__init__(
+            in_channels,
+            img_size,
+            strides,
+            out_channels=out_channels,
+            feature_size=feature_size,
+            dims=dims,
+            depths=depths,
+            decoder_depths=decoder_depths,
+            num_heads=num_heads,
+            proj_sizes=proj_sizes,
+            decoder_proj_sizes=decoder_proj_sizes,
+            epa_kind=epa_kind,
+            epa_layout=epa_layout,
+            res_blocks=res_blocks,
+            attention_dropout=attention_dropout,
+            conv_dropout=conv_dropout,
+        )
+        self.check_lengths(STAGES, dims=dims, depths=depths, proj_sizes=proj_sizes)
+        self.check_lengths(
             STAGES - 1, decoder_depths=decoder_depths, decoder_proj_sizes=decoder_proj_sizes
         )
         if res_blocks not in (1, 2):
             raise ValueError(f"UNETRPP: res_blocks must be 1 or 2, got {res_blocks}.")
-        self.in_channels = in_channels
-        self.strides = tuple(_triple("strides", stride) for stride in strides)
-        self.img_size = _triple("img_size", img_size)
         self.deep_supervision = deep_supervision
-        self._arguments = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "strides": self.strides,
-            "feature_size": feature_size,
-            "dims": dims,
-            "depths": depths,
-            "decoder_depths": decoder_depths,
-            "num_heads": num_heads,
-            "proj_sizes": proj_sizes,
-            "decoder_proj_sizes": decoder_proj_sizes,
-            "epa_kind": epa_kind,
-            "epa_layout": epa_layout,
-            "res_blocks": res_blocks,
-            "attention_dropout": attention_dropout,
-            "conv_dropout": conv_dropout,
-        }
-        grids = _stage_grids(self.img_size, self.strides)
 
         def stage(level: int, depth: int, proj_size: int) -> nn.Sequential:
             return nn.Sequential(
                 *(
                     TransformerBlock(
-                        grids[level],
+                        self.grids[level],
                         dims[level],
                         proj_size,
                         num_heads,
@@ -178,33 +176,6 @@ class UNETRPP(nn.Module):
         self.out3 = _head(dims[1], out_channels)
         self.unetr_pp_encoder.apply(_init_encoder)
 
-    @classmethod
-    def from_preset(cls, preset: str, **overrides: Any) -> "UNETRPP":
-        """Build a model with the settings of `unetrpp.models.presets`, some of them overridden.
-
-        Args:
-            preset: "synapse", "btcv", "acdc", "lung", "tumor" or "tiny".
-            overrides: constructor arguments, for instance in_channels=2, img_size=(96, 96, 96).
-        """
-        if preset not in PRESETS:
-            raise ValueError(
-                f"UNETRPP.from_preset: preset must be one of {', '.join(PRESETS)}; got {preset!r}."
-            )
-        return cls(**{**PRESETS[preset], **overrides})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Name and constructor arguments, as plain JSON.
-
-        `unetrpp.create_model(config["name"], **config["args"])` builds the model again.
-        """
-        arguments = {
-            **self._arguments,
-            "img_size": self.img_size,
-            "deep_supervision": self.deep_supervision,
-        }
-        return {"name": "unetrpp", "args": json.loads(json.dumps(arguments))}
-
     @property
     def output_strides(self) -> tuple[Triple, Triple, Triple]:
         """Stride of each of the three outputs of deep supervision against the input."""
@@ -223,7 +194,7 @@ class UNETRPP(nn.Module):
         Raises:
             ValueError: x has another number of axes, of channels, or another size.
         """
-        self._check_input(x)
+        self.check_input(x)
         stages = self.unetr_pp_encoder(x)
         deep = self.decoder5(stages[3], stages[2])
         middle = self.decoder4(deep, stages[1])
@@ -233,59 +204,6 @@ class UNETRPP(nn.Module):
         if not self.deep_supervision:
             return logits
         return [logits, self.out2(shallow), self.out3(middle)]
-
-    def resize_tokens(self, img_size: Sequence[int] | int) -> "UNETRPP":
-        """Carry the weights to another input size, in place, and return the model.
-
-        What has one entry per token is resampled over the token grid of its block: pos_embed as a
-        field (trilinear when growing, averaged when shrinking), E, F and EF so that their sum over
-        tokens and their result on smooth fields stay, temperature2 by the square root of the
-        token counts (see `TransformerBlock.resize_tokens`). All other weights do not depend on
-        the size. Parameters stay the same objects, with their dtype, device and requires_grad;
-        their gradients are dropped, and optimizer state that has the old shapes must be made anew.
-
-        With layout "official" the spatial branch reads tokens in an order that depends on their
-        number, so the resized model agrees less closely than with "tokens". Expect to fine-tune.
-
-        Args:
-            img_size: the new input size, legal for the strides of the model.
-
-        Raises:
-            ValueError: the size does not fit the strides; the model is then unchanged.
-        """
-        img_size = _triple("img_size", img_size)
-        grids = _stage_grids(img_size, self.strides, "UNETRPP.resize_tokens")
-        encoder = self.unetr_pp_encoder.stages
-        decoders = (self.decoder3.decoder_block, self.decoder4.decoder_block)
-        stages = [*encoder, *(d[0] for d in decoders), self.decoder5.decoder_block[0]]
-        for stage, grid in zip(stages, (*grids, *grids[:3]), strict=True):
-            for block in stage:
-                block.resize_tokens(grid)
-        self.img_size = img_size
-        return self
-
-    def _check_input(self, x: Tensor) -> None:
-        size = tuple(x.shape[2:])
-        if x.ndim == 5 and x.shape[1] == self.in_channels and size == self.img_size:
-            return
-        if x.ndim != 5 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"UNETRPP.forward: x must be (B, {self.in_channels}, "
-                f"{', '.join(map(str, self.img_size))}), got {tuple(x.shape)}."
-            )
-        grid = _stage_grids(self.img_size, self.strides)[0]
-        legal = nearest_legal_size(size, self.strides)
-        if size == legal:
-            got = _stage_grids(size, self.strides)[0]
-            found = f"{math.prod(got)} tokens {got}"
-        else:
-            found = f"a size that is no multiple of {size_multiples(self.strides)}"
-        raise ValueError(
-            f"UNETRPP.forward: stage 1 expects {math.prod(grid)} tokens {grid}, those of img_size "
-            f"{self.img_size}, but x is {size}: {found}. Crop or pad x to {self.img_size}, or "
-            f"slide a window of that size over it (monai.inferers.sliding_window_inference), or "
-            f"carry the weights over with model.resize_tokens({legal})."
-        )
 
 
 class Encoder(nn.Module):
@@ -305,37 +223,6 @@ class Encoder(nn.Module):
         return outputs
 
 
-def size_multiples(strides: Sequence[Triple]) -> Triple:
-    """Return, per axis, what `img_size` must be a multiple of: the product of the strides."""
-    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
-
-
-def nearest_legal_size(size: Sequence[int], strides: Sequence[Triple]) -> Triple:
-    """Return the legal input size nearest to `size`, per axis at least one multiple, ties up."""
-    return tuple(
-        max(1, (2 * n + m) // (2 * m)) * m
-        for n, m in zip(size, size_multiples(strides), strict=True)
-    )
-
-
-def _stage_grids(
-    img_size: Triple, strides: Sequence[Triple], caller: str = "UNETRPP"
-) -> list[Triple]:
-    """Return the token grid of each stage, or raise if the size does not fit the strides."""
-    legal = nearest_legal_size(img_size, strides)
-    if img_size != legal:
-        multiples = size_multiples(strides)
-        raise ValueError(
-            f"{caller}: img_size must be a multiple of {multiples} per axis, the products of the "
-            f"strides; got {img_size}. Nearest legal size: {legal}."
-        )
-    grids = []
-    for stride in strides:
-        img_size = tuple(n // s for n, s in zip(img_size, stride, strict=True))
-        grids.append(img_size)
-    return grids
-
-
 def _downsample(in_channels: int, out_channels: int, stride: Triple) -> nn.Sequential:
     return nn.Sequential(
         named_conv(nn.Conv3d(in_channels, out_channels, stride, stride, bias=False)),
@@ -352,20 +239,3 @@ def _init_encoder(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _triple(name: str, value: Sequence[int] | int) -> Triple:
-    values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
-    if len(values) != 3 or min(values) < 1:
-        raise ValueError(
-            f"UNETRPP: {name} must be one integer or three, each at least 1; got {value!r}."
-        )
-    return values
-
-
-def _check_lengths(length: int, **arguments: Sequence) -> None:
-    for name, value in arguments.items():
-        if len(value) != length:
-            raise ValueError(
-                f"UNETRPP: {name} must have {length} entries, got {len(value)}: {value!r}."
-            )

@@ -1,0 +1,353 @@
+"""What every network promises: configuration, sizes, errors, layouts, resizing, compile, export."""
+
+import json
+import math
+import subprocess
+import sys
+
+import golden
+import pytest
+import torch
+
+from epa_kernels import EfficientPairedAttention
+from unetrpp.models import MODELS, PRESETS, create_model, preset_names
+from unetrpp.models.network import nearest_legal_size
+
+# Networks of a few milliseconds, anisotropic, for what does not depend on size.
+GEOMETRY = {
+    "in_channels": 1,
+    "out_channels": 3,
+    "img_size": (8, 16, 32),
+    "strides": ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 1, 2)),
+    "dims": (4, 8, 12, 16),
+    "depths": (1, 1, 1, 1),
+}
+SLIM = {"num_heads": (1, 2, 2, 4)}
+SMALL = {
+    "unetrpp": {
+        "feature_size": 4,
+        "decoder_depths": (1, 1, 1),
+        "num_heads": 2,
+        "proj_sizes": (6, 6, 6, 4),
+        "decoder_proj_sizes": (6, 6, 6),
+    },
+    "segformer3d": {"num_heads": (1, 2, 3, 4), "decoder_dim": 16},
+    "slim_unetr": SLIM,
+    "slim_unetrpp": {**SLIM, "kernel_size": 3, "proj_size": 6, "epa_proj_size": 4},
+}
+BOUND = [name for name in MODELS if not MODELS[name].takes_any_size]
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def relative_l2(value, expected):
+    value, expected = value.double(), expected.double()
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def small_model(name, **overrides):
+    """Return a small network in evaluation mode whose attention and embeddings matter."""
+    torch.manual_seed(0)
+    model = create_model(name, **{**GEOMETRY, **SMALL[name], **overrides})
+    fill(model)
+    return model.eval()
+
+
+def fill(model):
+    entries = golden.entries_of(model)
+    if model.name == "unetrpp":
+        kinds = {p.kind for p in model.modules() if isinstance(p, EfficientPairedAttention)}
+        model.load_state_dict(golden.fill(entries, shared_ef=kinds == {"shared"}))
+        return
+    rules = "slim_unetrpp_pieces" if model.name == "slim_unetrpp" else model.name
+    model.load_state_dict(golden.fill_sibling(entries, rules))
+
+
+def volume(*batch_and_channels):
+    return torch.randn(*batch_and_channels, *GEOMETRY["img_size"])
+
+
+def test_every_network_has_presets_under_one_name():
+    assert set(PRESETS) == set(SMALL) == set(MODELS)
+    names = preset_names()
+    assert names["synapse"] == ("unetrpp", "synapse")
+    assert names["segformer3d/brats"] == ("segformer3d", "brats")
+    assert len(names) == sum(map(len, PRESETS.values()))
+
+
+@every_model
+def test_config_builds_the_same_model(name):
+    model = small_model(name)
+    config = json.loads(json.dumps(model.config))
+    again = create_model(config["name"], **config["args"]).eval()
+    assert again.config == config == model.config
+    again.load_state_dict(model.state_dict())
+    x = volume(1, 1)
+    with torch.no_grad():
+        assert torch.equal(model(x), again(x))
+
+
+@every_model
+def test_config_has_every_argument(name):
+    import inspect
+
+    arguments = set(inspect.signature(MODELS[name]).parameters) - {"epa_backend"}
+    assert set(create_model(name, "tiny").config["args"]) == arguments
+
+
+@every_model
+def test_preset_can_be_overridden(name):
+    model = create_model(name, "tiny", in_channels=2, out_channels=5, img_size=(16, 32, 16))
+    assert model(torch.randn(2, 2, 16, 32, 16)).shape == (2, 5, 16, 32, 16)
+    assert PRESETS[name]["tiny"]["in_channels"] == 1
+
+
+@every_model
+def test_any_geometry_trains(name):
+    for overrides in (
+        {},
+        {"in_channels": 3, "img_size": (16, 16, 16), "strides": (1, 2, 2, (2, 1, 1))},
+        {"img_size": (4, 8, 8), "strides": ((1, 2, 2), (1, 1, 1), (1, 2, 2), (2, 2, 2))},
+        {"depths": (2, 1, 1, 2)},
+    ):
+        model = small_model(name, **overrides).train()
+        y = model(torch.randn(2, model.in_channels, *model.img_size))
+        assert y.shape == (2, 3, *model.img_size)
+        y.square().sum().backward()
+        for key, parameter in model.named_parameters():
+            # The coarse heads of deep supervision are switched off here.
+            if parameter.requires_grad and not key.startswith(("out2", "out3")):
+                assert parameter.grad.isfinite().all(), key
+
+
+@every_model
+def test_wrong_argument_names_the_rule(name):
+    kind = MODELS[name].__name__
+    for arguments, message in (
+        ({"dims": (4, 8)}, "dims must have 4 entries, got 2"),
+        ({"depths": (1,)}, "depths must have 4 entries, got 1"),
+        ({"strides": (2, 2)}, "strides must have 4 entries, got 2"),
+        ({"strides": (1, 2, 0, 2)}, "strides must be one integer or three"),
+        ({"img_size": (8, 16)}, "img_size must be one integer or three"),
+        ({"img_size": (8, 16, 36)}, r"img_size must be a multiple of \(4, 8, 16\) .* \(8, 16, 32"),
+    ):
+        with pytest.raises(ValueError, match=f"{kind}: {message}"):
+            small_model(name, **arguments)
+    with pytest.raises(ValueError, match=rf"{kind}.from_preset: preset must be one of .*tiny; got"):
+        create_model(name, "brain")
+
+
+@pytest.mark.parametrize("name", ["segformer3d", "slim_unetr", "slim_unetrpp"])
+def test_heads_must_divide_the_channels_of_their_stage(name):
+    with pytest.raises(ValueError, match=r"num_heads must divide dims stage by stage, got \(3, "):
+        small_model(name, num_heads=(3, 2, 2, 2))
+
+
+def test_attention_scale_is_one_of_two_and_decides():
+    x = volume(1, 1)
+    with torch.no_grad():
+        by_heads = small_model("segformer3d")(x)
+        by_channels = small_model("segformer3d", attention_scale="head_dim")(x)
+    assert relative_l2(by_channels, by_heads) > 1e-3
+    with pytest.raises(ValueError, match="attention_scale must be one of num_heads, head_dim; got"):
+        small_model("segformer3d", attention_scale="none")
+
+
+def test_illegal_size_names_multiples_and_nearest_size():
+    with pytest.raises(ValueError) as caught:
+        create_model("unetrpp", "synapse", img_size=(60, 100, 130))
+    message = str(caught.value)
+    assert "(16, 32, 32)" in message
+    assert "(60, 100, 130)" in message
+    assert message.endswith("Nearest legal size: (64, 96, 128).")
+
+
+def test_nearest_legal_size():
+    strides = ((2, 4, 4), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+    assert nearest_legal_size((1, 47, 48), strides) == (16, 32, 64)
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_input_of_another_size_names_stage_and_remedy(name):
+    model = small_model(name)
+    with pytest.raises(ValueError) as caught:
+        model(torch.randn(1, 1, 16, 16, 32))
+    message = str(caught.value)
+    assert message.startswith(f"{MODELS[name].__name__}.forward: ")
+    assert "stage 1 expects 1024 tokens (8, 8, 16)" in message
+    assert "2048 tokens (16, 8, 16)" in message
+    assert "model.resize_tokens((16, 16, 32))" in message
+    assert "sliding_window_inference" in message
+    with pytest.raises(ValueError, match=r"no multiple of \(4, 8, 16\).*tokens\(\(8, 16, 32\)\)"):
+        model(torch.randn(1, 1, 8, 16, 30))
+
+
+def test_segformer3d_takes_every_legal_size():
+    model = small_model("segformer3d")
+    for size in ((4, 8, 16), (16, 16, 32), (8, 24, 16)):
+        assert model(torch.randn(1, 1, *size)).shape == (1, 3, *size)
+    with pytest.raises(
+        ValueError, match=r"SegFormer3D.forward: .*multiple of \(4, 8, 16\).*got \(8, 16, 30\)"
+    ) as caught:
+        model(torch.randn(1, 1, 8, 16, 30))
+    assert str(caught.value).endswith("Crop or pad x to (8, 16, 32).")
+
+
+@every_model
+def test_input_of_another_shape_is_explained(name):
+    model = small_model(name)
+    with pytest.raises(ValueError, match=r"must be \(B, 1, 8, 16, 32\), got \(1, 2, 8, 16, 32\)"):
+        model(volume(1, 2))
+    with pytest.raises(ValueError, match=r"got \(8, 16, 32\)"):
+        model(volume())
+
+
+@every_model
+def test_layout_of_the_input_in_memory_does_not_matter(name):
+    model = small_model(name)
+    x = volume(2, 1)
+    strided = torch.randn(2, 1, 16, 16, 64)[:, :, ::2, :, ::2].copy_(x)
+    with torch.no_grad():
+        expected = model(x)
+        assert relative_l2(model(x.to(memory_format=torch.channels_last_3d)), expected) < 2e-6
+        assert relative_l2(model(strided), expected) < 2e-6
+        model.to(memory_format=torch.channels_last_3d)
+        assert relative_l2(model(x.to(memory_format=torch.channels_last_3d)), expected) < 2e-6
+
+
+@every_model
+def test_autocast_keeps_close_to_float32(name):
+    model = small_model(name)
+    x = volume(1, 1)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_l2(model(x), expected) < 0.05
+
+
+@every_model
+def test_resize_keeps_parameters_and_their_properties(name):
+    model = small_model(name).to(torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    frozen = next(iter(parameters.values())).requires_grad_(False)
+    needed = {key: parameter.requires_grad for key, parameter in parameters.items()}
+    assert model.resize_tokens((16, 32, 16)) is model
+    assert model.img_size == (16, 32, 16)
+    assert model.config["args"]["img_size"] == [16, 32, 16]
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    for key, parameter in model.named_parameters():
+        assert parameter is parameters[key]
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.is_contiguous()
+        assert parameter.requires_grad == needed[key]
+    assert not frozen.requires_grad
+    for module in model.modules():
+        if isinstance(module, EfficientPairedAttention) and module.kind == "shared":
+            assert module.F is module.E
+    fresh = create_model(model.config["name"], **model.config["args"])
+    assert golden.entries_of(fresh.bfloat16()) == golden.entries_of(model)
+    model.float().train()(torch.randn(2, 1, 16, 32, 16)).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        if key.endswith(("E.weight", "EF", "position_embeddings")) and parameter.requires_grad:
+            assert parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_resizing_back_and_forth_keeps_smooth_embeddings(name):
+    """What is bound to tokens is resampled on the grid of its own stage."""
+    model = small_model(name).double()
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    embeddings = [key for key in shapes if key.endswith(("pos_embed", "position_embeddings"))]
+    assert embeddings
+    before = {}
+    for key in embeddings:
+        parameter = model.get_parameter(key)
+        tokens = parameter.shape[1]
+        grid = next(g for g in model.grids if math.prod(g) == tokens)
+        # Linear along one axis of the grid: growing keeps it away from the borders.
+        ramp = torch.arange(grid[2], dtype=torch.float64).expand(grid).reshape(1, tokens, 1)
+        before[key] = ramp.expand_as(parameter).clone()
+        parameter.data.copy_(before[key])
+    model.resize_tokens((8, 16, 64))
+    for key in embeddings:
+        found = model.get_parameter(key)
+        grid = next(g for g in model.grids if math.prod(g) == found.shape[1])
+        line = found[0, : grid[2], 0]
+        torch.testing.assert_close(line.diff()[1:-1], torch.full_like(line.diff()[1:-1], 0.5))
+    model.resize_tokens(GEOMETRY["img_size"])
+    assert {key: value.shape for key, value in model.state_dict().items()} == shapes
+    for key in embeddings:
+        ends = before[key].unflatten(1, (-1, int(before[key].max()) + 1))
+        back = model.get_parameter(key).unflatten(1, ends.shape[1:3])
+        torch.testing.assert_close(back[:, :, 1:-1], ends[:, :, 1:-1])
+
+
+@every_model
+def test_resize_to_illegal_size_leaves_the_model(name):
+    model = small_model(name)
+    with pytest.raises(
+        ValueError,
+        match=rf"{MODELS[name].__name__}.resize_tokens: .* Nearest legal size: \(8, 16, 32",
+    ):
+        model.resize_tokens((8, 16, 36))
+    assert model(volume(1, 1)).shape == (1, 3, *GEOMETRY["img_size"])
+
+
+@every_model
+def test_compiles_without_graph_break(name):
+    # In float64, since rounding at kinks of activations shows in float32 gradients.
+    model = small_model(name).double()
+    x = volume(2, 1).double()
+
+    def run(callable_model):
+        model.zero_grad()
+        output = callable_model(x)
+        output.square().mean().backward()
+        return output.detach(), {
+            key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None
+        }
+
+    # The whole network is traced, forward and backward; machine code is generated for one block
+    # of UNETR++ only (test_unetrpp.py), because more would cost time and show nothing new.
+    found, found_gradients = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    expected, gradients = run(model)
+    assert relative_l2(found, expected) < 1e-12
+    assert found_gradients.keys() == gradients.keys()
+    scale = max(gradient.norm() for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        # A gradient that is zero but for rounding is measured against the largest.
+        error = (found_gradients[key] - gradient).norm()
+        assert error < 1e-10 * max(gradient.norm(), 1e-6 * scale), key
+
+
+# Not slim_unetr, whose parts but two norms and convolutions slim_unetrpp has: 15 s less.
+@pytest.mark.parametrize("name", ["unetrpp", "segformer3d", "slim_unetrpp"])
+def test_exports_and_runs_in_onnxruntime(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = small_model(name)
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (volume(2, 1),), dynamic_shapes=batch)
+    operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not any("epa_kernels" in operator for operator in operators)
+    three = volume(3, 1)
+    with torch.no_grad():
+        expected = model(three)
+        assert relative_l2(exported.module()(three), expected) < 1e-5
+    torch.onnx.export(exported, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: three.numpy()})
+    assert relative_l2(torch.from_numpy(found), expected) < 1e-5
+
+
+def test_import_is_lazy():
+    def loaded(statement):
+        code = f"import sys; {statement}; print(*sys.modules)"
+        return subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.split()
+
+    assert "torch" not in loaded("import unetrpp")
+    modules = loaded("from unetrpp import UNETRPP, load_checkpoint")
+    assert "torch" in modules
+    assert not {"monai", "nibabel", "triton"} & set(modules)

@@ -1,0 +1,229 @@
+"""What all networks share: strides and sizes, presets, configuration, input checks, resizing."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layers import Triple
+from .presets import PRESETS
+
+__all__ = ["Network", "nearest_legal_size", "size_multiples"]
+
+STAGES = 4
+
+
+class Network(nn.Module):
+    """A network of four stages for volumes, built from arguments that its `config` keeps.
+
+    Args:
+        in_channels: channels of the input volume.
+        img_size: size of the input volume, three integers or one.
+        strides: one step per stage, three integers or one each; img_size must be a multiple of
+            their product.
+        arguments: the other constructor arguments of the subclass, for `config`.
+
+    Attributes:
+        img_size, strides: as tuples of integers.
+        grids: token grid of each stage.
+        name: what `create_model` knows the network by.
+        attention: the op of `epa_kernels` that most of its attention runs on.
+        takes_any_size: whether forward takes every legal size, or img_size alone because weights
+            are bound to the number of tokens.
+        has_deep_supervision: whether the network has coarser outputs for training, switched on by
+            its attribute `deep_supervision`.
+        is_reconstruction: whether the network was published in parts only and joined here.
+        input_weight, output_weight: key of the tensor whose given axis has the input channels, and
+            of the one with the classes.
+
+    Raises:
+        ValueError: strides or size break their rule.
+    """
+
+    name: str
+    attention: str
+    takes_any_size = False
+    has_deep_supervision = False
+    is_reconstruction = False
+    input_weight: tuple[str, int]
+    output_weight: tuple[str, int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        img_size: Sequence[int] | int,
+        strides: Sequence[Sequence[int] | int],
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self.check_lengths(STAGES, strides=strides)
+        self.in_channels = in_channels
+        self.strides = tuple(self._triple("strides", stride) for stride in strides)
+        self.img_size = self._triple("img_size", img_size)
+        self.grids = _stage_grids(self.img_size, self.strides, type(self).__name__)
+        self._arguments = {"in_channels": in_channels, "strides": self.strides, **arguments}
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> "Network":
+        """Build a model with the settings of `unetrpp.models.presets`, some of them overridden.
+
+        Args:
+            preset: a name among the presets of this network, for instance "tiny".
+            overrides: constructor arguments, for instance in_channels=2, img_size=(96, 96, 96).
+
+        Raises:
+            ValueError: no such preset, or an argument breaks its rule.
+        """
+        presets = PRESETS[cls.name]
+        if preset not in presets:
+            raise ValueError(
+                f"{cls.__name__}.from_preset: preset must be one of {', '.join(presets)}; got "
+                f"{preset!r}."
+            )
+        return cls(**{**presets[preset], **overrides})
+
+    @classmethod
+    def channels_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return the numbers of input channels and of classes that a state dict was made for."""
+        found = {}
+        for argument, (key, axis) in (
+            ("in_channels", cls.input_weight),
+            ("out_channels", cls.output_weight),
+        ):
+            if key in tensors:
+                found[argument] = tensors[key].shape[axis]
+        return found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Name and constructor arguments, as plain JSON.
+
+        `unetrpp.create_model(config["name"], **config["args"])` builds the model again.
+        """
+        arguments = {**self._arguments, "img_size": self.img_size}
+        if self.has_deep_supervision:
+            arguments["deep_supervision"] = self.deep_supervision
+        return {"name": self.name, "args": json.loads(json.dumps(arguments))}
+
+    def resize_tokens(self, img_size: Sequence[int] | int) -> "Network":
+        """Carry the weights to another input size, in place, and return the model.
+
+        What has one entry per token is resampled over its token grid: position embeddings as a
+        field (trilinear when growing, averaged when shrinking), E, F and EF so that their sum over
+        tokens and their result on smooth fields stay, temperature2 by the square root of the
+        token counts (see `layers.TransformerBlock.resize_tokens`). All other weights do not depend
+        on the size. Parameters stay the same objects, with their dtype, device and requires_grad;
+        their gradients are dropped, and optimizer state that has the old shapes must be made anew.
+
+        Where tokens are stored in an order that depends on their number (layout "official" of
+        UNETR++, the decoder's input of Slim UNETR) the resized model agrees less closely. Expect
+        to fine-tune.
+
+        Args:
+            img_size: the new input size, legal for the strides of the model.
+
+        Raises:
+            ValueError: the size does not fit the strides; the model is then unchanged.
+        """
+        img_size = self._triple("img_size", img_size)
+        grids = _stage_grids(img_size, self.strides, f"{type(self).__name__}.resize_tokens")
+        # Stages share a grid only where all strides between them are 1, and then at every size.
+        new = dict(zip(self.grids, grids, strict=True))
+        for module in self.modules():
+            if module is not self and hasattr(module, "resize_tokens"):
+                module.resize_tokens(new[module.grid])
+        self.img_size, self.grids = img_size, grids
+        return self
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError that names rule and remedy if forward cannot take x."""
+        size = tuple(x.shape[2:])
+        caller = f"{type(self).__name__}.forward"
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{caller}: x must be (B, {self.in_channels}, "
+                f"{', '.join(map(str, self.img_size))}), got {tuple(x.shape)}."
+            )
+        if size == self.img_size:
+            return
+        legal = nearest_legal_size(size, self.strides)
+        if self.takes_any_size:
+            if size != legal:
+                raise ValueError(
+                    f"{caller}: each axis of x must be a multiple of "
+                    f"{size_multiples(self.strides)}, the products of the strides; got {size}. "
+                    f"Crop or pad x to {legal}."
+                )
+            return
+        if size == legal:
+            got = _stage_grids(size, self.strides, caller)[0]
+            found = f"{math.prod(got)} tokens {got}"
+        else:
+            found = f"a size that is no multiple of {size_multiples(self.strides)}"
+        raise ValueError(
+            f"{caller}: stage 1 expects {math.prod(self.grids[0])} tokens {self.grids[0]}, those "
+            f"of img_size {self.img_size}, but x is {size}: {found}. Crop or pad x to "
+            f"{self.img_size}, or slide a window of that size over it "
+            f"(monai.inferers.sliding_window_inference), or carry the weights over with "
+            f"model.resize_tokens({legal})."
+        )
+
+    @classmethod
+    def check_lengths(cls, length: int, **arguments: Sequence) -> None:
+        """Raise a ValueError that names the argument which has not `length` entries."""
+        for name, value in arguments.items():
+            if len(value) != length:
+                raise ValueError(
+                    f"{cls.__name__}: {name} must have {length} entries, got {len(value)}: "
+                    f"{value!r}."
+                )
+
+    @classmethod
+    def check_heads(cls, dims: Sequence[int], num_heads: Sequence[int]) -> None:
+        """Raise a ValueError unless every stage's heads divide its channels."""
+        if any(channels % heads for channels, heads in zip(dims, num_heads, strict=True)):
+            raise ValueError(
+                f"{cls.__name__}: num_heads must divide dims stage by stage, got {num_heads} and "
+                f"{dims}."
+            )
+
+    @classmethod
+    def _triple(cls, name: str, value: Sequence[int] | int) -> Triple:
+        values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
+        if len(values) != 3 or min(values) < 1:
+            raise ValueError(
+                f"{cls.__name__}: {name} must be one integer or three, each at least 1; got "
+                f"{value!r}."
+            )
+        return values
+
+
+def size_multiples(strides: Sequence[Triple]) -> Triple:
+    """Return, per axis, what `img_size` must be a multiple of: the product of the strides."""
+    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+
+
+def nearest_legal_size(size: Sequence[int], strides: Sequence[Triple]) -> Triple:
+    """Return the legal input size nearest to `size`, per axis at least one multiple, ties up."""
+    return tuple(
+        max(1, (2 * n + m) // (2 * m)) * m
+        for n, m in zip(size, size_multiples(strides), strict=True)
+    )
+
+
+def _stage_grids(img_size: Triple, strides: Sequence[Triple], caller: str) -> list[Triple]:
+    """Return the token grid of each stage, or raise if the size does not fit the strides."""
+    legal = nearest_legal_size(img_size, strides)
+    if img_size != legal:
+        multiples = size_multiples(strides)
+        raise ValueError(
+            f"{caller}: img_size must be a multiple of {multiples} per axis, the products of the "
+            f"strides; got {img_size}. Nearest legal size: {legal}."
+        )
+    grids = []
+    for stride in strides:
+        img_size = tuple(n // s for n, s in zip(img_size, stride, strict=True))
+        grids.append(img_size)
+    return grids
