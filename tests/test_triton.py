@@ -291,7 +291,7 @@ print(json.dumps(found))
 """
     found = json.loads(resources("exec(" + repr(code) + ")"))
     table = {row["key"]: row for row in recorded()}
-    assert len(found) > 20
+    assert len(found) > 15
     for key, taken in found:
         row = table[key]
         assert {name: int(row[name]) for name in taken} == taken, row
