@@ -12,6 +12,7 @@ of Triton), so that --check need not compile; a launch that several layers share
 import argparse
 import ast
 import csv
+import functools
 import hashlib
 import os
 import re
@@ -88,10 +89,15 @@ class Launch(NamedTuple):
         """Stands for all that the result of `compile` depends on."""
         import triton
 
-        parts = [triton.__version__, architecture, *sources(self.kernel)]
+        parts = [triton.__version__, architecture, code(self.kernel)]
         parts += [_specialized(value) for value in self.arguments]
         parts += [f"{name}={value}" for name, value in sorted(self.constants.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def code(kernel: Any) -> str:
+    return "\n".join(sources(kernel))
 
 
 def sources(kernel: Any, seen: set[str] | None = None) -> Iterator[str]:
