@@ -140,6 +140,19 @@ BUGS = (
         "token-mask-of-a-span", "address", "paired_mma", "paired_mma.cuh",
         "if (n + token < a.N)", "if (n + token >= 0)",
     ),
+    (
+        "scale-of-slices", "values", "paired_mma", "paired_mma_gradients.cuh",
+        "*inverse = ldexpf(1.f, exponent - 14)", "*inverse = 1",
+    ),
+    (
+        "barrier-before-projection-is-read", "thread", "paired_mma", "paired_mma_gradients.cuh",
+        "is_own ? __syncwarp() : __syncthreads();\n      add_scaled",
+        "__syncwarp();\n      add_scaled",
+    ),
+    (
+        "token-mask-of-projection", "address", "paired_mma", "paired_mma_gradients.cuh",
+        "row + VECTOR <= inside", "row >= 0",
+    ),
 )  # fmt: skip
 
 

@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from cases import KINDS, LAYOUTS, Errors, relative_l2, shape_id, strided
+from cases import (
+    KINDS,
+    LAYOUTS,
+    Errors,
+    assert_as_accurate,
+    relative_l2,
+    shape_id,
+    strided,
+)
 from paired_op import Guards, ops_arguments
 
 from epa_kernels import cuda, reference, two_pass
@@ -121,6 +129,31 @@ def test_low_precision_is_as_accurate_as_spec(shape, dtype, parameter_dtype):
         errors.setdefault(kind, Errors()).add(found, same_dtype, exact)
     for found in errors.values():
         found.check()
+
+
+def results(shape, kind, dtype, scale=1.0):
+    """Of the kernels, of the spec in the same dtype and in float64; parameters in float32."""
+    tensors, options = ops_arguments(shape, kind, "official", torch.float64)
+    low = cast(tensors, dtype, torch.float32)
+    dy = (scale * output_gradient(shape)).to(dtype)
+    exact = run_spec(cast(low, torch.float64), dy.double(), **options)
+    return run_cuda(low, dy, **options), run_spec(low, dy, **options), exact
+
+
+@pytest.mark.parametrize(
+    "shape, kind, dtype",
+    (((2, 35, 160, 5, 9), "split", torch.float16), ((1, 4103, 32, 4, 9), "shared", torch.bfloat16)),
+    ids=("matrices_in_slices", "several_tiles"),
+)
+def test_last_pass_of_large_layers_is_as_accurate_as_spec(shape, kind, dtype):
+    assert_as_accurate(*results(shape, kind, dtype))
+
+
+def test_float16_keeps_gradients_below_its_normal_numbers():
+    """dgram is of the order of dy / N: cast to float16, it would be off by 3 times as much."""
+    found, same_dtype, exact = results(SPECIALISED[1], "shared", torch.float16, scale=3e-4)
+    error, allowed = (relative_l2(result["x"], exact["x"]) for result in (found, same_dtype))
+    assert error <= 2 * allowed
 
 
 @pytest.mark.parametrize("shape", (SHAPES[0], SHAPES[4]), ids=("two_pass", "direct"))

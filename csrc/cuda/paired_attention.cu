@@ -4,6 +4,7 @@
 #include "paired_gradients.cuh"
 #include "paired_mix.cuh"
 #include "paired_mma.cuh"
+#include "paired_mma_gradients.cuh"
 #include "paired_output.cuh"
 #include "paired_summary.cuh"
 
@@ -195,6 +196,7 @@ public:
                a_.stream, p_, g_, static_cast<int>(B), ends);
     check("gather");
 
+    if (g_.is_specialised) return summary_bwd_mma();
     EPA_LAUNCH((paired_attention_summary_bwd_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), B + J),
                PAIRED_THREADS, 0, a_.stream, p_, g_, static_cast<int>(B));
     check("summary_bwd");
@@ -222,6 +224,31 @@ private:
                  MMA_THREADS, std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED),
                  a_.stream, p_, g_, is_resident);
       check("mma_output_bwd");
+    }
+  }
+
+  void summary_bwd_mma() const {
+    if constexpr (sizeof(T) == 2) {
+      const int64_t blocks = a_.C / CHANNEL_BLOCK;
+      const DxSlices slices(a_.C, p_.O, p_.J);
+      const auto bytes = [&](int64_t of_slices) { return of_slices * int64_t(sizeof(T)); };
+      const int64_t dx = a_.C * 4 + bytes(PROJECTION_TILE + ROWS_TILE),
+                    dprojection = bytes(ROWS_TILE);
+      const int64_t matrices = dx + bytes(slices.offset(slices.count));
+      const int64_t samples = dprojection + bytes(2 * SLICE * a_.B * blocks);
+      GradientTiles tiles;
+      tiles.samples = a_.B;
+      tiles.has_all_matrices = matrices <= SHARED_LIMIT - MMA_STATIC;
+      tiles.has_all_samples = samples <= SHARED_LIMIT - MMA_STATIC;
+      // Few tokens need their blocks more than a block needs its matrices for long.
+      tiles.chunk = a_.N < 16 * OUTPUT_CHUNK ? TILE_ROWS : 2 * TILE_ROWS;
+      const int64_t streamed = bytes(2 * SLICE);
+      EPA_LAUNCH((paired_attention_mma_summary_bwd_kernel<T>),
+                 blocks_of(a_.N, tiles.chunk) * (a_.B * blocks + p_.J), MMA_THREADS,
+                 std::max(tiles.has_all_matrices ? matrices : dx + streamed,
+                          tiles.has_all_samples ? samples : dprojection + streamed),
+                 a_.stream, p_, g_, tiles);
+      check("mma_summary_bwd");
     }
   }
 

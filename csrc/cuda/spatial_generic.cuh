@@ -90,9 +90,10 @@ __global__ void __launch_bounds__(GENERIC_THREADS)
   }
 }
 
-// dq without the norm's part, sums; `rows` tokens a tile.
+// dq without the norm's part, sums; `rows` tokens a tile. Bounds on the registers, since ptxas aims
+// at more blocks by itself, and then spills.
 template <class T>
-__global__ void __launch_bounds__(GENERIC_THREADS)
+__global__ void __launch_bounds__(GENERIC_THREADS, 4)
     spatial_attention_bwd_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq,
                                  Accumulate<T> *sums, int rows) {
   using A = Accumulate<T>;
