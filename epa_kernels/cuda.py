@@ -37,7 +37,7 @@ module = _Module()
 # Sizes that bound a grid or a block, see csrc/cuda/cuda_kernels.h.
 _HEADS = {"batch size": 65535, "number of heads": 65535, "head dim": 1024}
 _LIMITS = {
-    "paired_attention": {"batch size": 65534, "channels": 1024, "head dim": 512, "P": 512},
+    "paired_attention": {"batch size": 65533, "channels": 1024, "head dim": 512, "P": 512},
     "spatial_attention": _HEADS | {"P": 512},
     "channel_attention": _HEADS,
 }

@@ -120,7 +120,8 @@ def select(op: str, x: Tensor, backend: str | None = None) -> str:
     forced = backend or _forced
     if forced is None:
         for name in _order(x):
-            if not BACKENDS[name].why_not(op, x) and not BACKENDS[name].why_not_chosen():
+            # In this order: what is not to be chosen is not to be loaded either.
+            if not BACKENDS[name].why_not_chosen() and not BACKENDS[name].why_not(op, x):
                 return name
         raise AssertionError("reference runs on every tensor")
     check_backend(op if backend else "EPA_KERNELS_BACKEND", forced)

@@ -13,7 +13,7 @@
 namespace epa::cuda {
 
 struct PairedAttention {
-  int64_t B, N, C, H, P; // B up to 65534, C up to 1024, C / H and P up to 512
+  int64_t B, N, C, H, P; // B up to 65533, C up to 1024, C / H and P up to 512
   Kind kind;
   Layout layout;
   bool direct;                                   // plan for few tokens: no summary; nothing is kept

@@ -301,8 +301,9 @@ private:
     if (!mma_.has_rows || mma_shared(false) > SHARED_LIMIT - MMA_STATIC)
       mma_.has_rows = false, mma_.span = tile;
     mma_.is_resident = mma_shared(true) <= SHARED_LIMIT - MMA_STATIC;
-    // Few tokens need their blocks more than a block needs its weights for long.
-    mma_.chunk = a_.N < 16 * OUTPUT_CHUNK ? mma_.span : std::max<int64_t>(OUTPUT_CHUNK, mma_.span);
+    // Whole spans. Few tokens need their blocks more than a block needs its weights for long.
+    const bool is_many = a_.N >= 16 * OUTPUT_CHUNK;
+    mma_.chunk = mma_.span * (is_many ? std::max<int64_t>(1, OUTPUT_CHUNK / mma_.span) : 1);
     out_s_ = mma_.has_rows ? nullptr : take<T>(a_.B * a_.N * C);
   }
 

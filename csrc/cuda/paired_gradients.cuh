@@ -359,7 +359,7 @@ __device__ void gather_qkvv_weight(const Paired<T> &a, const PairedBackward<T> &
 
 // Where the blocks of each section end, in the order in which the grid has them.
 struct GatherBlocks {
-  int dgram, dprojected, matrix, qkvv_weight, out_proj2_weight, out_proj_weight, vectors;
+  int dgram, dprojected, matrix, qkvv_weight, out_proj2_weight, out_proj_weight;
 };
 
 template <class T>

@@ -462,6 +462,20 @@ __device__ void weight_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, 
   }
 }
 
+// What brings the largest of the block's numbers to 2^13 or more, below 2^14, and changes no digit.
+// Every thread of the block must come here.
+__device__ __forceinline__ float power_of_two(float largest) {
+  EPA_SHARED(float, maxima, [MMA_WARPS]);
+  largest = warp_max(largest);
+  if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = largest;
+  __syncthreads();
+  for (int i = 0; i < MMA_WARPS; ++i) largest = fmaxf(largest, maxima[i]);
+  __syncthreads();
+  int exponent;
+  frexpf(largest, &exponent);
+  return ldexpf(1.f, 14 - (exponent > -100 ? exponent : -100));
+}
+
 // dq, out_s and sums of a chunk of a head; or a block of the channel branch's.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
@@ -542,6 +556,21 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
     for (int j = 0; j < MAP_GROUPS; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) totals[j][i] += dlogits[j][i] + dlogits[j][2 + i];
+    // Of the order of dy / P: float16 holds few digits of them as they are.
+    float up = 1;
+    if constexpr (std::is_same_v<T, __half>) {
+      float largest = 0;
+#pragma unroll
+      for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(dlogits[j][i]));
+      up = power_of_two(largest);
+#pragma unroll
+      for (int j = 0; j < MAP_GROUPS; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dlogits[j][i] *= up;
+    }
+    const float down = 1 / up;
     store_map(maps, map);
     if (!a.is_sum) {
       multiply_map<T, D>(result, map, values);
@@ -561,7 +590,8 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
 #pragma unroll
       for (int c = 0; c < D / 8; ++c) {
         const int d = 8 * c + 2 * t;
-        store_pair(row, 1, d, result[c][2 * r] * scale[d], result[c][2 * r + 1] * scale[d + 1]);
+        store_pair(row, 1, d, result[c][2 * r] * (scale[d] * down),
+                   result[c][2 * r + 1] * (scale[d + 1] * down));
       }
     }
     __syncthreads();
@@ -569,7 +599,16 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
     __syncthreads();
     store_map(maps, dlogits);
     __syncthreads();
-    add_products<T, D>(dkeys, maps, queries);
+    if constexpr (std::is_same_v<T, __half>) {
+      float part[D / 8][4] = {};
+      add_products<T, D>(part, maps, queries);
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dkeys[c][i] += down * part[c][i];
+    } else {
+      add_products<T, D>(dkeys, maps, queries);
+    }
     __syncthreads();
   }
   float *sums = g.head_sums + ((b * a.H + h) * g.chunks + index) * head_size(P, D);

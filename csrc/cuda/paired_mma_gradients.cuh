@@ -27,25 +27,14 @@ template <class T, int ROWS, class At>
 __device__ __forceinline__ void load_slice(T *to, float *inverse, At at) {
   constexpr int COUNT = ROWS * CHANNEL_BLOCK / MMA_THREADS;
   const int column = threadIdx.x % CHANNEL_BLOCK, first = threadIdx.x / CHANNEL_BLOCK;
-  float values[COUNT], scale = 1;
+  float values[COUNT], scale = 1, largest = 0;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) values[i] = at(first + i * MMA_WARPS, column);
   if constexpr (std::is_same_v<T, __half>) {
-    EPA_SHARED(float, maxima, [MMA_WARPS]);
-    float largest = 0;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) largest = fmaxf(largest, fabsf(values[i]));
-    largest = warp_max(largest);
-    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = largest;
-    __syncthreads();
-    for (int i = 0; i < MMA_WARPS; ++i) largest = fmaxf(largest, maxima[i]);
-    __syncthreads();
-    int exponent;
-    frexpf(largest, &exponent);
-    exponent = exponent > -100 ? exponent : -100;
-    // The largest is from 2^13 to 2^14.
-    scale = ldexpf(1.f, 14 - exponent);
-    if (threadIdx.x == 0) *inverse = ldexpf(1.f, exponent - 14);
+    scale = power_of_two(largest);
+    if (threadIdx.x == 0) *inverse = 1 / scale;
   }
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
