@@ -48,10 +48,13 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-wid
 # keeps the first, which every processor must be able to run.
 X86_64 = {"baseline": "", "avx2": AVX2, "avx512": AVX512}
 
+# nvcc takes the compiler itself, without what may stand in front of it.
+WRAPPERS = ("ccache", "sccache", "distcc", "env")
+COMPILER, *OPTIONS = (word for word in shlex.split(CXX) if Path(word).name not in WRAPPERS)
 TOOLKIT = os.getenv("CUDA_HOME")
 NVCC = f"{TOOLKIT}/bin/nvcc" if TOOLKIT else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 # An architecture a thread: the largest source would decide how long a build takes.
-NVCC = shlex.join([NVCC, "-std=c++17", "--threads=0", "-ccbin", shlex.split(CXX)[0]])
+NVCC = shlex.join([NVCC, "-std=c++17", "--threads=0", "-ccbin", COMPILER])
 CAPABILITIES = os.getenv("TORCH_CUDA_ARCH_LIST") or "8.0 9.0 10.0 12.0"
 FEWEST = 80  # the kernels have instructions of sm_80
 
@@ -111,19 +114,27 @@ def cuda_objects() -> dict[str, tuple[Path, str]]:
     if sys.platform != "linux":
         raise RuntimeError("they are compiled on Linux alone")
     known = re.findall(r"compute_(\d+)", ask(f"{NVCC} --list-gpu-arch"))
-    asked = {major + minor for major, minor in re.findall(r"(\d+)\.(\d)", CAPABILITIES)}
+    words = re.split(r"[\s;,]+", CAPABILITIES.strip())
+    parts = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word) for word in words]
+    if None in parts:
+        unknown = words[parts.index(None)]
+        raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {unknown!r}, which is no number such as 9.0")
+    asked = {part[1] + part[2] for part in parts}
     chosen = sorted(number for number in map(int, asked.intersection(known)) if number >= FEWEST)
     if not chosen:
         raise RuntimeError(f"the compiler {shlex.split(NVCC)[0]} knows none of {CAPABILITIES}")
     macros = ask(f"{NVCC} -x cu -E -Xcompiler -dM /dev/null")
-    (version,) = re.findall(r"#define CUDART_VERSION (\d+)", macros)
+    version = re.search(r"#define CUDART_VERSION (\d+)", macros)
+    if version is None:
+        raise RuntimeError(
+            f"the compiler {shlex.split(NVCC)[0]} has no headers of the CUDA runtime"
+        )
     binaries = " ".join(f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen)
     ptx = "-gencode=arch=compute_{0},code=compute_{0}".format(chosen[-1])
-    options = shlex.join(shlex.split(CXX)[1:])
-    compiler = f"{NVCC} {binaries} {ptx} {through_nvcc(f'{options} {FLAGS}')}"
+    compiler = f"{NVCC} {binaries} {ptx} {through_nvcc(f'{shlex.join(OPTIONS)} {FLAGS}')}"
     folder, numbers = Path("csrc/cuda"), ",".join(map(str, chosen))
     objects = {f"{source.stem}.cuda": (source, compiler) for source in sorted(folder.glob("*.cu"))}
-    facts = f"-DEPA_ARCHITECTURES={numbers} -DEPA_CUDA_VERSION={version}"
+    facts = f"-DEPA_ARCHITECTURES={numbers} -DEPA_CUDA_VERSION={version[1]}"
     command = f"{CXX} {LANGUAGE} {FLAGS} {facts} {CXXFLAGS}"
     objects["bind_cuda"] = folder / "bind_cuda.cpp", command
     return objects

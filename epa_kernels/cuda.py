@@ -39,7 +39,7 @@ _HEADS = {"batch size": 65535, "number of heads": 65535, "head dim": 1024}
 _LIMITS = {
     "paired_attention": {"batch size": 65533, "channels": 1024, "head dim": 512, "P": 512},
     "spatial_attention": _HEADS | {"P": 512},
-    "channel_attention": _HEADS,
+    "channel_attention": _HEADS | {"head dim": 256},
 }
 
 
@@ -96,7 +96,9 @@ def _why_not_on(index: int | None) -> list[str]:
     runs = any(n // 10 == major and n <= number for n in module.architectures)
     if not runs and number < max(module.architectures):
         reasons.append(f"compute capability {major}.{minor}, the extension has {describe()}")
-    if driver // 1000 < module.cuda_version // 1000:
+    # Any driver of the same major version runs binaries; PTX takes one as new as nvcc.
+    needed = module.cuda_version // 1000 * 1000 if runs else module.cuda_version
+    if driver < needed:
         reasons.append(
             f"a driver of CUDA {_version(driver)}, the extension is of CUDA "
             f"{_version(module.cuda_version)}"
@@ -222,7 +224,7 @@ def paired_attention_bwd(dy, *tensors, **options):
 
 def _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p):
     """Arguments of the kernels, and the tensor that must outlive them."""
-    _check("spatial_attention", P=k_proj.shape[1])
+    _check("spatial_attention", head_dim=q.shape[3], P=k_proj.shape[1])
     per_head = _per_head(temperature, q_norm.dtype)
     op = module.SpatialAttention(
         (*q.shape, k_proj.shape[1]), normalize, _dropout(dropout_p, seed),
@@ -255,6 +257,7 @@ def spatial_attention_bwd(
 
 def _channel(q, k, v, temperature, kept, seed, dropout_p):
     """Arguments of the kernels, and the tensor that must outlive them."""
+    _check("channel_attention", head_dim=q.shape[3])
     per_head = _per_head(temperature, kept[0].dtype)
     op = module.ChannelAttention(
         tuple(q.shape), _dropout(dropout_p, seed), tuple(map(_view, (q, k, v))),

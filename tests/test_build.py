@@ -239,8 +239,9 @@ def test_an_inline_function_of_many_objects_runs_on_every_processor(tree):
         (None, "/nonexistent/bin/nvcc cannot run"),
         ("#!/bin/sh\necho 'no toolkit' >&2\nexit 1\n", "cannot compile them (no toolkit)"),
         ("#!/bin/sh\necho compute_75\n", "knows none of 8.0 9.0 10.0 12.0"),
+        ("#!/bin/sh\necho compute_80\n", "has no headers of the CUDA runtime"),
     ),
-    ids=("absent", "broken", "old"),
+    ids=("absent", "broken", "old", "bare"),
 )
 def test_a_cuda_module_that_is_demanded_is_built_or_an_error(script, reason, tree, toolkit):
     home = {"CUDA_HOME": toolkit(script)} if script else NO_NVCC
@@ -250,6 +251,21 @@ def test_a_cuda_module_that_is_demanded_is_built_or_an_error(script, reason, tre
     result = build(tree, EPA_KERNELS_CPU="0", EPA_KERNELS_CUDA="1", **home)
     assert result.returncode != 0 and "EPA_KERNELS_CUDA is 1, but" in result.stdout, result.stdout
     assert reason in result.stdout
+
+
+@pytest.mark.parametrize("asked", ("Ampere;9.0", "native", "90"))
+def test_an_architecture_without_a_number_is_named(asked, tree, toolkit):
+    options = {"CUDA_HOME": toolkit(FAKE_NVCC), "TORCH_CUDA_ARCH_LIST": asked}
+    result = build(tree, EPA_KERNELS_CPU="0", **options)
+    assert f"has {asked.partition(';')[0]!r}, which is no number" in result.stdout, result.stdout
+
+
+@needs_compiler
+def test_nvcc_gets_the_compiler_without_what_stands_in_front(tree, toolkit):
+    home = toolkit(FAKE_NVCC)
+    build(tree, EPA_KERNELS_CPU="0", CUDA_HOME=home, CXX="env g++ -m64")
+    command = (tree / "t/build.ninja").read_text()
+    assert "-ccbin g++ " in command and "-Xcompiler -m64" in command
 
 
 @needs_compiler

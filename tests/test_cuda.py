@@ -155,3 +155,13 @@ def test_nan_comes_out():
             expected = torch.zeros(out.shape, dtype=torch.bool)
             expected[0, rows, 1] = True
             assert torch.equal(out.isnan(), expected)
+
+
+def test_the_largest_head_of_channel_attention_fits_a_block():
+    inputs, dout = make_inputs(CHANNEL, (1, 3, 1, 1, 256), torch.float64)
+    exact = run_spec(CHANNEL, inputs, dout, torch.float64)
+    for name, value in run_cuda(CHANNEL, inputs, dout).items():
+        assert (value - exact[name]).abs().max() <= 1e-11 * exact[name].abs().max(), name
+    inputs, dout = make_inputs(CHANNEL, (1, 3, 1, 1, 257), torch.float32)
+    with pytest.raises(NotImplementedError, match="head dim 257 > 256"):
+        run_cuda(CHANNEL, inputs, dout)

@@ -52,6 +52,18 @@ def test_fastest_that_can_run_is_chosen(picky):
     assert dispatch.select("paired_attention", X) == "two_pass"
 
 
+def test_what_is_not_to_be_chosen_is_not_even_asked(monkeypatch):
+    """Its answer may load a module, and may fail."""
+
+    def fail(op, x):
+        raise AssertionError("asked")
+
+    name = dispatch.ORDER["cpu"][0]
+    untried = dispatch.BACKENDS[name]._replace(why_not=fail, why_not_chosen=lambda: ["untried"])
+    monkeypatch.setitem(dispatch.BACKENDS, name, untried)
+    assert dispatch.select("paired_attention", X) == "two_pass"
+
+
 def test_forced_backend_raises_with_every_reason(picky):
     with epa_kernels.use_backend("picky"), pytest.raises(RuntimeError) as error:
         dispatch.select("paired_attention", X)
@@ -215,6 +227,11 @@ BUILT = "the extension has sm_80, sm_90, sm_100, sm_120 and PTX of the last, com
             ["a driver of CUDA 12.8, the extension is of CUDA 13.0"],
         ),
         (SMALL, {"capability": (9, 0), "driver": 12040, "cuda_version": 12080}, []),
+        (  # there is PTX alone for it, which an older driver cannot compile
+            SMALL,
+            {"capability": (13, 0), "driver": 12040, "cuda_version": 12080},
+            ["a driver of CUDA 12.4, the extension is of CUDA 12.8"],
+        ),
         (
             on_gpu(65536, 64, 65536, 1025, dtype=torch.int8),
             {"capability": (9, 0)},

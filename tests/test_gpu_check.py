@@ -314,7 +314,7 @@ def test_without_the_sanitizer_or_the_kernels_its_checks_are_skipped(tmp_path, m
     monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
     steps.run(stand_in, share[1:], writer, lambda key: False, time.time() + 60)
     results = lines.Progress(tmp_path / "lines").results
-    assert [result["status"] for result in results.values()] == ["skipped"] * 2
+    assert [result["status"] for result in results.values()] == ["skipped"] * 3
     assert "x is on cpu" in results["memcheck"]["reason"]
     assert "neither on the PATH nor in CUDA_HOME" in results["racecheck"]["reason"]
 
@@ -487,8 +487,8 @@ def test_dry_run_walks_every_step(tmp_path):
     assert any("paired_attention on cpu" in line for line in results["backends"])
     assert results["tests"]["counts"]["ok"] >= 20 and not results["tests"]["failed"]
     checks = {row["check"]: row["ran"] for row in results["sanitizer"]}
-    assert checks.keys() == {"memcheck", "racecheck"}
-    assert all(len(ran) == 6 for ran in checks.values())  # of three ops in two dtypes
+    assert checks.keys() == {"memcheck", "racecheck", "synccheck"}
+    assert all(len(ran) == 12 for ran in checks.values())  # three ops, four settings
     assert {row["name"] for row in results["peaks"]} >= {"memory", "L2", "bfloat16", "float32"}
 
     providers = {row["provider"] for row in results["ops"]}

@@ -2,6 +2,7 @@
 
     memcheck    accesses out of bounds or misaligned
     racecheck   accesses to shared memory that no barrier orders
+    synccheck   barriers that not all threads reach
 
 Each checks one process, `python -m gpu_check.sanitizer DEVICE BACKEND`, that runs every op forward
 and backward on small shapes. Kernels of others are left alone. In a dry run nothing checks it.
@@ -21,10 +22,16 @@ from epa_kernels import dispatch
 
 from .steps import Skipped
 
-CHECKS = ("memcheck", "racecheck")
+CHECKS = ("memcheck", "racecheck", "synccheck")
 TOOL, KERNELS = "compute-sanitizer", "kns=_attention_"  # a part of every kernel's name
-# B, N, C, H, P: D = 16 has kernels of its own in low precision, D = 20 the generic ones.
-SETTINGS = ((torch.bfloat16, (2, 131, 32, 2, 33)), (torch.float32, (1, 67, 40, 2, 67)))
+# B, N, C, H, P: D = 16, 8 and 64 have kernels of their own in low precision, whole rows of the
+# official layout and several tiles a block among them; D = 20 takes the generic ones.
+SETTINGS = (
+    (torch.bfloat16, (2, 131, 32, 2, 33)),
+    (torch.bfloat16, (1, 4224, 32, 4, 64)),
+    (torch.float16, (2, 64, 256, 4, 32)),
+    (torch.float32, (1, 67, 40, 2, 67)),
+)
 LAST_LINES = 30
 
 

@@ -59,7 +59,7 @@ struct SpatialAttentionGradients {
 };
 
 struct ChannelAttention {
-  int64_t B, N, H, D; // limits as above
+  int64_t B, N, H, D; // B, H up to 65535, D up to 256
   uint32_t threshold;
   const int64_t *seed;
   View q, k, v; // (B, N, H, D)
