@@ -145,7 +145,7 @@ BUGS = (
         "*inverse = ldexpf(1.f, exponent - 14)", "*inverse = 1",
     ),
     (
-        "barrier-before-projection-is-read", "thread", "paired_mma", "paired_mma_gradients.cuh",
+        "barrier-before-projection-is-read", "values", "paired_mma", "paired_mma_gradients.cuh",
         "is_own ? __syncwarp() : __syncthreads();\n      add_scaled",
         "__syncwarp();\n      add_scaled",
     ),
