@@ -211,6 +211,16 @@ def test_without_a_gpu_a_sentence_says_what_to_do(tmp_path, capsys):
     assert "needs a GPU that torch can use" in said and "--dry-run --output DIR" in said
 
 
+def test_a_gpu_is_given_the_kernels_of_its_capability(tmp_path, monkeypatch):
+    run = driver._Run(SimpleNamespace(dry_run=False, minutes=9, steps=["build"]), tmp_path)
+    run.machine = {"capability": "sm_120"}
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert run.kernels() == {"TORCH_CUDA_ARCH_LIST": "12.0"}
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert run.kernels() == {"TORCH_CUDA_ARCH_LIST": "8.0"}
+
+
+
 def test_sources_serve_where_pip_cannot_install(tmp_path, monkeypatch):
     run = driver._Run(SimpleNamespace(dry_run=True, minutes=9, steps=["build"]), tmp_path)
     monkeypatch.setattr(driver._Run, "python", lambda *_, **__: (False, "no module named pip"))

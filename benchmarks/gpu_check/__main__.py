@@ -45,7 +45,6 @@ SHARES = {
 }
 PARALLEL = ("tests", "compile")  # Triton compiles in one thread
 MOST_WORKERS, WORKER_BYTES = 12, 2**31
-NO_KERNELS = {"EPA_KERNELS_CPU": "0", "EPA_KERNELS_CUDA": "0"}
 RESERVE_SECONDS = 10  # for what is written at the end
 DRY_TESTS = 30  # at most, of the first files
 
@@ -123,6 +122,14 @@ class _Run:
         self.workers = self.args.workers or self.workers
         return True
 
+    def kernels(self):
+        """Variables of the build: CUDA kernels for this GPU alone, unless others are asked for."""
+        if self.args.dry_run:
+            return {"EPA_KERNELS_CPU": "0", "EPA_KERNELS_CUDA": "0"}
+        number = self.machine["capability"].removeprefix("sm_")
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        return {"TORCH_CUDA_ARCH_LIST": asked or f"{number[:-1]}.{number[-1]}"}
+
     def build(self):
         """Install a copy of the sources into a folder; the copy itself serves where that fails."""
         source, target = self.folder / "source", self.folder / "package"
@@ -136,7 +143,7 @@ class _Run:
         has_built, said = self.python(
             "-m", "pip", "--isolated", "install", "-v", "--no-deps", "--no-build-isolation",
             "--no-index", "--disable-pip-version-check", "--no-compile", "--target", target, source,
-            seconds=self.limit("build"), **(NO_KERNELS if self.args.dry_run else {}),
+            seconds=self.limit("build"), **self.kernels(),
         )  # fmt: skip
         (self.folder / "build.log").write_text(said)
         self.package_folder = target if has_built else source
