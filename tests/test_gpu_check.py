@@ -220,7 +220,6 @@ def test_a_gpu_is_given_the_kernels_of_its_capability(tmp_path, monkeypatch):
     assert run.kernels() == {"TORCH_CUDA_ARCH_LIST": "8.0"}
 
 
-
 def test_sources_serve_where_pip_cannot_install(tmp_path, monkeypatch):
     run = driver._Run(SimpleNamespace(dry_run=True, minutes=9, steps=["build"]), tmp_path)
     monkeypatch.setattr(driver._Run, "python", lambda *_, **__: (False, "no module named pip"))
