@@ -137,12 +137,16 @@ BUGS = (
         "add_products<T, D>(dvalues, maps, gradients);",
     ),
     (
+        "scale-of-logit-gradients", "values", "paired_mma", "paired_mma.cuh",
+        "dkeys[c][i] += down * part[c][i]", "dkeys[c][i] += part[c][i]",
+    ),
+    (
         "token-mask-of-a-span", "address", "paired_mma", "paired_mma.cuh",
         "if (n + token < a.N)", "if (n + token >= 0)",
     ),
     (
         "scale-of-slices", "values", "paired_mma", "paired_mma_gradients.cuh",
-        "*inverse = ldexpf(1.f, exponent - 14)", "*inverse = 1",
+        "*inverse = 1 / scale", "*inverse = 1",
     ),
     (
         "barrier-before-projection-is-read", "values", "paired_mma", "paired_mma_gradients.cuh",
