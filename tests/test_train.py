@@ -441,6 +441,17 @@ def test_published_recipes_are_the_described_ones():
     assert all(config.minutes is None and config.ema == 0.0 for config in of.values())
 
 
+def test_another_optimizer_than_the_recipes_has_its_settings():
+    data = {"data": Path("d"), "output": Path("r"), "recipe": "published", "optimizer": "adamw"}
+    assert resolved(TrainConfig(**data)).betas == [0.9, 0.999]
+
+
+def test_a_loss_that_is_none_is_refused():
+    logits, label = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2)
+    with pytest.raises(ValueError, match="loss must be one of dice_ce, .*; got 'ce'"):
+        training.deep_supervision_loss(logits, label, "ce")
+
+
 @pytest.mark.parametrize("loss", ["dice", "dice_focal"])
 def test_sigmoid_losses_see_every_class_of_the_label_map(loss):
     torch.manual_seed(0)

@@ -54,4 +54,6 @@ def _function(loss: str) -> torch.nn.Module:
         return DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     if loss == "dice":
         return DiceLoss(to_onehot_y=True, sigmoid=True)
-    return DiceFocalLoss(to_onehot_y=True, sigmoid=True, gamma=2.0, smooth_nr=0, smooth_dr=1e-5)
+    if loss == "dice_focal":
+        return DiceFocalLoss(to_onehot_y=True, sigmoid=True, gamma=2.0, smooth_nr=0, smooth_dr=1e-5)
+    raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}.")

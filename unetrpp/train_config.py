@@ -123,6 +123,7 @@ PUBLISHED = {
     "unetrpp": {
         "loss": "dice_ce",
         "optimizer": "sgd",
+        "betas": [0.9, 0.999],  # of another optimizer, where the user asks for it
         "schedule": "poly",
         "warm_up": 0,
         "learning_rate": 1e-2,
