@@ -42,6 +42,7 @@ def interpreter(pytestconfig):
         import triton_interpreter
 
         triton_interpreter.repair()
+        triton_interpreter.speed_up()
         triton_interpreter.enlarge_blocks()
 
 

@@ -280,18 +280,19 @@ def test_resources_are_of_these_sources():
     "architecture", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 )
 def test_resources_are_what_compiling_gives(architecture):
-    """One in twenty of the architecture's rows, and its stage 1 in bfloat16 as a whole."""
+    """One in fifty of the architecture's rows; of the H100's, a whole stage 1 in bfloat16, too."""
     code = f"""
 found = []
 for i, (key, (row, launch)) in enumerate(r.needed([{architecture!r}]).items()):
-    first = row["layer"] == "synapse/stage1" and row["dtype"] == "bfloat16"
-    if first or i % 20 == r.ARCHITECTURES.index({architecture!r}):
+    layer = row["architecture"], row["layer"], row["dtype"]
+    whole = layer == ("sm_90", "synapse/stage1", "bfloat16")
+    if whole or i % 50 == r.ARCHITECTURES.index({architecture!r}):
         found.append((key, r.resources(launch.compile({architecture!r}))))
 print(json.dumps(found))
 """
     found = json.loads(resources("exec(" + repr(code) + ")"))
     table = {row["key"]: row for row in recorded()}
-    assert len(found) > 15
+    assert len(found) >= (15 if architecture == "sm_90" else 5)
     for key, taken in found:
         row = table[key]
         assert {name: int(row[name]) for name in taken} == taken, row

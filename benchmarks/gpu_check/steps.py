@@ -94,6 +94,7 @@ def main():
         import triton_interpreter
 
         triton_interpreter.repair()
+        triton_interpreter.speed_up()
         triton_interpreter.enlarge_blocks()
     torch.manual_seed(0)
     gpu = device.get("cpu" if args.dry_run else "cuda")
