@@ -11,7 +11,14 @@ from torch import Tensor
 
 from . import native
 from .cpp import _DTYPES, _KINDS, _LAYOUTS, _VIEWS, _WEIGHTS, _address, _dense, _view
-from .ops import OPS, ParameterGradients, empty_gradient, plan, temperature_gradient
+from .ops import (
+    OPS,
+    ParameterGradients,
+    empty_gradient,
+    float32_is_exact,
+    plan,
+    temperature_gradient,
+)
 from .reference import accumulate_dtype
 from .rng import threshold
 
@@ -183,8 +190,9 @@ def _paired(inputs, seed, kept, num_heads, kind, layout, channel_dropout_p, spat
     op = module.PairedAttention(
         (B, N, C, num_heads, P), _KINDS[kind], _LAYOUTS[layout],
         plan(N, C) == "direct", (channel_threshold, spatial_threshold),
-        channel_seed or spatial_seed, _DTYPES[dtype], tuple(map(_view, (x, *projections))),
-        tuple(map(_address, weights)), tuple(map(_address, kept)), _stream(x),
+        channel_seed or spatial_seed, _DTYPES[dtype], not float32_is_exact(),
+        tuple(map(_view, (x, *projections))), tuple(map(_address, weights)),
+        tuple(map(_address, kept)), _stream(x),
     )  # fmt: skip
     return op, dtype, (projections, weights)
 
@@ -227,7 +235,7 @@ def _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p)
     _check("spatial_attention", head_dim=q.shape[3], P=k_proj.shape[1])
     per_head = _per_head(temperature, q_norm.dtype)
     op = module.SpatialAttention(
-        (*q.shape, k_proj.shape[1]), normalize, _dropout(dropout_p, seed),
+        (*q.shape, k_proj.shape[1]), normalize, not float32_is_exact(), _dropout(dropout_p, seed),
         tuple(map(_view, (q, k_proj, v_proj))), _temperature(per_head), _address(q_norm),
         _stream(q),
     )  # fmt: skip

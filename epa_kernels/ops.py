@@ -35,6 +35,14 @@ def mean_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def float32_is_exact() -> bool:
+    """Whether torch multiplies float32 matrices on a GPU in float32: new setting, or old one."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # once the new setting was used, torch refuses the old one
+        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
+
+
 class Op(NamedTuple):
     inputs: str  # differentiable, in the order of reference.<op>
     options: str

@@ -68,6 +68,17 @@ def emulated_cuda(cuda_module):
     cuda.module = before
 
 
+@pytest.fixture
+def tf32():
+    """float32 matrices multiply on tensor cores."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def other_folder(tmp_path_factory):
     """Run elsewhere: here, child processes would import the sources, not what is installed."""

@@ -95,6 +95,22 @@ def test_low_precision_is_as_accurate_as_spec(shape, dtype, case):
     errors.check()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(SPATIAL[:7])])
+@pytest.mark.parametrize("shape", SPECIALISED[:2], ids=shape_id)
+def test_three_products_in_tf32_are_as_accurate_as_float32(shape, case, tf32):
+    op, options = CASES[case]
+    errors = Errors()
+    for draw in range(4):
+        inputs, dout = make_inputs(op, shape, torch.float32, draw=draw, dense=draw % 2)
+        exact = run_spec(op, inputs, dout, torch.float64, **options)
+        same_dtype = run_spec(op, inputs, dout, torch.float32, **options)
+        found = run_cuda(op, inputs, dout, **options)
+        errors.add(found, same_dtype, exact)
+    errors.check()
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(run_cuda(op, inputs, dout, **options)["out"], found["out"])
+
+
 # P at its most and beyond a warp, D beyond a block of channels and of its matrix's elements.
 LARGE = ((1, 5, 512, 1, 8), (1, 37, 70, 1, 130))
 

@@ -26,7 +26,9 @@ def self_check(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("case", ("product of 8", "product of 16", "transpose", "barrier"))
+@pytest.mark.parametrize(
+    "case", ("product of 8", "product of 16", "product in tf32", "transpose", "barrier")
+)
 def test_emulator_computes_as_documented(self_check, case):
     result = self_check(case)
     assert result.returncode == 0, result
@@ -74,6 +76,15 @@ BUGS = (
     (
         "divergent-barrier", "values", "spatial", "spatial_mma.cuh",
         "    __syncwarp();\n    float map", "    if (lane < 16) __syncwarp();\n    float map",
+    ),
+    (
+        "rest-of-a-factor", "values", "spatial", "fragments.cuh",
+        "  mma_tf32(rest, high_a, low_b);\n", "",
+    ),
+    (
+        "order-of-summed-numbers", "values", "spatial", "fragments.cuh",
+        "word_offset<T>(i / 2) * stride + lane / 4 + i % 2 * 8",
+        "word_offset<T>(i % 2) * stride + lane / 4 + i / 2 * 8",
     ),
     (
         "norm-gradient", "values", "channel", "channel.cuh",

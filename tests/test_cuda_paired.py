@@ -131,6 +131,32 @@ def test_low_precision_is_as_accurate_as_spec(shape, dtype, parameter_dtype):
         found.check()
 
 
+@pytest.mark.parametrize(
+    "shape, kind, layout",
+    (
+        (SPECIALISED[0], "shared", "official"),
+        (SPECIALISED[0], "split", "tokens"),
+        (SPECIALISED[1], "split", "official"),
+        ((1, 128, 64, 4, 9), "shared", "official"),
+        ((1, 128, 64, 4, 9), "sum", "official"),
+        ((1, 35, 32, 4, 64), "split", "official"),
+    ),
+    ids=lambda value: shape_id(value) if isinstance(value, tuple) else value,
+)
+def test_three_products_in_tf32_are_as_accurate_as_float32(shape, kind, layout, tf32):
+    errors = Errors()
+    for draw in range(3):
+        tensors, options = ops_arguments(shape, kind, layout, torch.float64, seed=draw)
+        dy = output_gradient(shape, torch.float32, seed=draw)
+        low = cast(tensors, torch.float32)
+        exact = run_spec(cast(low, torch.float64), dy.double(), **options)
+        found = run_cuda(low, dy, **options)
+        errors.add(found, run_spec(low, dy, **options), exact)
+    errors.check()
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(run_cuda(low, dy, **options)["x"], found["x"])
+
+
 def results(shape, kind, dtype, scale=1.0):
     """Of the kernels, of the spec in the same dtype and in float64; parameters in float32."""
     tensors, options = ops_arguments(shape, kind, "official", torch.float64)
@@ -170,6 +196,14 @@ def test_blocks_have_whole_rows_of_many_tokens():
 @pytest.mark.parametrize("shape", (SHAPES[0], SHAPES[4]), ids=("two_pass", "direct"))
 @pytest.mark.parametrize("eps", (1e-1, 1e-4))
 def test_nearly_constant_tokens(shape, eps):
+    check_nearly_constant_tokens(shape, eps)
+
+
+def test_nearly_constant_tokens_in_tf32(tf32):
+    check_nearly_constant_tokens(SPECIALISED[0], 1e-4)
+
+
+def check_nearly_constant_tokens(shape, eps):
     """x = v + eps noise: the float32 error, RMS over draws, is at most twice the definition's."""
     squares = {}
     for draw in range(6):
@@ -199,10 +233,13 @@ def test_nearly_constant_tokens(shape, eps):
         (SPECIALISED[1], "split", "official", torch.float16),
         (SPECIALISED[2], "sum", "official", torch.bfloat16),
         (SPECIALISED[3], "shared", "tokens", torch.bfloat16),
+        ((1, 131, 32, 4, 33), "split", "official", torch.float32),
     ),
     ids=lambda value: shape_id(value) if isinstance(value, tuple) else str(value),
 )
-def test_nothing_is_touched_outside_and_everything_written(shape, kind, layout, dtype, monkeypatch):
+def test_nothing_is_touched_outside_and_everything_written(
+    shape, kind, layout, dtype, monkeypatch, tf32
+):
     """Reads outside would bring NaN into a result, and what is not written would be NaN."""
     tensors, options = ops_arguments(shape, kind, layout, dtype)
     dy = output_gradient(shape, dtype)

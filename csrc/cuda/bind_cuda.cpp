@@ -35,15 +35,15 @@ template <class T = void> T *pointer(Address address) { return reinterpret_cast<
 // kept:   mean, gram, projected
 PairedAttention paired(const Sizes<5> &size, int kind, int layout, bool direct,
                        std::array<uint32_t, 2> threshold, Address seed, int weight_dtype,
-                       const Views<3> &view, const Addresses<10> &weight, const Addresses<3> &kept,
-                       Address stream) {
+                       bool tf32x3, const Views<3> &view, const Addresses<10> &weight,
+                       const Addresses<3> &kept, Address stream) {
   PairedAttention a = {};
   a.B = size[0], a.N = size[1], a.C = size[2], a.H = size[3], a.P = size[4];
   a.kind = static_cast<epa::Kind>(kind), a.layout = static_cast<epa::Layout>(layout);
   a.direct = direct;
   a.channel_threshold = threshold[0], a.spatial_threshold = threshold[1];
   a.seed = pointer<const int64_t>(seed);
-  a.weight_dtype = static_cast<epa::Dtype>(weight_dtype);
+  a.weight_dtype = static_cast<epa::Dtype>(weight_dtype), a.tf32x3 = tf32x3;
   a.x = view[0], a.proj_k_weight = view[1], a.proj_v_weight = view[2];
   const void **weights[] = {&a.qkvv_weight,     &a.qkvv_bias,     &a.proj_k_bias,
                             &a.proj_v_bias,     &a.temperature,   &a.temperature2,
@@ -56,12 +56,12 @@ PairedAttention paired(const Sizes<5> &size, int kind, int layout, bool direct,
 }
 
 // size: B, N, H, D, P; view: q, k_proj, v_proj.
-SpatialAttention spatial(const Sizes<5> &size, bool normalize, Dropout dropout,
+SpatialAttention spatial(const Sizes<5> &size, bool normalize, bool tf32x3, Dropout dropout,
                          const Views<3> &view, Temperature temperature, Address q_norm,
                          Address stream) {
   SpatialAttention a = {};
   a.B = size[0], a.N = size[1], a.H = size[2], a.D = size[3], a.P = size[4];
-  a.normalize = normalize;
+  a.normalize = normalize, a.tf32x3 = tf32x3;
   a.threshold = dropout.first, a.seed = pointer<const int64_t>(dropout.second);
   a.q = view[0], a.k_proj = view[1], a.v_proj = view[2];
   a.temperature = pointer(temperature.first), a.temperature_stride = temperature.second;

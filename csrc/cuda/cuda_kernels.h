@@ -20,6 +20,7 @@ struct PairedAttention {
   uint32_t channel_threshold, spatial_threshold; // dropout, 0 for none; see philox.h
   const int64_t *seed;                           // null without dropout
   Dtype weight_dtype;                // W, of all parameters: that of x, or that of sums, T
+  bool tf32x3;                       // float32 multiplies on tensor cores, in three TF32 products
   View x;                            // (B, N, C)
   View proj_k_weight, proj_v_weight; // (P, N); the second is null unless kind is split
   const void *qkvv_weight;           // W (4C, C)
@@ -42,6 +43,7 @@ struct PairedAttention {
 struct SpatialAttention {
   int64_t B, N, H, D, P; // B, H up to 65535, D up to 1024, P up to 512
   bool normalize;
+  bool tf32x3;                // float32 multiplies on tensor cores, in three TF32 products
   uint32_t threshold;         // dropout, 0 for none; see philox.h
   const int64_t *seed;        // null without dropout
   View q;                     // (B, N, H, D)

@@ -1,7 +1,12 @@
-// Pieces of kernels on tensor cores, T __nv_bfloat16 or __half: a warp owns 16 rows of tokens, and
-// of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane % 4.
+// Pieces of kernels on tensor cores, T __nv_bfloat16, __half or float: a warp owns 16 rows of tokens,
+// and of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane % 4.
 //
-// Rows in shared memory are padded by 16 bytes, so that the words of 8 rows lie in different banks.
+//   16 bits  a word of a factor is the numbers 2t, 2t + 1 of its 8
+//   float    a word is one number: 2t stands where ptx.h has t, 2t + 1 where it has t + 4. The order
+//            of what is summed is free, and so accumulators are factors here, too
+//
+// Rows in shared memory are padded by 8 numbers, so that the words of 8 rows, of float the pairs of
+// words of 4, lie in different banks.
 #pragma once
 #include "heads.cuh"
 #include "ptx.h"
@@ -15,11 +20,90 @@ template <int D> constexpr int ROW_STRIDE = D == 8 ? 8 : D + 8; // elements
 
 static_assert(MMA_WARPS * WARP_ROWS == MAP_COLUMNS, "backward, each warp owns 16 columns");
 
+template <class T> using Word = std::conditional_t<std::is_same_v<T, float>, float, uint32_t>;
+template <class T> constexpr int DEPTH = sizeof(T) == 2 ? 16 : 8; // of a product
+
+// c += a b nearly as in float32: of each factor the TF32 number and what is left of it. The product
+// of what is left is below float32; those with it add up by themselves first, where less is lost.
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  float high_a[4], low_a[4], high_b[2], low_b[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    high_a[i] = round_tf32(a[i]);
+    low_a[i] = round_tf32(a[i] - high_a[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    high_b[i] = round_tf32(b[i]);
+    low_b[i] = round_tf32(b[i] - high_b[i]);
+  }
+  float rest[4] = {};
+  mma_tf32(rest, low_a, high_b);
+  mma_tf32(rest, high_a, low_b);
+  mma_tf32(c, high_a, high_b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += rest[i];
+}
+
 // A warp's rows of tokens as the first factor of products over D.
-template <int D> struct RowFactor {
-  static constexpr int STEPS = D == 8 ? 1 : D / 16, WORDS = D == 8 ? 2 : 4;
-  uint32_t word[STEPS][WORDS];
+template <class T, int D> struct RowFactor {
+  static constexpr int STEPS = D < DEPTH<T> ? 1 : D / DEPTH<T>, WORDS = D < DEPTH<T> ? 2 : 4;
+  Word<T> word[STEPS][WORDS];
 };
+
+// Where word i of a pair of a lane's words begins, of the numbers that are summed over.
+template <class T> __device__ __forceinline__ int word_offset(int i) {
+  return 2 * (threadIdx.x % 4) + (sizeof(T) == 2 ? 8 : 1) * i;
+}
+
+template <class T> __device__ __forceinline__ Word<T> word_at(const T *numbers) {
+  return *reinterpret_cast<const Word<T> *>(numbers);
+}
+
+// Two neighbours in memory, aligned as a pair.
+template <class T> __device__ __forceinline__ void put_pair(T *to, float low, float high) {
+  if constexpr (std::is_same_v<T, float>)
+    *reinterpret_cast<float2 *>(to) = {low, high};
+  else
+    *reinterpret_cast<uint32_t *>(to) = pack<T>(low, high);
+}
+
+// Word i of step `step` of accumulators, rounded to T, as a factor of products over their columns.
+template <class T, int GROUPS>
+__device__ __forceinline__ Word<T> packed_word(const float (&rows)[GROUPS][4], int step, int i) {
+  if constexpr (std::is_same_v<T, float>) {
+    return rows[step][i % 2 * 2 + i / 2];
+  } else {
+    const float(&group)[4] = rows[2 * step + i / 2];
+    return pack<T>(group[i % 2 * 2], group[i % 2 * 2 + 1]);
+  }
+}
+
+// Rows of a matrix in shared memory, as many as a product is deep, and 8 columns: a second factor.
+template <class T>
+__device__ __forceinline__ void load_right(Word<T> (&result)[2], const T *matrix, int stride) {
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      result[i] = matrix[word_offset<T>(i) * stride + threadIdx.x % 32 / 4];
+  } else {
+    load_transposed(result, matrix + threadIdx.x % 16 * stride);
+  }
+}
+
+// The same of 16 columns, transposed: a first factor.
+template <class T>
+__device__ __forceinline__ void load_left(Word<T> (&result)[4], const T *matrix, int stride) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      result[i] = matrix[word_offset<T>(i / 2) * stride + lane / 4 + i % 2 * 8];
+  } else {
+    load_transposed(result, matrix + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
+  }
+}
 
 // `rows` rows of D channels to shared memory, zeros from row `inside` on.
 template <class T, int D>
@@ -48,59 +132,59 @@ __device__ void load_rows(T *to, const T *from, int64_t stride_n, int64_t stride
 template <class T>
 __device__ __forceinline__ void store_pair(T *row, int64_t stride_d, int d, float low, float high) {
   T *to = row + d * stride_d;
-  if (stride_d == 1 && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
-    *reinterpret_cast<uint32_t *>(to) = pack<T>(low, high);
+  if (stride_d == 1 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0) {
+    put_pair(to, low, high);
   } else {
     to[0] = narrow<T>(low);
     to[stride_d] = narrow<T>(high);
   }
 }
 
-template <class T> __device__ __forceinline__ uint32_t word_at(const T *pair) {
-  return *reinterpret_cast<const uint32_t *>(pair);
-}
-
-template <class T, int D> __device__ __forceinline__ RowFactor<D> row_factor(const T *rows) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  RowFactor<D> result;
+template <class T, int D> __device__ __forceinline__ RowFactor<T, D> row_factor(const T *rows) {
+  const int g = threadIdx.x % 32 / 4;
+  RowFactor<T, D> result;
 #pragma unroll
-  for (int step = 0; step < RowFactor<D>::STEPS; ++step)
+  for (int step = 0; step < RowFactor<T, D>::STEPS; ++step)
 #pragma unroll
-    for (int i = 0; i < RowFactor<D>::WORDS; ++i)
-      result.word[step][i] =
-          word_at(rows + (g + 8 * (i % 2)) * ROW_STRIDE<D> + 16 * step + 2 * t + 8 * (i / 2));
+    for (int i = 0; i < RowFactor<T, D>::WORDS; ++i)
+      result.word[step][i] = word_at(rows + (g + 8 * (i % 2)) * ROW_STRIDE<D> + DEPTH<T> * step +
+                                     word_offset<T>(i / 2));
   return result;
 }
 
 // The same of rows whose channels are multiplied by scale (D), rounded to T.
 template <class T, int D>
-__device__ __forceinline__ RowFactor<D> row_factor(const T *rows, const float *scale) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  RowFactor<D> result;
+__device__ __forceinline__ RowFactor<T, D> row_factor(const T *rows, const float *scale) {
+  const int g = threadIdx.x % 32 / 4;
+  RowFactor<T, D> result;
 #pragma unroll
-  for (int step = 0; step < RowFactor<D>::STEPS; ++step)
+  for (int step = 0; step < RowFactor<T, D>::STEPS; ++step)
 #pragma unroll
-    for (int i = 0; i < RowFactor<D>::WORDS; ++i) {
-      const int d = 16 * step + 2 * t + 8 * (i / 2);
-      const T *pair = rows + (g + 8 * (i % 2)) * ROW_STRIDE<D> + d;
-      result.word[step][i] = pack<T>(widen(pair[0]) * scale[d], widen(pair[1]) * scale[d + 1]);
+    for (int i = 0; i < RowFactor<T, D>::WORDS; ++i) {
+      const int d = DEPTH<T> * step + word_offset<T>(i / 2);
+      const T *at = rows + (g + 8 * (i % 2)) * ROW_STRIDE<D> + d;
+      if constexpr (std::is_same_v<T, float>)
+        result.word[step][i] = *at * scale[d];
+      else
+        result.word[step][i] = pack<T>(widen(at[0]) * scale[d], widen(at[1]) * scale[d + 1]);
     }
   return result;
 }
 
 // result (16, 8 GROUPS) += rows matrix^T, matrix (8 GROUPS, D)
 template <class T, int D, int GROUPS>
-__device__ __forceinline__ void add_transposed(float (&result)[GROUPS][4], const RowFactor<D> &rows,
-                                               const T *matrix) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+__device__ __forceinline__ void add_transposed(float (&result)[GROUPS][4],
+                                               const RowFactor<T, D> &rows, const T *matrix) {
+  const int g = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int j = 0; j < GROUPS; ++j)
 #pragma unroll
-    for (int step = 0; step < RowFactor<D>::STEPS; ++step) {
-      uint32_t factor[RowFactor<D>::WORDS / 2];
+    for (int step = 0; step < RowFactor<T, D>::STEPS; ++step) {
+      Word<T> factor[RowFactor<T, D>::WORDS / 2];
 #pragma unroll
-      for (int i = 0; i < RowFactor<D>::WORDS / 2; ++i)
-        factor[i] = word_at(matrix + (8 * j + g) * ROW_STRIDE<D> + 16 * step + 2 * t + 8 * i);
+      for (int i = 0; i < RowFactor<T, D>::WORDS / 2; ++i)
+        factor[i] = word_at(matrix + (8 * j + g) * ROW_STRIDE<D> + DEPTH<T> * step +
+                            word_offset<T>(i));
       mma<T>(result[j], rows.word[step], factor);
     }
 }
@@ -115,7 +199,7 @@ template <int GROUPS> __device__ __forceinline__ void set_zero(float (&result)[G
 // map (16, 64) = rows matrix^T, matrix (64, D)
 template <class T, int D>
 __device__ __forceinline__ void multiply_transposed(float (&map)[MAP_GROUPS][4],
-                                                    const RowFactor<D> &rows, const T *matrix) {
+                                                    const RowFactor<T, D> &rows, const T *matrix) {
   set_zero(map);
   add_transposed<T, D>(map, rows, matrix);
 }
@@ -126,14 +210,14 @@ __device__ __forceinline__ void multiply_map(float (&result)[D / 8][4],
                                              const float (&map)[MAP_GROUPS][4], const T *matrix) {
   set_zero(result);
 #pragma unroll
-  for (int k = 0; k < MAP_COLUMNS / 16; ++k) {
-    const float(&low)[4] = map[2 * k], (&high)[4] = map[2 * k + 1];
-    const uint32_t factor[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
-                                pack<T>(high[0], high[1]), pack<T>(high[2], high[3])};
+  for (int k = 0; k < MAP_COLUMNS / DEPTH<T>; ++k) {
+    Word<T> factor[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factor[i] = packed_word<T>(map, k, i);
 #pragma unroll
     for (int c = 0; c < D / 8; ++c) {
-      uint32_t other[2];
-      load_transposed(other, matrix + (16 * k + threadIdx.x % 16) * ROW_STRIDE<D> + 8 * c);
+      Word<T> other[2];
+      load_right(other, matrix + DEPTH<T> * k * ROW_STRIDE<D> + 8 * c, ROW_STRIDE<D>);
       mma<T>(result[c], factor, other);
     }
   }
@@ -142,16 +226,15 @@ __device__ __forceinline__ void multiply_map(float (&result)[D / 8][4],
 // sum (16, D) += map^T rows over the tile's tokens; of the map the columns of this warp.
 template <class T, int D>
 __device__ __forceinline__ void add_products(float (&sum)[D / 8][4], const T *map, const T *rows) {
-  const int lane = threadIdx.x % 32, p = threadIdx.x / 32 % MMA_WARPS * 16;
+  const int p = threadIdx.x / 32 % MMA_WARPS * 16;
 #pragma unroll
-  for (int k = 0; k < TILE_ROWS / 16; ++k) {
-    uint32_t factor[4];
-    load_transposed(factor,
-                    map + (16 * k + lane % 8 + lane / 16 * 8) * MAP_STRIDE + p + lane / 8 % 2 * 8);
+  for (int k = 0; k < TILE_ROWS / DEPTH<T>; ++k) {
+    Word<T> factor[4];
+    load_left(factor, map + DEPTH<T> * k * MAP_STRIDE + p, MAP_STRIDE);
 #pragma unroll
     for (int c = 0; c < D / 8; ++c) {
-      uint32_t other[2];
-      load_transposed(other, rows + (16 * k + lane % 16) * ROW_STRIDE<D> + 8 * c);
+      Word<T> other[2];
+      load_right(other, rows + DEPTH<T> * k * ROW_STRIDE<D> + 8 * c, ROW_STRIDE<D>);
       mma<T>(sum[c], factor, other);
     }
   }
@@ -165,8 +248,7 @@ __device__ __forceinline__ void store_map(T *to, const float (&map)[MAP_GROUPS][
   for (int j = 0; j < MAP_GROUPS; ++j)
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      *reinterpret_cast<uint32_t *>(to + (row + 8 * r) * MAP_STRIDE + 8 * j + 2 * t) =
-          pack<T>(map[j][2 * r], map[j][2 * r + 1]);
+      put_pair(to + (row + 8 * r) * MAP_STRIDE + 8 * j + 2 * t, map[j][2 * r], map[j][2 * r + 1]);
 }
 
 // map = exp2(factor map - maximum of its row), 0 from column P on; total, its sums.

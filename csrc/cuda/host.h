@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda_kernels.h"
 #include "heads.cuh"
@@ -43,6 +44,23 @@ template <class F> auto with_type(Dtype dtype, F f) {
     return f(Type<__half>());
   default:
     return f(Type<float>());
+  }
+}
+
+// Whether a kernel on tensor cores has head dim D, of float within 48 KB of shared memory.
+template <class T> constexpr bool has_mma(int64_t D) {
+  return D == 8 || D == 16 || (sizeof(T) == 2 && (D == 32 || D == 64));
+}
+
+// f(integral constant D) where there is such a kernel.
+template <class T, class F> void with_head_dim(int64_t D, F f) {
+  if constexpr (sizeof(T) <= 4) {
+    if (D == 8) f(std::integral_constant<int, 8>());
+    if (D == 16) f(std::integral_constant<int, 16>());
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (D == 32) f(std::integral_constant<int, 32>());
+    if (D == 64) f(std::integral_constant<int, 64>());
   }
 }
 

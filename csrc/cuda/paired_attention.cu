@@ -106,23 +106,31 @@ public:
       const int64_t columns = blocks_of(a_.C, SUMMARY_SIDE);
       const int64_t rows = columns + p_.J * blocks_of(a_.P, SUMMARY_SIDE);
       const dim3 grid(p_.chunks, rows * columns, a_.B);
-      if constexpr (sizeof(T) == 2)
-        EPA_LAUNCH((paired_attention_mma_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
-                   p_);
+      if (has_tensor_cores())
+        summary_mma(grid);
       else
-        EPA_LAUNCH((paired_attention_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
-                   p_);
+        summary(grid);
       check("summary_fwd");
     }
     mix(nullptr, nullptr);
     if (mma_.span)
-      with_head_dim([&](auto d) { output_mma<decltype(d)::value>(y); });
+      with_head_dim<T>(p_.D, [&](auto d) { output_mma<decltype(d)::value>(y); });
     else
       output(y);
     if (!out_s_) return;
     EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
                PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
     check("product");
+  }
+
+  void summary_mma(dim3 grid) const {
+    if constexpr (sizeof(T) <= 4)
+      EPA_LAUNCH((paired_attention_mma_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
+                 p_);
+  }
+  void summary(dim3 grid) const {
+    if constexpr (sizeof(T) >= 4)
+      EPA_LAUNCH((paired_attention_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream, p_);
   }
 
   void output(T *y) const {
@@ -138,14 +146,12 @@ public:
   }
 
   template <int D> void output_mma(T *y) const {
-    if constexpr (sizeof(T) == 2) {
-      const int64_t jobs = a_.H + blocks_of(p_.O, CHANNEL_OUTPUTS);
-      EPA_LAUNCH((paired_attention_mma_output_fwd_kernel<T, D>),
-                 dim3(blocks_of(a_.N, mma_.chunk), jobs, a_.B), MMA_THREADS,
-                 std::max(mma_shared(mma_.is_resident), channel_shared()), a_.stream, p_, mma_, y,
-                 out_s_);
-      check("mma_output_fwd");
-    }
+    const int64_t jobs = a_.H + blocks_of(p_.O, CHANNEL_OUTPUTS);
+    EPA_LAUNCH((paired_attention_mma_output_fwd_kernel<T, D>),
+               dim3(blocks_of(a_.N, mma_.chunk), jobs, a_.B), MMA_THREADS,
+               std::max(mma_shared(mma_.is_resident), channel_shared()), a_.stream, p_, mma_, y,
+               out_s_);
+    check("mma_output_fwd");
   }
 
   void backward(const void *gradient, const PairedAttentionGradients &gradients) {
@@ -169,7 +175,7 @@ public:
     mix(dy, p_.is_sum ? nullptr : g_.dout);
 
     if (g_.is_specialised)
-      with_head_dim([&](auto d) { output_bwd_mma<decltype(d)::value>(); });
+      with_head_dim<T>(p_.D, [&](auto d) { output_bwd_mma<decltype(d)::value>(); });
     else
       output_bwd();
 
@@ -177,7 +183,7 @@ public:
     int64_t shared = std::max((1 + width) * O, (PAIRED_WARPS + 1) * D) * sizeof(A);
     int64_t jobs = blocks_of(C, MATRIX_ROWS) + (p_.is_sum ? 0 : outputs);
     if (g_.is_specialised) {
-      shared = std::max(shared, TOKEN_PRODUCTS_SHARED);
+      shared = std::max(shared, TOKEN_PRODUCTS_SHARED<T>);
       jobs = blocks_of_64(C) * (blocks_of_64(C) + (p_.is_sum ? 0 : blocks_of_64(O)));
     }
     jobs *= g_.chunks;
@@ -212,23 +218,21 @@ private:
   }
 
   template <int D> void output_bwd_mma() const {
-    if constexpr (sizeof(T) == 2) {
-      const int64_t jobs = int64_t(blocks_of_64(p_.O)) * blocks_of_64(a_.C);
-      const int64_t weights = a_.C / CHANNEL_BLOCK * D * CHANNEL_STRIDE;
-      const int64_t rows = 4 * TILE_ROWS * ROW_STRIDE<D>;
-      const int64_t resident = (rows + TILE_ROWS * MAP_STRIDE + weights) * 2;
-      const int64_t streamed =
-          (rows + std::max(TILE_ROWS * MAP_STRIDE, (TILE_ROWS + D) * CHANNEL_STRIDE)) * 2;
-      const bool is_resident = resident <= SHARED_LIMIT - MMA_STATIC;
-      EPA_LAUNCH((paired_attention_mma_output_bwd_kernel<T, D>), dim3(g_.chunks, a_.H + jobs, a_.B),
-                 MMA_THREADS, std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED),
-                 a_.stream, p_, g_, is_resident);
-      check("mma_output_bwd");
-    }
+    const int64_t jobs = int64_t(blocks_of_64(p_.O)) * blocks_of_64(a_.C);
+    const int64_t weights = a_.C / CHANNEL_BLOCK * D * CHANNEL_STRIDE;
+    const int64_t rows = 4 * TILE_ROWS * ROW_STRIDE<D>;
+    const int64_t resident = (rows + TILE_ROWS * MAP_STRIDE + weights) * sizeof(T);
+    const int64_t streamed =
+        (rows + std::max(TILE_ROWS * MAP_STRIDE, (TILE_ROWS + D) * CHANNEL_STRIDE)) * sizeof(T);
+    const bool is_resident = resident <= SHARED_LIMIT - MMA_STATIC;
+    EPA_LAUNCH((paired_attention_mma_output_bwd_kernel<T, D>), dim3(g_.chunks, a_.H + jobs, a_.B),
+               MMA_THREADS, std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED<T>),
+               a_.stream, p_, g_, is_resident);
+    check("mma_output_bwd");
   }
 
   void summary_bwd_mma() const {
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) <= 4) {
       const int64_t blocks = a_.C / CHANNEL_BLOCK;
       const DxSlices slices(a_.C, p_.O, p_.J);
       const auto bytes = [&](int64_t of_slices) { return of_slices * int64_t(sizeof(T)); };
@@ -262,24 +266,13 @@ private:
     check_launch("paired_attention", kernel, "B N C H P", {a_.B, a_.N, a_.C, a_.H, a_.P});
   }
 
-  // f(integral constant D) where a specialised kernel has D.
-  template <class F> void with_head_dim(F f) const {
-    switch (p_.D) {
-    case 8:
-      return f(std::integral_constant<int, 8>());
-    case 16:
-      return f(std::integral_constant<int, 16>());
-    case 32:
-      return f(std::integral_constant<int, 32>());
-    default:
-      return f(std::integral_constant<int, 64>());
-    }
+  bool has_tensor_cores() const {
+    return sizeof(T) == 2 || (std::is_same_v<T, float> && a_.tf32x3);
   }
 
   bool is_specialised() const {
-    const bool has_kernel = p_.D == 8 || p_.D == 16 || p_.D == 32 || p_.D == 64;
-    return sizeof(T) == 2 && has_kernel && a_.P <= MAP_COLUMNS && a_.C % CHANNEL_BLOCK == 0 &&
-           channel_shared() <= SHARED_LIMIT - MMA_STATIC;
+    return has_tensor_cores() && has_mma<T>(p_.D) && a_.P <= MAP_COLUMNS &&
+           a_.C % CHANNEL_BLOCK == 0 && channel_shared() <= SHARED_LIMIT - MMA_STATIC;
   }
 
   // Bytes of shared memory of the specialised output pass, and of its channel branch.
@@ -287,11 +280,11 @@ private:
     const int64_t row = p_.D == 8 ? 8 : p_.D + 8;
     const int64_t weights = (is_resident ? a_.C / CHANNEL_BLOCK : 1) * p_.D * CHANNEL_STRIDE;
     const int64_t outs = p_.D * (mma_.span + 8);
-    return (TILE_ROWS * CHANNEL_STRIDE + 2 * MAP_COLUMNS * row + outs + weights) * 2;
+    return (TILE_ROWS * CHANNEL_STRIDE + 2 * MAP_COLUMNS * row + outs + weights) * sizeof(T);
   }
   int64_t channel_shared() const {
     const int64_t matrix = a_.C / CHANNEL_BLOCK * CHANNEL_OUTPUTS * CHANNEL_STRIDE;
-    return (TILE_ROWS * CHANNEL_STRIDE + matrix) * 2;
+    return (TILE_ROWS * CHANNEL_STRIDE + matrix) * sizeof(T);
   }
 
   void plan_mma() {

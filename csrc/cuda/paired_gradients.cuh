@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
   const int64_t b = blockIdx.y;
   const int h = blockIdx.x;
   if (h >= a.H && g.is_specialised) {
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) <= 4) {
       const int blocks =
           blocks_of_64(a.C) * (blocks_of_64(a.C) + (a.is_sum ? 0 : blocks_of_64(a.O)));
       weight_sums_mma(a, g, b, (h - a.H) / blocks, (h - a.H) % blocks,

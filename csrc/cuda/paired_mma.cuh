@@ -1,5 +1,6 @@
-// The passes over the tokens on tensor cores: T of 16 bits, D in {8, 16, 32, 64}, P up to 64,
-// C a multiple of 32 up to 256; forward the official layout of kinds with output projections.
+// The passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32, 64}, or float and D
+// in {8, 16}; P up to 64, C a multiple of 32 up to 256, of float up to 64; forward the official
+// layout of kinds with output projections.
 //
 //   A block has a chunk of tokens of a head, or of the channel branch for some of its output
 //   channels; its warps have 16 tokens each of a tile of 64. x comes in blocks of 32 channels.
@@ -26,15 +27,13 @@ struct MmaTiles {
 
 // An accumulator of (16, D), rounded to T, as a factor of products over D.
 template <class T, int D>
-__device__ __forceinline__ RowFactor<D> packed(const float (&rows)[D / 8][4]) {
-  RowFactor<D> result;
+__device__ __forceinline__ RowFactor<T, D> packed(const float (&rows)[D / 8][4]) {
+  RowFactor<T, D> result;
 #pragma unroll
-  for (int step = 0; step < RowFactor<D>::STEPS; ++step)
+  for (int step = 0; step < RowFactor<T, D>::STEPS; ++step)
 #pragma unroll
-    for (int i = 0; i < RowFactor<D>::WORDS; ++i) {
-      const float(&group)[4] = rows[2 * step + i / 2];
-      result.word[step][i] = pack<T>(group[i % 2 * 2], group[i % 2 * 2 + 1]);
-    }
+    for (int i = 0; i < RowFactor<T, D>::WORDS; ++i)
+      result.word[step][i] = packed_word<T>(rows, step, i);
   return result;
 }
 
@@ -77,16 +76,22 @@ __device__ __forceinline__ void project_rows(const Paired<T> &a, int64_t b, int 
     const T *row[2];
     for (int i = 0; i < 2; ++i) {
       const int r = first_row + g + 8 * i < rows ? first_row + g + 8 * i : 0;
-      row[i] = outs + r % D * stride + r / D * C + 2 * t;
+      row[i] = outs + r % D * stride + r / D * C;
     }
     float sum[4] = {};
 #pragma unroll 2
-    for (int k = 0; k < C; k += 16) {
-      const uint32_t factor[4] = {word_at(row[0] + k), word_at(row[1] + k), word_at(row[0] + k + 8),
-                                  word_at(row[1] + k + 8)};
-      const int64_t at = int64_t(first + g) * C + k + 2 * t;
-      const uint32_t other[2] = {pack<T>(a.out_proj_weight[at], a.out_proj_weight[at + 1]),
-                                 pack<T>(a.out_proj_weight[at + 8], a.out_proj_weight[at + 9])};
+    for (int k = 0; k < C; k += DEPTH<T>) {
+      Word<T> factor[4], other[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) factor[i] = word_at(row[i % 2] + k + word_offset<T>(i / 2));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t at = int64_t(first + g) * C + k + word_offset<T>(i);
+        if constexpr (std::is_same_v<T, float>)
+          other[i] = a.out_proj_weight[at];
+        else
+          other[i] = pack<T>(a.out_proj_weight[at], a.out_proj_weight[at + 1]);
+      }
       mma<T>(sum, factor, other);
     }
     const int o = first + 2 * t;
@@ -243,7 +248,7 @@ template <class T> struct TokenBlock {
 template <class T, class At>
 __device__ __forceinline__ void load_block(const TokenBlock<T> &from, int64_t n, int64_t tokens,
                                            const float *mean, T *to, At at) {
-  constexpr int VECTOR = 8;
+  constexpr int VECTOR = 16 / sizeof(T);
   const bool is_aligned = from.stride_c == 1 && from.stride_n % VECTOR == 0 &&
                           reinterpret_cast<uintptr_t>(from.data) % 16 == 0;
   for (int i = threadIdx.x; i < TILE_ROWS * MAP_COLUMNS / VECTOR; i += blockDim.x) {
@@ -266,8 +271,9 @@ __device__ __forceinline__ void load_block(const TokenBlock<T> &from, int64_t n,
   }
 }
 
+template <class T>
 constexpr int64_t TOKEN_PRODUCTS_SHARED = // bytes
-    (TILE_ROWS * MAP_STRIDE + 2 * TILE_ROWS * CHANNEL_STRIDE) * 2 + MAP_COLUMNS * 4;
+    (TILE_ROWS * MAP_STRIDE + 2 * TILE_ROWS * CHANNEL_STRIDE) * sizeof(T) + MAP_COLUMNS * 4;
 
 // to (.., stride) = left^T right over the tokens of a chunk, and sums of left's columns where asked
 // for. Warps beyond the fourth have the second half of the columns.
@@ -384,14 +390,14 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
                          deltas[MAP_COLUMNS + own_column + 8 * c + i % 2];
       add_products<T, CHANNEL_BLOCK>(sum, left, own_half);
     } else {
-      const RowFactor<TILE_ROWS> factor =
+      const RowFactor<T, TILE_ROWS> factor =
           row_factor<T, TILE_ROWS>(left + warp % MMA_WARPS * 16 * MAP_STRIDE);
 #pragma unroll
-      for (int k = 0; k < TILE_ROWS / 16; ++k)
+      for (int k = 0; k < TILE_ROWS / DEPTH<T>; ++k)
 #pragma unroll
         for (int c = 0; c < CHANNEL_BLOCK / 8; ++c) {
-          uint32_t other[2];
-          load_transposed(other, own_half + (16 * k + lane % 16) * CHANNEL_STRIDE + 8 * c);
+          Word<T> other[2];
+          load_right(other, own_half + DEPTH<T> * k * CHANNEL_STRIDE + 8 * c, CHANNEL_STRIDE);
           mma<T>(sum[c], factor.word[k], other);
         }
     }
@@ -536,8 +542,8 @@ __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
       const int d = 8 * c + 2 * t;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        *reinterpret_cast<uint32_t *>(queries + (warp * WARP_ROWS + group + 8 * r) * ROW_STRIDE<D> +
-                                      d) = pack<T>(q[c][2 * r], q[c][2 * r + 1]);
+        put_pair(queries + (warp * WARP_ROWS + group + 8 * r) * ROW_STRIDE<D> + d, q[c][2 * r],
+                 q[c][2 * r + 1]);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         q[c][i] = (q[c][i] + scale[D + d + i % 2]) * (scale[d + i % 2] * float(LOG2_E));

@@ -59,13 +59,14 @@ __device__ __forceinline__ void add_scaled(float (&sum)[GROUPS][4], const float 
 // sum (16, 32) += rows matrix, both of a slice
 template <class T>
 __device__ __forceinline__ void add_slice(float (&sum)[CHANNEL_BLOCK / 8][4],
-                                          const RowFactor<CHANNEL_BLOCK> &rows, const T *matrix) {
+                                          const RowFactor<T, CHANNEL_BLOCK> &rows,
+                                          const T *matrix) {
 #pragma unroll
-  for (int step = 0; step < CHANNEL_BLOCK / 16; ++step)
+  for (int step = 0; step < CHANNEL_BLOCK / DEPTH<T>; ++step)
 #pragma unroll
     for (int c = 0; c < CHANNEL_BLOCK / 8; ++c) {
-      uint32_t other[2];
-      load_transposed(other, matrix + (16 * step + threadIdx.x % 16) * CHANNEL_STRIDE + 8 * c);
+      Word<T> other[2];
+      load_right(other, matrix + DEPTH<T> * step * CHANNEL_STRIDE + 8 * c, CHANNEL_STRIDE);
       mma<T>(sum[c], rows.word[step], other);
     }
 }
@@ -75,38 +76,40 @@ __device__ __forceinline__ void add_slice(float (&sum)[CHANNEL_BLOCK / 8][4],
 template <class T>
 __device__ __forceinline__ void load_projection(const Projection<T> &from, T *to, int P, int64_t n,
                                                 int64_t inside) {
-  constexpr int VECTOR = 8;
+  constexpr int VECTOR = 16 / sizeof(T);
   const bool is_aligned = from.stride_n == 1 && from.stride_p % VECTOR == 0 &&
                           reinterpret_cast<uintptr_t>(from.weight.data) % 16 == 0;
   for (int i = threadIdx.x; i < MAP_COLUMNS * TILE_ROWS / VECTOR; i += MMA_THREADS) {
     const int p = i / (TILE_ROWS / VECTOR), row = i % (TILE_ROWS / VECTOR) * VECTOR;
     const int64_t at = from.offset(p, n + row);
-    uint4 words;
+    alignas(16) T values[VECTOR];
     if (is_aligned && p < P && row + VECTOR <= inside) {
-      if (from.weight.is_wide) {
+      if (sizeof(T) == 2 && from.weight.is_wide) {
         const float4 *data =
             reinterpret_cast<const float4 *>(static_cast<const float *>(from.weight.data) + at);
-        const float4 low = data[0], high = data[1];
-        words = {pack<T>(low.x, low.y), pack<T>(low.z, low.w), pack<T>(high.x, high.y),
-                 pack<T>(high.z, high.w)};
+#pragma unroll
+        for (int i = 0; i < VECTOR / 4; ++i) {
+          const float4 part = data[i];
+          put_pair(values + 4 * i, part.x, part.y);
+          put_pair(values + 4 * i + 2, part.z, part.w);
+        }
       } else {
-        words = *reinterpret_cast<const uint4 *>(static_cast<const T *>(from.weight.data) + at);
+        *reinterpret_cast<uint4 *>(values) =
+            *reinterpret_cast<const uint4 *>(static_cast<const T *>(from.weight.data) + at);
       }
     } else {
-      float values[VECTOR];
 #pragma unroll
       for (int e = 0; e < VECTOR; ++e)
-        values[e] = p < P && row + e < inside ? from.at(p, n + row + e) : 0.f;
-      words = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3]),
-               pack<T>(values[4], values[5]), pack<T>(values[6], values[7])};
+        values[e] = narrow<T>(p < P && row + e < inside ? from.at(p, n + row + e) : 0.f);
     }
-    *reinterpret_cast<uint4 *>(to + p * MAP_STRIDE + row) = words;
+    *reinterpret_cast<uint4 *>(to + p * MAP_STRIDE + row) =
+        *reinterpret_cast<const uint4 *>(values);
   }
 }
 
 // A warp's 16 rows of x in shared memory without their mean, rounded to T.
 template <class T> __device__ __forceinline__ void subtract(T *rows, const float *mean) {
-  constexpr int VECTOR = 8, VECTORS = CHANNEL_BLOCK / VECTOR;
+  constexpr int VECTOR = 16 / sizeof(T), VECTORS = CHANNEL_BLOCK / VECTOR;
   for (int i = threadIdx.x % 32; i < WARP_ROWS * VECTORS; i += 32) {
     const int c = i % VECTORS * VECTOR;
     uint4 *at = reinterpret_cast<uint4 *>(rows + i / VECTORS * CHANNEL_STRIDE + c);
@@ -138,7 +141,7 @@ __device__ void token_gradients_mma(const Paired<T> &a, const PairedBackward<T> 
   const int C = a.C, O = a.O, P = a.P, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const DxSlices slices(C, O, a.J);
   float *mean = reinterpret_cast<float *>(shared);
-  T *projection = shared + 2 * C,
+  T *projection = shared + C * (sizeof(float) / sizeof(T)),
     *tile = projection + PROJECTION_TILE + warp * WARP_ROWS * CHANNEL_STRIDE;
   T *matrices = projection + PROJECTION_TILE + ROWS_TILE;
   const auto load = [&](int slice, T *to) {
@@ -245,7 +248,7 @@ __device__ void projection_gradients_mma(const Paired<T> &a, const PairedBackwar
           tile, &a.x.at(slice / blocks, first, slice % blocks * CHANNEL_BLOCK), a.x.stride_n,
           a.x.stride_c, stop - first, TILE_ROWS, threadIdx.x, MMA_THREADS);
       __syncthreads();
-      const RowFactor<CHANNEL_BLOCK> rows =
+      const RowFactor<T, CHANNEL_BLOCK> rows =
           row_factor<T, CHANNEL_BLOCK>(gradients + 2 * kept * SLICE + own * CHANNEL_STRIDE);
       add_scaled<T>(sum, inverses + kept,
                     [&](auto &to) { add_transposed<T, CHANNEL_BLOCK>(to, rows, tile); });
@@ -270,7 +273,7 @@ __device__ void projection_gradients_mma(const Paired<T> &a, const PairedBackwar
 
 // Of each chunk: blocks of 32 columns of dx by sample, then a block of each projection.
 template <class T>
-__global__ void __launch_bounds__(MMA_THREADS, 6)
+__global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 ? 6 : 4)
     paired_attention_mma_summary_bwd_kernel(Paired<T> a, PairedBackward<T> g, GradientTiles tiles) {
   // The means, a projection's tile, rows of tokens, matrices; or rows of tokens and gradients.
   EPA_DYNAMIC_SHARED(T, shared);

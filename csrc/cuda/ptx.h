@@ -1,12 +1,14 @@
 // Instructions that CUDA C++ has no words for; T is __nv_bfloat16 or __half.
 //
 //   mma<T>           c (16, 8) += a (16, K) b (K, 8): K = 8 with 2 words of a, 16 with 4
+//   mma_tf32         the same, K = 8, of floats that are TF32 numbers; round_tf32 makes them
 //   load_transposed  8 x 8 matrices of 16-bit elements from shared memory, transposed
 //   pack<T>          two floats, rounded, the first in the low half
 //
 // Of a lane with g = lane / 4, t = lane % 4: c is rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t,
 // 2t + 1; a word of a is columns 2t, 2t + 1 of row g, then g + 8, then both 8 columns on; a word of
-// b is rows 2t, 2t + 1 of column g, then 8 rows on. So c, packed, is an a.
+// b is rows 2t, 2t + 1 of column g, then 8 rows on. So c, packed, is an a. In TF32 a is columns t, t,
+// t + 4, t + 4 of rows g, g + 8, g, g + 8, and b rows t, t + 4 of column g.
 #pragma once
 
 #ifdef __CUDACC__
@@ -58,6 +60,21 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// To nearest: an 11-bit significand, all that tensor cores see of a float.
+__device__ __forceinline__ float round_tf32(float x) {
+  uint32_t word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
+  return __uint_as_float(word);
+}
+
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
 // Volatile and with memory clobbered: they read what the C++ around them writes.

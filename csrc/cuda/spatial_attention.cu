@@ -33,8 +33,8 @@ template <class T> struct Launcher {
   }
 
   bool is_specialised() const {
-    const bool has_kernel = a.D == 8 || a.D == 16 || a.D == 32 || a.D == 64;
-    return sizeof(T) == 2 && has_kernel && a.P <= MAP_COLUMNS;
+    return (sizeof(T) == 2 || (std::is_same_v<T, float> && a.tf32x3)) && has_mma<T>(a.D) &&
+           a.P <= MAP_COLUMNS;
   }
 
   dim3 grid(Chunks chunks) const { return dim3(chunks.count, a.H, a.B); }
@@ -51,18 +51,10 @@ template <class T> struct Launcher {
                  arguments(sums), squares);
       check("square_sums");
     }
-    if (is_specialised()) {
-      switch (a.D) {
-      case 8:
-        return forward_mma<8>(chunks, squares, sums.count, out);
-      case 16:
-        return forward_mma<16>(chunks, squares, sums.count, out);
-      case 32:
-        return forward_mma<32>(chunks, squares, sums.count, out);
-      default:
-        return forward_mma<64>(chunks, squares, sums.count, out);
-      }
-    }
+    if (is_specialised())
+      return with_head_dim<T>(a.D, [&](auto d) {
+        forward_mma<decltype(d)::value>(chunks, squares, sums.count, out);
+      });
     const int64_t shared = (a.D + GENERIC_WARPS * a.P) * sizeof(A);
     EPA_LAUNCH((spatial_attention_fwd_kernel<T>), grid(chunks), GENERIC_THREADS, shared, a.stream,
                arguments(chunks), squares, static_cast<int>(sums.count), heads<T>(out));
@@ -70,11 +62,9 @@ template <class T> struct Launcher {
   }
 
   template <int D> void forward_mma(Chunks chunks, const A *squares, int count, View out) const {
-    if constexpr (sizeof(T) == 2) {
-      EPA_LAUNCH((spatial_attention_mma_fwd_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
-                 arguments(chunks), squares, count, heads<T>(out));
-      check("mma_fwd");
-    }
+    EPA_LAUNCH((spatial_attention_mma_fwd_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
+               arguments(chunks), squares, count, heads<T>(out));
+    check("mma_fwd");
   }
 
   void backward(View dout, const SpatialAttentionGradients &gradients) const {
@@ -82,19 +72,8 @@ template <class T> struct Launcher {
     const int count = chunks.count;
     A *sums = static_cast<A *>(a.workspace), *dnorm = sums + a.B * a.H * count * 2 * a.P * a.D;
     if (is_specialised()) {
-      switch (a.D) {
-      case 8:
-        sums_mma<8>(chunks, dout, gradients.q, sums);
-        break;
-      case 16:
-        sums_mma<16>(chunks, dout, gradients.q, sums);
-        break;
-      case 32:
-        sums_mma<32>(chunks, dout, gradients.q, sums);
-        break;
-      default:
-        sums_mma<64>(chunks, dout, gradients.q, sums);
-      }
+      with_head_dim<T>(
+          a.D, [&](auto d) { sums_mma<decltype(d)::value>(chunks, dout, gradients.q, sums); });
     } else {
       const int64_t scale = a.D * sizeof(A), row = 2 * a.P * sizeof(A);
       const int rows = std::min<int64_t>(MOST_ROWS, (SHARED_LIMIT - scale) / row);
@@ -114,11 +93,9 @@ template <class T> struct Launcher {
   }
 
   template <int D> void sums_mma(Chunks chunks, View dout, View dq, A *sums) const {
-    if constexpr (sizeof(T) == 2) {
-      EPA_LAUNCH((spatial_attention_mma_bwd_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
-                 arguments(chunks), heads<const T>(dout), heads<T>(dq), sums);
-      check("mma_bwd");
-    }
+    EPA_LAUNCH((spatial_attention_mma_bwd_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
+               arguments(chunks), heads<const T>(dout), heads<T>(dq), sums);
+    check("mma_bwd");
   }
 };
 

@@ -1,10 +1,11 @@
-// Spatial attention on tensor cores, D in {8, 16, 32, 64}, P up to 64, T __nv_bfloat16 or __half.
+// Spatial attention on tensor cores, P up to 64: T __nv_bfloat16 or __half and D in {8, 16, 32, 64},
+// or float and D in {8, 16}.
 //
 //   A warp owns 16 tokens of a head, rows g and g + 8 of a lane with g = lane / 4; the map's rows
 //   never leave its registers forward: an accumulator, packed, is the next product's factor.
 //   Backward, sums over tokens need the map transposed: it goes through shared memory, where each
 //   warp then owns 16 projected tokens of both sums.
-//   k_proj and v_proj lie in shared memory once a block: up to 46 KB, for D = 64 backward.
+//   k_proj and v_proj lie in shared memory once a block: up to 46 KB, for 16 bits and D = 64 backward.
 #pragma once
 #include "fragments.cuh"
 #include "spatial.cuh"

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import float32_is_exact
+
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # And up to FEW_TOKENS where that launch would be one too many.
 ONE_CHUNK, FEW_TOKENS = 128, 512
@@ -146,14 +148,6 @@ def architecture(x: Tensor) -> str:
     return _architecture(x.device.index) if x.device.type == "cuda" else ""
 
 
-def _is_highest() -> bool:
-    """Whether torch multiplies float32 in float32, by its new setting or by its old one."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # once the new setting was used, torch refuses the old one
-        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
-
-
 def precision(x: Tensor, kernel: str = "") -> str:
     """How float32 factors of a kernel multiply: torch's setting for matrix products decides.
 
@@ -163,7 +157,7 @@ def precision(x: Tensor, kernel: str = "") -> str:
     """
     is_exact = x.dtype == torch.float64
     if x.dtype == torch.float32:
-        is_exact = kernel in IN_FLOAT32 or _is_highest()
+        is_exact = kernel in IN_FLOAT32 or float32_is_exact()
     return "ieee" if is_exact or architecture(x).startswith("gfx") else "tf32x3"
 
 

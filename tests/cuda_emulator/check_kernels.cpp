@@ -195,7 +195,7 @@ template <class T> bool spatial_is_right(Shape s, epa::Dtype dtype, double toler
   const auto run = [&] {
     auto a = call.template arguments<SpatialAttention>();
     std::vector<float> q_norm(s.H * s.D);
-    a.P = s.P, a.normalize = true;
+    a.P = s.P, a.normalize = true, a.tf32x3 = true;
     a.k_proj = call.k.view(dtype), a.v_proj = call.v.view(dtype), a.q_norm = q_norm.data();
     std::vector<char> forward_memory(spatial_attention_fwd_workspace(a), char(0xFF));
     a.workspace = forward_memory.data();
@@ -235,6 +235,7 @@ int main(int count, char **arguments) {
       {"spatial",
        [] {
          return spatial_is_right<__nv_bfloat16>({67, 2, 8, 33}, epa::Dtype::bfloat16, 0.03) &
+                spatial_is_right<float>({67, 1, 8, 17}, epa::Dtype::float32, 1e-5) &
                 spatial_is_right<float>({67, 2, 5, 9}, epa::Dtype::float32, 1e-4);
        }},
       {"channel",
@@ -250,6 +251,7 @@ int main(int count, char **arguments) {
       {"paired_mma",
        [] {
          return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03) &
+                paired_is_right<float>({70, 32, 4, 17}, epa::Dtype::float32, 1e-5) &
                 paired_is_right<__half>({35, 32, 2, 9}, epa::Dtype::float16, 0.01);
        }},
   };

@@ -102,6 +102,7 @@ PairedTensors run_paired(PairedShape s, epa::Dtype dtype, const PairedTensors &i
   a.B = 1, a.N = N, a.C = C, a.H = s.H, a.P = s.P;
   a.kind = epa::Kind::shared, a.layout = epa::Layout::official, a.direct = N < 2 * C;
   a.channel_threshold = a.spatial_threshold = THRESHOLD, a.seed = &SEED, a.weight_dtype = wide;
+  a.tf32x3 = true;
   a.x = {x.data(), dtype, {N * C, C, 1}};
   a.proj_k_weight = {at(3), wide, {N, 1}};
   a.qkvv_weight = at(1), a.qkvv_bias = at(2), a.proj_k_bias = at(4);

@@ -49,6 +49,44 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
   multiply<T>(c, a, b);
 }
 
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Without the 13 bits that no tensor core sees.
+inline float seen_as_tf32(uint32_t bits) {
+  bits &= 0xFFFFE000;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float round_tf32(float x) { return std::isnan(x) ? x : seen_as_tf32(bits_of(x) + 0x1000); }
+
+inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  struct Factors {
+    float a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  emulator::put(&mine, sizeof mine);
+  emulator::warp_barrier(false);
+  const int group = emulator::lane() / 4, pair = emulator::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = group + 8 * (i / 2), column = 2 * pair + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      Factors of_row, of_column;
+      emulator::get(row % 8 * 4 + k % 4, &of_row, sizeof of_row);
+      emulator::get(column * 4 + k % 4, &of_column, sizeof of_column);
+      c[i] += seen_as_tf32(bits_of(of_row.a[row / 8 + 2 * (k / 4)])) *
+              seen_as_tf32(bits_of(of_column.b[k / 4]));
+    }
+  }
+  emulator::warp_barrier(false);
+}
+
 // Matrix i lies at the addresses of lanes 8 i to 8 i + 7, a row of 8 elements of 16 bits each; a
 // lane gets two neighbours of a column.
 template <int MATRICES> void load_transposed(uint32_t (&result)[MATRICES], const void *address) {

@@ -35,9 +35,9 @@ template <int K> void product_kernel(float *result) {
   for (int i = 0; i < 4; ++i) result[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
 }
 
-template <int K> bool product_is_right() {
+template <int K> bool product_is_right(void (*kernel)(float *)) {
   std::vector<float> result(16 * 8);
-  EPA_LAUNCH(product_kernel<K>, 1, 32, 0, nullptr, result.data());
+  EPA_LAUNCH(kernel, 1, 32, 0, nullptr, result.data());
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column) {
       float sum = 1;
@@ -45,6 +45,24 @@ template <int K> bool product_is_right() {
       if (result[row * 8 + column] != sum) return false;
     }
   return true;
+}
+
+void tf32_product_kernel(float *result) {
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  float a[4], b[2];
+  // What lies beyond 11 bits is not seen.
+  for (int i = 0; i < 4; ++i) a[i] = std::nextafter(number(g + 8 * (i % 2), t + 4 * (i / 2)), 9.f);
+  for (int i = 0; i < 2; ++i) b[i] = number(t + 4 * i, g);
+  for (float &value : a) value = value < 0 ? round_tf32(value) : value;
+  float c[4] = {1, 1, 1, 1};
+  mma_tf32(c, a, b);
+  for (int i = 0; i < 4; ++i) result[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
+}
+
+bool tf32_rounds_to_nearest() {
+  const float step = std::ldexp(1.f, -10), half = step / 2;
+  return round_tf32(1 + half) == 1 + step && round_tf32(-1 - half) == -1 - step &&
+         round_tf32(1 + half - step / 8192) == 1 && std::isnan(round_tf32(NAN));
 }
 
 // Four matrices side by side, (8, 32).
@@ -118,8 +136,10 @@ bool runs(void (*kernel)(), unsigned threads) {
 
 int main(int, char **arguments) {
   const std::map<std::string, std::function<bool()>> cases = {
-      {"product of 8", product_is_right<8>},
-      {"product of 16", product_is_right<16>},
+      {"product of 8", [] { return product_is_right<8>(product_kernel<8>); }},
+      {"product of 16", [] { return product_is_right<16>(product_kernel<16>); }},
+      {"product in tf32",
+       [] { return product_is_right<8>(tf32_product_kernel) && tf32_rounds_to_nearest(); }},
       {"transpose", transpose_is_right},
       {"barrier", barrier_matters},
       {"divergent barrier", [] { return runs(divergent_kernel, 64); }},
