@@ -431,8 +431,8 @@ def test_published_recipes_are_the_described_ones():
     assert described == {
         "unetrpp": ("sgd", "poly", "dice_ce", 1e-2, 3e-5, None),
         "segformer3d": ("adamw", "restarts", "dice", 1e-4, 0.01, 8),
-        "slim_unetr": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 16),
-        "slim_unetrpp": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 3),
+        "slim_unetr": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 2 * 16),
+        "slim_unetrpp": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 2 * 3),
     }
     slim = of["slim_unetr"]
     assert slim.betas == [0.9, 0.95] and slim.mirror
@@ -502,6 +502,25 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
         (group,) = training._optimizer(model, published).param_groups
         assert group["weight_decay"] == 0.5 and len(group["params"]) == len(names)
         assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("name", ["segformer3d", "slim_unetr", "slim_unetrpp"])
+def test_published_recipe_decays_as_the_published_optimizer(name):
+    """torch's on all parameters; timm's neither on biases nor on norms, on all others."""
+    from unetrpp import create_model
+
+    config = resolved(TrainConfig(data="d", output="r", model=name, recipe="published"))
+    model = create_model(name, "tiny")
+    decayed, *kept = training._optimizer(model, config).param_groups
+    assert decayed["weight_decay"] == PUBLISHED[name]["weight_decay"]
+    if name == "segformer3d":
+        assert not kept and len(decayed["params"]) == len(list(model.parameters()))
+        return
+    (kept,) = kept
+    assert kept["weight_decay"] == 0
+    kept = {id(parameter) for parameter in kept["params"]}
+    assert kept == {id(p) for key, p in model.named_parameters() if p.ndim <= 1}
+    assert {id(p) for key, p in model.named_parameters() if key.endswith("bias")} <= kept
 
 
 @pytest.mark.parametrize(

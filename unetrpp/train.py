@@ -30,7 +30,7 @@ import torch
 
 from unetrpp.losses import deep_supervision_loss
 from unetrpp.run_folder import Metrics, check_folder, save_state, write_text
-from unetrpp.train_config import TrainConfig, resolved, resumed
+from unetrpp.train_config import TrainConfig, is_decayed, resolved, resumed
 
 __all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train"]
 
@@ -80,14 +80,13 @@ def learning_rate_at(
 
 
 def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW, with decay on all parameters (published), or on weights only (short)."""
-    groups: list[dict] = [{"params": list(model.parameters())}]
-    if config.recipe == "short":
-        # Decay pulls a norm's scale or a temperature (H, 1, 1) to zero, where it means nothing.
-        decayed, kept = [], []
-        for name, parameter in model.named_parameters():
-            (kept if parameter.ndim <= 1 or "temperature" in name else decayed).append(parameter)
-        groups = [{"params": decayed}, {"params": kept, "weight_decay": 0}]
+    """SGD or AdamW, with decay on the parameters that `is_decayed` names."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if is_decayed(config, name, parameter) else kept).append(parameter)
+    groups: list[dict] = [{"params": decayed}]
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0})
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.99, nesterov=True, **options)
