@@ -181,7 +181,9 @@ def test_info_of_other_networks_and_says_what_is_a_reconstruction(capsys):
         assert ("RECONSTRUCTION" in text) == name.startswith("slim_unetrpp")
         assert ("any other size" in text) == name.startswith("segformer3d")
     assert cli.main(["info"]) == 1
-    assert "neither a checkpoint folder nor a preset (synapse, " in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "neither a checkpoint folder nor a preset (synapse, " in message
+    assert "slim_unetrpp/brats (reconstruction), " in message
 
 
 def test_throughput_is_a_markdown_table_of_figures_that_agree(capsys):

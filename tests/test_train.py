@@ -559,6 +559,20 @@ def test_the_training_spacing_is_kept_unless_declined(tmp_path):
     assert propose(*arguments, on_gpu=False, spacing=[0, 0, 0]).preprocessing.spacing is None
 
 
+@pytest.mark.parametrize("preset", [None, "tiny"])
+def test_the_plan_says_what_is_a_reconstruction(data, preset):
+    arguments = (find_cases(data), read_dataset_info(data))
+    of = {
+        name: " ".join(propose(*arguments, on_gpu=False, model=name, preset=preset).reasons)
+        for name in ("slim_unetr", "slim_unetrpp")
+    }
+    assert "slim_unetrpp is a RECONSTRUCTION: " in of["slim_unetrpp"]
+    assert "RECONSTRUCTION" not in of["slim_unetr"]
+    if preset is None:
+        assert "preset brats: Slim UNETR's widths" in of["slim_unetrpp"]
+        assert "preset brats: the published widths" in of["slim_unetr"]
+
+
 def test_illegal_patch_names_multiples_and_the_nearest_size(data):
     with pytest.raises(ValueError, match="multiple of 16x16x16; nearest legal size 16x32x16"):
         propose(

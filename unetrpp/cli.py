@@ -150,11 +150,12 @@ COMMANDS = {
 
 def _presets(name: str | None) -> list[str]:
     """The preset of this name, all if there is none."""
-    from unetrpp.models import preset_names
+    from unetrpp.models import preset_label, preset_names
 
     names = list(preset_names())
     if name is not None and name not in names:
-        raise ValueError(f"{name!r} is no preset; throughput is measured of {', '.join(names)}")
+        listed = ", ".join(map(preset_label, names))
+        raise ValueError(f"{name!r} is no preset; throughput is measured of {listed}")
     return names if name is None else [name]
 
 
@@ -170,7 +171,7 @@ def info(model: str | None) -> str:
     import torch
 
     import epa_kernels
-    from unetrpp.models import create_model, preset_names
+    from unetrpp.models import RECONSTRUCTION, create_model, preset_label, preset_names
     from unetrpp.models.network import size_multiples
     from unetrpp.throughput import multiply_adds
 
@@ -188,15 +189,13 @@ def info(model: str | None) -> str:
             lines.append(f"  validation Dice  {config['val_dice']:.4f} after step {config['step']}")
     else:
         raise ValueError(
-            f"{model!r} is neither a checkpoint folder nor a preset ({', '.join(presets)})"
+            f"{model!r} is neither a checkpoint folder nor a preset "
+            f"({', '.join(map(preset_label, presets))})"
         )
     settings = network.config["args"]
     lines.append(f"  network          {type(network).__name__} ({network.name})")
     if network.is_reconstruction:
-        lines.append(
-            "                   a RECONSTRUCTION: only parts of it were published, how they are "
-            "joined is this package's guess; nothing is known of its accuracy"
-        )
+        lines.append(f"                   {RECONSTRUCTION}")
     giga = multiply_adds(network) / 1e9
     multiples = size_multiples(network.strides)
     tokens = [f"{grid[0] * grid[1] * grid[2]} ({_by(grid)})" for grid in network.grids]

@@ -93,6 +93,8 @@ def propose(
         ValueError: a given patch size that the strides do not divide, with the legal multiples;
             or three values are needed and not given.
     """
+    from unetrpp.models import MODELS, RECONSTRUCTION
+
     geometry = [volume_geometry(case) for case in cases]
     sizes = np.array([shape for shape, _ in geometry], dtype=float)  # (cases, 3)
     spacings = np.array([spacing for _, spacing in geometry])  # (cases, 3)
@@ -129,9 +131,13 @@ def propose(
         f"leaves at most {STEM_TOKENS} tokens along an axis, else 4; then halvings"
     )
 
+    is_reconstruction = MODELS[model].is_reconstruction
+    if is_reconstruction:
+        reasons.append(f"{model} is {RECONSTRUCTION}")
     if preset is None and model != "unetrpp":
         preset, chosen = "brats", {}
-        reasons.append(f"{model}, preset brats: the described widths, light enough for a CPU")
+        whose = "Slim UNETR's" if is_reconstruction else "the published"
+        reasons.append(f"{model}, preset brats: {whose} widths, light enough for a CPU")
     elif preset is None:
         preset, chosen = ("synapse", {}) if on_gpu else ("tiny", dict(CPU_WIDTHS))
         reasons.append(

@@ -12,14 +12,22 @@ from .unetrpp import UNETRPP
 __all__ = [
     "MODELS",
     "PRESETS",
+    "RECONSTRUCTION",
     "UNETRPP",
     "Network",
     "SegFormer3D",
     "SlimUNETR",
     "SlimUNETRPP",
     "create_model",
+    "preset_label",
     "preset_names",
 ]
+
+# What a user must know of a network whose `is_reconstruction` is set.
+RECONSTRUCTION = (
+    "a RECONSTRUCTION: only parts of it were published, how they are joined is this package's "
+    "guess; nothing is known of its accuracy"
+)
 
 MODELS: dict[str, type[Network]] = {
     network.name: network for network in (UNETRPP, SegFormer3D, SlimUNETR, SlimUNETRPP)
@@ -30,7 +38,8 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Netw
     """Build a network by name.
 
     Args:
-        name: a key of `MODELS`: "unetrpp", "segformer3d", "slim_unetr" or "slim_unetrpp".
+        name: a key of `MODELS`: "unetrpp", "segformer3d", "slim_unetr", or "slim_unetrpp" (a
+            reconstruction, see `SlimUNETRPP`).
         preset: named settings of that network, for instance "synapse"; None takes all settings
             from `arguments`.
         arguments: constructor arguments, which override the preset's.
@@ -58,3 +67,9 @@ def preset_names() -> dict[str, tuple[str, str]]:
         for network, presets in PRESETS.items()
         for preset in presets
     }
+
+
+def preset_label(name: str) -> str:
+    """Return a name of `preset_names` as it is shown: with the word, if it is a reconstruction."""
+    network, _ = preset_names()[name]
+    return f"{name} (reconstruction)" if MODELS[network].is_reconstruction else name
