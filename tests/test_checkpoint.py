@@ -106,6 +106,8 @@ def test_load_with_overrides_and_another_size(model, folder):
     assert again.unetr_pp_encoder.stages[0][0].epa_block.attn_drop.p == 0.0
     with pytest.raises(ValueError, match="does not fit the model"):
         load_checkpoint(folder, out_channels=5)
+    with pytest.raises(ValueError, match="unexpected keyword argument 'dropout'; its arguments"):
+        load_checkpoint(folder, dropout=0.5)
 
 
 def test_wrappers_are_looked_through(model, tmp_path):

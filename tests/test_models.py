@@ -129,12 +129,49 @@ def test_wrong_argument_names_the_rule(name):
         ({"strides": (2, 2)}, "strides must have 4 entries, got 2"),
         ({"strides": (1, 2, 0, 2)}, "strides must be one integer or three"),
         ({"img_size": (8, 16)}, "img_size must be one integer or three"),
+        ({"strides": 2}, "strides must have 4 entries, got 2"),
+        ({"strides": (1, 2, "2", 2)}, "strides must be one integer or three, .*; got '2'"),
+        ({"img_size": None}, "img_size must be one integer or three, .*; got None"),
+        (
+            {"img_size": (8, 16, 32.5)},
+            r"img_size must be one integer or three, .*; got \(8, 16, 32.5",
+        ),
+        ({"dims": 8}, "dims must be integers, each at least 1; got 8"),
+        ({"dims": "wide"}, "dims must be integers, each at least 1; got 'wide'"),
+        ({"dims": (4, 8, 0, 16)}, r"dims must be integers, each at least 1; got \(4, 8, 0"),
+        ({"depths": (1, 1, -1, 1)}, "depths must be integers, each at least 0; got"),
+        ({"in_channels": "CT"}, "in_channels must be an integer, at least 1; got 'CT'"),
+        (
+            {"widths": 3},
+            "got an unexpected keyword argument 'widths'; its arguments are in_channels, ",
+        ),
         ({"img_size": (8, 16, 36)}, r"img_size must be a multiple of \(4, 8, 16\) .* \(8, 16, 32"),
     ):
         with pytest.raises(ValueError, match=f"{kind}: {message}"):
             small_model(name, **arguments)
+    with pytest.raises(ValueError, match=f"{kind}: missing a required argument: 'out_channels'"):
+        create_model(name, in_channels=1)
+    with pytest.raises(ValueError, match=f"{kind}: got an unexpected keyword argument 'widths'"):
+        create_model(name, "tiny", widths=3)
     with pytest.raises(ValueError, match=rf"{kind}.from_preset: preset must be one of .*tiny; got"):
         create_model(name, "brain")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("unetrpp", {"num_heads": (1, 2, 3, 4)}, "num_heads must be an integer, at least 1; got"),
+        ("unetrpp", {"epa_kind": 1}, "epa_kind must be a word; got 1"),
+        ("segformer3d", {"num_heads": 4}, "num_heads must be integers, each at least 1; got 4"),
+        ("segformer3d", {"num_heads": (1, 0, 3, 4)}, "num_heads must be integers, each at least 1"),
+        ("slim_unetr", {"dropout": "0.3"}, "dropout must be a number; got '0.3'"),
+        ("slim_unetrpp", {"has_epa": "no"}, "has_epa must be true or false; got 'no'"),
+        ("slim_unetrpp", {"sca_stages": 2}, "sca_stages must be integers, each at least 1; got 2"),
+    ],
+)
+def test_argument_of_another_type_is_named(name, arguments, message):
+    with pytest.raises(ValueError, match=f"{MODELS[name].__name__}: {message}"):
+        small_model(name, **arguments)
 
 
 @pytest.mark.parametrize("name", ["segformer3d", "slim_unetr", "slim_unetrpp"])

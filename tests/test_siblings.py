@@ -351,7 +351,8 @@ def test_reconstruction_can_leave_its_parts_out():
     assert model(torch.randn(2, 1, 32, 32, 32)).shape == (2, 2, 32, 32, 32)
     for arguments, message in (
         ({"sca_stages": (4,)}, "sca_stages must be among 1, 2, 3"),
-        ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"kernel_size": 4}, "kernel_size must be odd and at least 1; got 4"),
+        ({"kernel_size": -3}, "kernel_size must be an integer, at least 1; got -3"),
     ):
         with pytest.raises(ValueError, match=f"SlimUNETRPP: {message}"):
             create_model("slim_unetrpp", "tiny", **arguments)

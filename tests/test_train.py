@@ -270,6 +270,8 @@ def test_nothing_is_overwritten_unasked(data, uninterrupted, tmp_path):
         ({"data": None}, "needs --data DIR"),
         ({"fold": 7}, "fold must lie in 0..3"),
         ({"preset": "huge"}, "preset must be one of"),
+        ({"model_args": {"widths": [8]}}, "UNETRPP: got an unexpected keyword argument 'widths'"),
+        ({"model_args": {"dims": [8, 16]}}, "UNETRPP: dims must have 4 entries, got 2"),
     ],
 )
 def test_wrong_options_are_explained_before_anything_is_written(data, tmp_path, options, message):

@@ -109,7 +109,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is truncated or not what it should be, or does not fit the model.
+        ValueError: a file is truncated or not what it should be, or does not fit the model; an
+            override is no argument of the model or breaks its rule; or img_size does.
     """
     folder = Path(folder)
     config, tensors = _read_folder(folder, str(map_location))
@@ -374,7 +375,7 @@ def _fitting_presets(
         try:
             with torch.device("meta"):
                 model = _from_preset(preset, tensors, **overrides)
-        except (TypeError, ValueError):
+        except ValueError:
             # What is passed need not be legal for every preset, nor known to every network.
             continue
         if shapes(model.state_dict()) == wanted:

@@ -45,7 +45,7 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Netw
         arguments: constructor arguments, which override the preset's.
 
     Raises:
-        ValueError: unknown name or preset, or an argument breaks its rule.
+        ValueError: unknown name or preset, or an argument is unknown or breaks its rule.
 
     Example:
         >>> model = create_model("unetrpp", "tiny", out_channels=3)
@@ -54,7 +54,7 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Netw
     if name not in MODELS:
         raise ValueError(f"create_model: name must be one of {', '.join(MODELS)}; got {name!r}.")
     model = MODELS[name]
-    return model(**arguments) if preset is None else model.from_preset(preset, **arguments)
+    return model.build(**arguments) if preset is None else model.from_preset(preset, **arguments)
 
 
 def preset_names() -> dict[str, tuple[str, str]]:

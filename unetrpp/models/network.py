@@ -1,9 +1,11 @@
 """What all networks share: strides and sizes, presets, configuration, input checks, resizing."""
 
+import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
@@ -39,7 +41,8 @@ class Network(nn.Module):
             of the one with the classes.
 
     Raises:
-        ValueError: strides or size break their rule.
+        ValueError: strides or size break their rule, or another argument is not of the type that
+            the subclass's constructor gives it.
     """
 
     name: str
@@ -59,11 +62,28 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.check_lengths(STAGES, strides=strides)
+        self.check_types(in_channels=in_channels, **arguments)
         self.in_channels = in_channels
         self.strides = tuple(self._triple("strides", stride) for stride in strides)
         self.img_size = self._triple("img_size", img_size)
         self.grids = _stage_grids(self.img_size, self.strides, type(self).__name__)
         self._arguments = {"in_channels": in_channels, "strides": self.strides, **arguments}
+
+    @classmethod
+    def build(cls, **arguments: Any) -> "Network":
+        """Build a model with constructor arguments that a user or a file names.
+
+        Raises:
+            ValueError: an argument is unknown or missing, or breaks its rule.
+        """
+        signature = inspect.signature(cls)
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"{cls.__name__}: {error}; its arguments are {', '.join(signature.parameters)}."
+            ) from None
+        return cls(**arguments)
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> "Network":
@@ -74,7 +94,7 @@ class Network(nn.Module):
             overrides: constructor arguments, for instance in_channels=2, img_size=(96, 96, 96).
 
         Raises:
-            ValueError: no such preset, or an argument breaks its rule.
+            ValueError: no such preset, or an argument is unknown or breaks its rule.
         """
         presets = PRESETS[cls.name]
         if preset not in presets:
@@ -82,7 +102,7 @@ class Network(nn.Module):
                 f"{cls.__name__}.from_preset: preset must be one of {', '.join(presets)}; got "
                 f"{preset!r}."
             )
-        return cls(**{**presets[preset], **overrides})
+        return cls.build(**{**presets[preset], **overrides})
 
     @classmethod
     def channels_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -174,11 +194,31 @@ class Network(nn.Module):
     def check_lengths(cls, length: int, **arguments: Sequence) -> None:
         """Raise a ValueError that names the argument which has not `length` entries."""
         for name, value in arguments.items():
-            if len(value) != length:
+            is_list = isinstance(value, Collection)
+            if not is_list or len(value) != length:
+                number = f"{len(value)}: " if is_list else ""
                 raise ValueError(
-                    f"{cls.__name__}: {name} must have {length} entries, got {len(value)}: "
-                    f"{value!r}."
+                    f"{cls.__name__}: {name} must have {length} entries, got {number}{value!r}."
                 )
+
+    @classmethod
+    def check_types(cls, **arguments: Any) -> None:
+        """Raise a ValueError that names the argument which is not what its type hint says.
+
+        Integers are numbers of something: at least 1, depths at least 0.
+        """
+        hints = get_type_hints(cls.__init__)
+        for name, value in arguments.items():
+            least = 0 if name.endswith("depths") else 1
+            rule, holds = {
+                int: (f"an integer, at least {least}", _are_integers([value], least)),
+                Sequence[int]: (f"integers, each at least {least}", _are_integers(value, least)),
+                float: ("a number", isinstance(value, Real)),
+                bool: ("true or false", isinstance(value, bool)),
+                str: ("a word", isinstance(value, str)),
+            }[hints[name]]
+            if not holds:
+                raise ValueError(f"{cls.__name__}: {name} must be {rule}; got {value!r}.")
 
     @classmethod
     def check_heads(cls, dims: Sequence[int], num_heads: Sequence[int]) -> None:
@@ -191,13 +231,13 @@ class Network(nn.Module):
 
     @classmethod
     def _triple(cls, name: str, value: Sequence[int] | int) -> Triple:
-        values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
-        if len(values) != 3 or min(values) < 1:
+        values = (value,) * 3 if isinstance(value, Integral) else value
+        if not _are_integers(values, 1) or len(values) != 3:
             raise ValueError(
                 f"{cls.__name__}: {name} must be one integer or three, each at least 1; got "
                 f"{value!r}."
             )
-        return values
+        return tuple(map(int, values))
 
 
 def size_multiples(strides: Sequence[Triple]) -> Triple:
@@ -210,6 +250,12 @@ def nearest_legal_size(size: Sequence[int], strides: Sequence[Triple]) -> Triple
     return tuple(
         max(1, (2 * n + m) // (2 * m)) * m
         for n, m in zip(size, size_multiples(strides), strict=True)
+    )
+
+
+def _are_integers(values: Any, least: int) -> bool:
+    return isinstance(values, Collection) and all(
+        isinstance(value, Integral) and value >= least for value in values
     )
 
 

@@ -118,7 +118,9 @@ class SlimUNETRPP(Network):
         self.check_lengths(STAGES, dims=dims, depths=depths, num_heads=num_heads)
         self.check_heads(dims, num_heads)
         if kernel_size % 2 == 0:
-            raise ValueError(f"SlimUNETRPP: kernel_size must be odd, got {kernel_size}.")
+            raise ValueError(
+                f"SlimUNETRPP: kernel_size must be odd and at least 1; got {kernel_size}."
+            )
         if not set(sca_stages) <= {1, 2, 3}:
             raise ValueError(
                 f"SlimUNETRPP: sca_stages must be among 1, 2, 3, the stages with a skip "
