@@ -448,6 +448,28 @@ def test_another_optimizer_than_the_recipes_has_its_settings():
     assert resolved(TrainConfig(**data)).betas == [0.9, 0.999]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "--betas has no effect with optimizer sgd"),
+        ({"schedule": "poly", "warm_up": 9}, "--warm_up has no effect with schedule poly, got 9"),
+        ({"recipe": "published", "warm_up": 9}, "--warm_up has no effect with schedule poly"),
+        ({"augmentation": "none", "mirror": True}, "--mirror has no effect with augmentation none"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolved(TrainConfig(data="d", output="r", **options))
+
+
+@pytest.mark.parametrize("recipe", ["short", "published"])
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_stored_configuration_can_be_given_again(model, recipe):
+    for options in ({}, {"optimizer": "sgd", "schedule": "poly", "augmentation": "none"}):
+        config = resolved(TrainConfig(data="d", output="r", model=model, recipe=recipe, **options))
+        assert resolved(config) == config
+
+
 def test_a_loss_that_is_none_is_refused():
     logits, label = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2)
     with pytest.raises(ValueError, match="loss must be one of dice_ce, .*; got 'ce'"):

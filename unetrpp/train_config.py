@@ -126,7 +126,7 @@ PUBLISHED = {
     "unetrpp": {
         "loss": "dice_ce",
         "optimizer": "sgd",
-        "betas": [0.9, 0.999],  # of another optimizer, where the user asks for it
+        "betas": [0.9, 0.999],  # of AdamW, where the user asks for it
         "schedule": "poly",
         "warm_up": 0,
         "learning_rate": 1e-2,
@@ -155,6 +155,12 @@ PUBLISHED = {
     # The same, 3 volumes a step.
     "slim_unetrpp": {**_SLIM_UNETR, "warm_up": 1_667, "steps": 100_000, "batch_size": 6},
 }
+# What has no effect under which choice: option, the setting that decides, its value.
+IDLE = (
+    ("betas", "optimizer", "sgd"),
+    ("warm_up", "schedule", "poly"),
+    ("mirror", "augmentation", "none"),
+)
 # These change where and how fast a run goes on, not what it computes.
 RESUMABLE = ("data", "accelerator", "workers", "cache", "save_minutes", "report")
 
@@ -163,7 +169,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """Fill in what the recipe and the machine decide where the user did not.
 
     Raises:
-        ValueError: no data or output folder, both steps and minutes, or bf16 without a GPU.
+        ValueError: no data or output folder, both steps and minutes, an option without effect, or
+            bf16 without a GPU.
     """
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
@@ -174,6 +181,15 @@ def resolved(config: TrainConfig) -> TrainConfig:
         recipe.pop("steps", None)
         recipe.pop("minutes", None)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    for option, setting, value in IDLE:
+        if chosen.get(setting, getattr(config, setting)) != value:
+            continue
+        if getattr(config, option):
+            raise ValueError(
+                f"--{option} has no effect with {setting} {value}, got {getattr(config, option)}; "
+                f"leave it out, or choose another --{setting}"
+            )
+        chosen[option] = None
     if config.precision == "auto":
         chosen["precision"] = "bf16-mixed" if _on_gpu(config) else "32-true"
     _check_precision(config, "use --precision 32-true")
