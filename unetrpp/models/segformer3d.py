@@ -36,7 +36,8 @@ class SegFormer3D(Network):
 
     Args:
         in_channels: channels of the input volume, for instance one per MR sequence.
-        out_channels: classes, background included.
+        out_channels: classes of a label map, the background included (`unetrpp train`); or regions
+            that may overlap, without one, as published.
         img_size: size of the training patch, three integers or one. Weights do not depend on it:
             forward takes every size whose axes are multiples of the product of the strides, which
             need not be cubes as in the published code.

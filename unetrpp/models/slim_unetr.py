@@ -37,7 +37,8 @@ class SlimUNETR(Network):
 
     Args:
         in_channels: channels of the input volume, for instance one per MR sequence.
-        out_channels: classes, background included.
+        out_channels: classes of a label map, the background included (`unetrpp train`); or regions
+            that may overlap, without one, as published.
         img_size: size of the input volume (the training patch), three integers or one; each axis a
             multiple of the product of its strides. Weights go to another by `resize_tokens`.
         strides: one step per stage, three integers or one each, default (4, 2, 2, 2). Attention of
