@@ -1,5 +1,6 @@
 """The command `unetrpp`: help, options from YAML and command line, errors and exit codes."""
 
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch  # noqa: E402
 
 import unetrpp  # noqa: E402
 from unetrpp import cli, train  # noqa: E402
+from unetrpp.models import PRESETS  # noqa: E402
 
 
 def captured_config(monkeypatch) -> list:
@@ -52,6 +54,15 @@ def test_every_option_has_a_line_of_help(name, capsys):
     for option in options[1:]:
         words = option.replace("\n", " ").split("(")[0].split()
         assert len([w for w in words if w.islower()]) >= 2, f"no help for {option!r}"
+
+
+def test_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split("\n  --preset")[1].split("\n  --")[0].split())
+    for network, presets in PRESETS.items():
+        listed = re.search(rf"\b{network}: ([^;.]*)", text)[1]
+        assert set(listed.split(", ")) == set(presets)
 
 
 def test_yaml_then_command_line(tmp_path, monkeypatch):
@@ -158,8 +169,9 @@ def test_wrong_usage_is_code_2(capsys):
 
 
 def test_info_of_a_preset_counts_parameters_and_tokens(capsys):
-    assert cli.main(["info", "tiny"]) == 0
+    assert cli.main(["info", "unetrpp/tiny"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith("preset tiny\n")
     assert "each axis a multiple of 16x16x16" in text
     assert "4096 (16x16x16), 512 (8x8x8), 64 (4x4x4), 8 (2x2x2)" in text
     assert "two_pass" in text and "reference" in text

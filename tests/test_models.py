@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epa_kernels import EfficientPairedAttention
-from unetrpp.models import MODELS, PRESETS, create_model, preset_names
+from unetrpp.models import MODELS, PRESETS, create_model, find_preset, preset_names
 from unetrpp.models.network import nearest_legal_size
 
 # Networks of a few milliseconds, anisotropic, for what does not depend on size.
@@ -73,6 +73,14 @@ def test_every_network_has_presets_under_one_name():
     assert names["synapse"] == ("unetrpp", "synapse")
     assert names["segformer3d/brats"] == ("segformer3d", "brats")
     assert len(names) == sum(map(len, PRESETS.values()))
+    for name, (network, preset) in names.items():
+        assert find_preset(name) == find_preset(f"{network}/{preset}") == name
+        assert (
+            create_model(network, f"{network}/tiny").config == create_model(network, "tiny").config
+        )
+    assert find_preset(None) is find_preset("brats") is None
+    with pytest.raises(ValueError, match="one of synapse, .*; got 'segformer3d/brats'"):
+        create_model("unetrpp", "segformer3d/brats")
 
 
 @every_model

@@ -22,7 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .models import MODELS, RECONSTRUCTION, Network, create_model, preset_label, preset_names
+from .models import (
+    MODELS,
+    RECONSTRUCTION,
+    Network,
+    create_model,
+    find_preset,
+    preset_label,
+    preset_names,
+)
 
 __all__ = ["load_checkpoint", "load_published", "save_checkpoint"]
 
@@ -175,17 +183,21 @@ def load_published(
             )
         _load_state(_unwrapped(model_or_preset), tensors, "load_published", path)
         return model_or_preset
-    preset = model_or_preset or next(iter(_fitting_presets(tensors, **overrides)), None)
-    if preset is None:
-        advice = _advice(tensors, otherwise="")
-        raise ValueError(
-            f"load_published: {path} fits no preset. {advice + ' ' if advice else ''}Pass the "
-            f"model or the preset that it was trained with."
-        )
-    names = preset_names()
-    if preset not in names:
-        listed = ", ".join(map(preset_label, names))
-        raise ValueError(f"load_published: preset must be one of {listed}; got {preset!r}.")
+    if model_or_preset is None:
+        preset = next(iter(_fitting_presets(tensors, **overrides)), None)
+        if preset is None:
+            advice = _advice(tensors, otherwise="")
+            raise ValueError(
+                f"load_published: {path} fits no preset. {advice + ' ' if advice else ''}Pass the "
+                f"model or the preset that it was trained with."
+            )
+    else:
+        preset = find_preset(model_or_preset)
+        if preset is None:
+            listed = ", ".join(map(preset_label, preset_names()))
+            raise ValueError(
+                f"load_published: preset must be one of {listed}; got {model_or_preset!r}."
+            )
     model = _from_preset(preset, tensors, **overrides)
     _load_state(model, tensors, "load_published", path)
     if model.is_reconstruction:

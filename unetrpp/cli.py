@@ -116,7 +116,8 @@ def _info(parser) -> Callable[[dict], int]:
     parser.add_argument(
         "model",
         nargs="?",
-        help="Checkpoint folder (RUN/best), or a preset: synapse, segformer3d/brats, ...",
+        help="Checkpoint folder (RUN/best), or a preset: of unetrpp by its name (synapse, ...), "
+        "of others as NETWORK/PRESET (segformer3d/brats, slim_unetr/hepatic, ...).",
     )
     parser.add_argument(
         "--throughput",
@@ -150,13 +151,15 @@ COMMANDS = {
 
 def _presets(name: str | None) -> list[str]:
     """The preset of this name, all if there is none."""
-    from unetrpp.models import preset_label, preset_names
+    from unetrpp.models import find_preset, preset_label, preset_names
 
-    names = list(preset_names())
-    if name is not None and name not in names:
-        listed = ", ".join(map(preset_label, names))
+    if name is None:
+        return list(preset_names())
+    preset = find_preset(name)
+    if preset is None:
+        listed = ", ".join(map(preset_label, preset_names()))
         raise ValueError(f"{name!r} is no preset; throughput is measured of {listed}")
-    return names if name is None else [name]
+    return [preset]
 
 
 def info(model: str | None) -> str:
@@ -171,14 +174,21 @@ def info(model: str | None) -> str:
     import torch
 
     import epa_kernels
-    from unetrpp.models import RECONSTRUCTION, create_model, preset_label, preset_names
+    from unetrpp.models import (
+        RECONSTRUCTION,
+        create_model,
+        find_preset,
+        preset_label,
+        preset_names,
+    )
     from unetrpp.models.network import size_multiples
     from unetrpp.throughput import multiply_adds
 
     lines, preprocessing, presets = [], None, preset_names()
-    if model in presets:
-        network = create_model(*presets[model])
-        lines.append(f"preset {model}")
+    preset = find_preset(model)
+    if preset is not None:
+        network = create_model(*presets[preset])
+        lines.append(f"preset {preset_label(preset)}")
     elif model is not None and Path(model).is_dir():
         from unetrpp.checkpoint import load_checkpoint
 

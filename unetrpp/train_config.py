@@ -28,7 +28,8 @@ class TrainConfig:
         patch_size: Network input, voxels along superior, posterior, left; e.g. [48,64,48].
         strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
         spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
-        preset: Widths: of unetrpp synapse, acdc, lung, tumor, btcv, tiny; of others brats, tiny.
+        preset: Widths. unetrpp: synapse, btcv, acdc, lung, tumor, tiny; segformer3d: brats, tiny;
+            slim_unetr: brats, hepatic, tiny; slim_unetrpp: brats, tiny.
         model_args: Further arguments of the network, e.g. {"dims": [16,32,64,128]}.
         batch_size: Patches per step and process.
         loss: dice_ce, dice or dice_focal; the last two take a sigmoid per class.

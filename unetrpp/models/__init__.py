@@ -19,6 +19,7 @@ __all__ = [
     "SlimUNETR",
     "SlimUNETRPP",
     "create_model",
+    "find_preset",
     "preset_label",
     "preset_names",
 ]
@@ -40,8 +41,8 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Netw
     Args:
         name: a key of `MODELS`: "unetrpp", "segformer3d", "slim_unetr", or "slim_unetrpp" (a
             reconstruction, see `SlimUNETRPP`).
-        preset: named settings of that network, for instance "synapse"; None takes all settings
-            from `arguments`.
+        preset: named settings of that network, for instance "synapse", with or without the
+            network in front ("segformer3d/brats"); None takes all settings from `arguments`.
         arguments: constructor arguments, which override the preset's.
 
     Raises:
@@ -58,15 +59,21 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Netw
 
 
 def preset_names() -> dict[str, tuple[str, str]]:
-    """Return all presets as one says them, with their network and their name there.
+    """Return the names of all presets, with their network and their name there.
 
-    Those of UNETR++ go by their own name, "synapse"; all others by "segformer3d/brats".
+    A name is "network/preset", for instance "segformer3d/brats", and "synapse" for one of UNETR++.
     """
     return {
         preset if network == "unetrpp" else f"{network}/{preset}": (network, preset)
         for network, presets in PRESETS.items()
         for preset in presets
     }
+
+
+def find_preset(name: str | None) -> str | None:
+    """Return the name of `preset_names` that is meant, "unetrpp/synapse" is "synapse"; or None."""
+    name = name and name.removeprefix("unetrpp/")
+    return name if name in preset_names() else None
 
 
 def preset_label(name: str) -> str:

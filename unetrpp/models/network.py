@@ -90,19 +90,21 @@ class Network(nn.Module):
         """Build a model with the settings of `unetrpp.models.presets`, some of them overridden.
 
         Args:
-            preset: a name among the presets of this network, for instance "tiny".
+            preset: a name among the presets of this network, for instance "tiny"; the network's
+                own name may stand in front, "segformer3d/tiny".
             overrides: constructor arguments, for instance in_channels=2, img_size=(96, 96, 96).
 
         Raises:
             ValueError: no such preset, or an argument is unknown or breaks its rule.
         """
         presets = PRESETS[cls.name]
-        if preset not in presets:
+        name = preset.removeprefix(f"{cls.name}/")
+        if name not in presets:
             raise ValueError(
                 f"{cls.__name__}.from_preset: preset must be one of {', '.join(presets)}; got "
                 f"{preset!r}."
             )
-        return cls.build(**{**presets[preset], **overrides})
+        return cls.build(**{**presets[name], **overrides})
 
     @classmethod
     def channels_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:
