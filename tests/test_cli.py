@@ -65,6 +65,14 @@ def test_help_names_every_preset(capsys):
         assert set(listed.split(", ")) == set(presets)
 
 
+def test_help_says_that_no_recipe_decides_the_patch_size(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "but for the patch size, which no recipe decides" in text
+    assert "proposed from the data if not given, with any recipe. Published: [64,128,128]" in text
+
+
 def test_yaml_then_command_line(tmp_path, monkeypatch):
     seen = captured_config(monkeypatch)
     file = tmp_path / "config.yaml"

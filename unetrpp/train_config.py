@@ -22,10 +22,13 @@ class TrainConfig:
         resume: Run folder to continue where it stopped; all settings come from there.
         overwrite: Empty the output folder first if it holds an earlier run.
         model: Network: unetrpp, segformer3d, slim_unetr, or slim_unetrpp (a reconstruction).
-        recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days.
+        recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days,
+            but for the patch size, which no recipe decides.
         steps: Number of optimizer steps.
         minutes: Instead of steps: time budget of the run; becomes steps once a step is timed.
-        patch_size: Network input, voxels along superior, posterior, left; e.g. [48,64,48].
+        patch_size: Network input, voxels along superior, posterior, left; proposed from the data
+            if not given, with any recipe. Published: [64,128,128] (unetrpp on Synapse),
+            [96,96,96] (segformer3d), [128,128,128] (slim_unetr, slim_unetrpp).
         strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
         spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
         preset: Widths. unetrpp: synapse, btcv, acdc, lung, tumor, tiny; segformer3d: brats, tiny;
