@@ -9,7 +9,7 @@ import golden
 import pytest
 import torch
 
-from epa_kernels import EfficientPairedAttention
+from epa_kernels import EfficientPairedAttention, dispatch
 from unetrpp.models import MODELS, PRESETS, create_model, find_preset, preset_names
 from unetrpp.models.network import nearest_legal_size
 
@@ -101,6 +101,22 @@ def test_config_has_every_argument(name):
 
     arguments = set(inspect.signature(MODELS[name]).parameters) - {"epa_backend"}
     assert set(create_model(name, "tiny").config["args"]) == arguments
+
+
+@every_model
+def test_attention_inputs_are_those_of_the_first_calls(name, monkeypatch):
+    """`unetrpp info` explains with them which backend runs."""
+    calls, select = {}, dispatch.select
+
+    def recorded(op, x, backend=None):
+        calls.setdefault(op, tuple(x.shape))
+        return select(op, x, backend)
+
+    monkeypatch.setattr(dispatch, "select", recorded)
+    model = small_model(name)
+    with torch.no_grad():
+        model(volume(1, 1))
+    assert calls == model.attention_inputs
 
 
 @every_model

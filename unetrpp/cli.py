@@ -235,11 +235,12 @@ def info(model: str | None) -> str:
         ]
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
-        first = torch.zeros(1, int(tokens[0].split()[0]), settings["dims"][0])
-        if network.attention == "spatial_attention":
-            first = first.unflatten(2, (settings["num_heads"][0], -1))  # (B, N, H, D)
-        epa_kernels.explain(network.attention, first)
-    lines += ["backends, first stage:", *("  " + line for line in table.getvalue().splitlines())]
+        for op, shape in network.attention_inputs.items():
+            epa_kernels.explain(op, torch.zeros(shape))
+    lines += [
+        "backends, where the network first runs an op:",
+        *("  " + line for line in table.getvalue().splitlines()),
+    ]
     return "\n".join(lines)
 
 

@@ -31,7 +31,6 @@ class Network(nn.Module):
         img_size, strides: as tuples of integers.
         grids: token grid of each stage.
         name: what `create_model` knows the network by.
-        attention: the op of `epa_kernels` that most of its attention runs on.
         takes_any_size: whether forward takes every legal size, or img_size alone because weights
             are bound to the number of tokens.
         has_deep_supervision: whether the network has coarser outputs for training, switched on by
@@ -46,7 +45,6 @@ class Network(nn.Module):
     """
 
     name: str
-    attention: str
     takes_any_size = False
     has_deep_supervision = False
     is_reconstruction = False
@@ -128,6 +126,16 @@ class Network(nn.Module):
         if self.has_deep_supervision:
             arguments["deep_supervision"] = self.deep_supervision
         return {"name": self.name, "args": json.loads(json.dumps(arguments))}
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """Ops of `epa_kernels` that forward runs, each with the first shape it gets, batch 1."""
+        raise NotImplementedError
+
+    def _heads_shape(self, level: int, tokens_level: int) -> tuple[int, int, int, int]:
+        """(1, N, H, D) of the heads of a stage, from 0, on as many tokens as another has."""
+        channels, heads = (self._arguments[key][level] for key in ("dims", "num_heads"))
+        return 1, math.prod(self.grids[tokens_level]), heads, channels // heads
 
     def resize_tokens(self, img_size: Sequence[int] | int) -> "Network":
         """Carry the weights to another input size, in place, and return the model.

@@ -71,7 +71,6 @@ class SegFormer3D(Network):
     """
 
     name = "segformer3d"
-    attention = "spatial_attention"
     takes_any_size = True
     input_weight = ("segformer_encoder.embed_1.patch_embeddings.weight", 1)
     output_weight = ("segformer_decoder.linear_pred.weight", 0)
@@ -114,6 +113,11 @@ class SegFormer3D(Network):
         )
         self.segformer_decoder = Decoder(dims, decoder_dim, out_channels)
         self.apply(_init)
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `Network`: queries of the first stage, (1, N, H, D)."""
+        return {"spatial_attention": self._heads_shape(0, 0)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x.

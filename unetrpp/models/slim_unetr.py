@@ -66,7 +66,6 @@ class SlimUNETR(Network):
     """
 
     name = "slim_unetr"
-    attention = "spatial_attention"
     input_weight = ("Encoder.DWconv1.depth_wise.weight", 1)
     output_weight = ("Decoder.SegHead.transposed.weight", 1)
 
@@ -97,6 +96,11 @@ class SlimUNETR(Network):
         stage = stage_builder(Block, self.strides, dims, depths, num_heads)
         self.Encoder = Encoder(in_channels, self.strides, dims, stage, self.grids[-1], dropout)
         self.Decoder = Decoder(out_channels, self.strides, dims, stage)
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `Network`: the first stage's queries, on the voxels of the third's grid."""
+        return {"spatial_attention": self._heads_shape(0, 2)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x.

@@ -76,7 +76,6 @@ class SlimUNETRPP(Network):
     """
 
     name = "slim_unetrpp"
-    attention = "spatial_attention"
     is_reconstruction = True
     input_weight = ("Encoder.DWconv1.depth_wise.weight", 1)
     output_weight = ("Decoder.SegHead.transposed.weight", 1)
@@ -157,6 +156,17 @@ class SlimUNETRPP(Network):
                 has_pos_embed=False,
             )
         self.Decoder = Decoder(out_channels, self.strides, dims, stage)
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `Network`: the blocks' queries as in `SlimUNETR`, then those of SCA, then EPA's."""
+        inputs = {"spatial_attention": self._heads_shape(0, 2)}
+        if self.SCA:
+            level = int(next(iter(self.SCA))) - 1
+            inputs["channel_attention"] = self._heads_shape(level, level)
+        if self.EPA is not None:
+            inputs["paired_attention"] = 1, math.prod(self.grids[-1]), self._arguments["dims"][-1]
+        return inputs
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x.
