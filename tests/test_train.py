@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -595,6 +596,28 @@ def test_the_plan_says_what_is_a_reconstruction(data, preset):
     if preset is None:
         assert "preset brats: Slim UNETR's widths" in of["slim_unetrpp"]
         assert "preset brats: the published widths" in of["slim_unetr"]
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "reason"),
+    [
+        ("unetrpp", None, "batch size 2: the published one"),
+        (
+            "slim_unetr",
+            None,
+            "batch size 2: UNETR[+]{2}'s, .* one of slim_unetr is 32, with --recipe p",
+        ),
+        ("slim_unetr", 32, "batch size 32: given, or the published recipe's"),
+    ],
+)
+def test_the_plan_gives_true_reasons(data, model, batch_size, reason):
+    arguments = (find_cases(data), read_dataset_info(data))
+    options = {"on_gpu": False, "model": model, "batch_size": batch_size}
+    reasons = propose(*arguments, **options).reasons
+    assert any(re.fullmatch(f"{reason}.*", line) for line in reasons)
+    assert any(line.startswith("strides ") and "a stem of 1 or 2 where" in line for line in reasons)
+    reasons = propose(*arguments, strides=[[1, 1, 1]] + 3 * [[2, 2, 2]], **options).reasons
+    assert "strides 1x1x1 2x2x2 2x2x2 2x2x2: given" in reasons
 
 
 def test_illegal_patch_names_multiples_and_the_nearest_size(data):
