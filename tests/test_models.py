@@ -257,10 +257,23 @@ def test_segformer3d_takes_every_legal_size():
 @every_model
 def test_input_of_another_shape_is_explained(name):
     model = small_model(name)
-    with pytest.raises(ValueError, match=r"must be \(B, 1, 8, 16, 32\), got \(1, 2, 8, 16, 32\)"):
+    size = "X, Y, Z" if model.takes_any_size else "8, 16, 32"
+    with pytest.raises(ValueError, match=rf"must be \(B, 1, {size}\), got \(1, 2, 8, 16, 32\)"):
         model(volume(1, 2))
     with pytest.raises(ValueError, match=r"got \(8, 16, 32\)"):
         model(volume())
+
+
+@every_model
+def test_last_stage_may_be_a_single_voxel(name):
+    """In training only of a batch, as the docstrings note."""
+    model = small_model(name, img_size=(4, 8, 16)).train()
+    assert model(torch.randn(2, 1, 4, 8, 16)).isfinite().all()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 1, 4, 8, 16))
+    alone = 2 if name == "slim_unetrpp" else 1
+    assert model.eval()(torch.randn(alone, 1, 4, 8, 16)).isfinite().all()
+    assert MODELS[name].__doc__.count("last stage may be a single voxel, but then") == 1
 
 
 @every_model

@@ -172,9 +172,10 @@ class Network(nn.Module):
         size = tuple(x.shape[2:])
         caller = f"{type(self).__name__}.forward"
         if x.ndim != 5 or x.shape[1] != self.in_channels:
+            axes = "XYZ" if self.takes_any_size else map(str, self.img_size)
             raise ValueError(
-                f"{caller}: x must be (B, {self.in_channels}, "
-                f"{', '.join(map(str, self.img_size))}), got {tuple(x.shape)}."
+                f"{caller}: x must be (B, {self.in_channels}, {', '.join(axes)}), got "
+                f"{tuple(x.shape)}."
             )
         if size == self.img_size:
             return

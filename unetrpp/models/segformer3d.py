@@ -63,6 +63,7 @@ class SegFormer3D(Network):
         Initialised as published: linear layers by a normal distribution of deviation 0.02
         truncated at 2, convolutions by one of deviation sqrt(2 / fan-out), biases zero. The logits
         are computed at the resolution of the first stage and upsampled trilinearly, as published.
+        The last stage may be a single voxel, but then training needs a batch of two or more.
 
     Example:
         >>> model = SegFormer3D.from_preset("tiny").eval()

@@ -58,6 +58,7 @@ class SlimUNETR(Network):
     Notes:
         Initialised by the defaults of torch, the position embedding with zeros. With the published
         128^3 or 96^3 volumes the published embedding_dim is the number of tokens of the last stage.
+        The last stage may be a single voxel, but then training needs a batch of two or more.
 
     Example:
         >>> model = SlimUNETR.from_preset("tiny").eval()
