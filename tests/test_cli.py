@@ -22,7 +22,7 @@ def captured_config(monkeypatch) -> list:
 
     def record(config):
         seen.append(config)
-        return {"best_dice": 0.5, "steps": 1, "seconds": 1.0, "output": "run"}
+        return {"best_dice": 0.5, "steps": 1, "seconds": 1.0, "output": "run", "is_main": True}
 
     monkeypatch.setattr(train, "run_train", record)
     return seen

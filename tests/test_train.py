@@ -193,6 +193,26 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp
     assert_same_end(run, uninterrupted)
 
 
+@pytest.mark.parametrize("model", ["segformer3d", "slim_unetr", "slim_unetrpp"])
+def test_resumed_run_of_any_network_ends_with_the_same_bits(data, tmp_path, monkeypatch, model):
+    options = {**SMALL, "model": model, "model_args": {}, "data": data, "steps": 4}
+    run_train(TrainConfig(output=tmp_path / "whole", **options))
+    step = training._Run._train_step
+
+    def interrupted(self, batch):
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(training._Run, "_train_step", interrupted)
+    with pytest.raises(Interrupted):
+        run_train(TrainConfig(output=tmp_path / "run", **options))
+    monkeypatch.undo()
+    assert losses(tmp_path / "run")[-1][0] == 2
+    run_train(TrainConfig(resume=tmp_path / "run"))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
 def test_sigterm_saves_and_exits_143(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 8, *small_options()]
@@ -385,6 +405,8 @@ def test_two_processes_train_one_model(data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [step for step, loss, _ in losses(run) if loss is not None] == [1, 2]
     assert (run / "best/model.safetensors").is_file()
+    assert done.stdout.count("done: best validation Dice") == 1
+    assert done.stdout.count("predict with: ") == 1
 
 
 def test_loss_is_the_published_one_up_to_a_constant():

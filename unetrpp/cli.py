@@ -30,6 +30,8 @@ def _train(parser) -> Callable[[dict], int]:
 
     def run(options: dict) -> int:
         result = run_train(TrainConfig(**options))
+        if not result["is_main"]:
+            return 0
         print(
             f"done: best validation Dice {result['best_dice']:.4f} in {result['steps']} steps, "
             f"{result['seconds'] / 60:.1f} minutes\n"

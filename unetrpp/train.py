@@ -110,7 +110,11 @@ class _StepSampler(torch.utils.data.Sampler):
 
 
 def run_train(config: TrainConfig) -> dict:
-    """Train as configured, or resume; returns {"best_dice", "steps", "seconds", "output"}.
+    """Train as configured, or resume.
+
+    Returns:
+        {"best_dice", "steps", "seconds", "output", "is_main"}; with several devices every process
+        returns, one of them with is_main True.
 
     Raises:
         FileExistsError: output holds something and neither resume nor overwrite was given.
@@ -336,6 +340,7 @@ class _Run:
             "steps": self.step,
             "seconds": self.elapsed,
             "output": str(self.folder),
+            "is_main": self.main,
         }
 
     def _loop(self, batches: Iterator[dict]) -> None:
