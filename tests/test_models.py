@@ -394,8 +394,7 @@ def test_compiles_without_graph_break(name):
         assert error < 1e-10 * max(gradient.norm(), 1e-6 * scale), key
 
 
-# Not slim_unetr, whose parts but two norms and convolutions slim_unetrpp has: 15 s less.
-@pytest.mark.parametrize("name", ["unetrpp", "segformer3d", "slim_unetrpp"])
+@every_model
 def test_exports_and_runs_in_onnxruntime(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
