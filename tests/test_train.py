@@ -291,6 +291,7 @@ def test_nothing_is_overwritten_unasked(data, uninterrupted, tmp_path):
         ({"data": None}, "needs --data DIR"),
         ({"fold": 7}, "fold must lie in 0..3"),
         ({"preset": "huge"}, "preset must be one of"),
+        ({"model": "unet"}, "--model must be one of unetrpp, segformer3d, .*; got 'unet'"),
         ({"model_args": {"widths": [8]}}, "UNETRPP: got an unexpected keyword argument 'widths'"),
         ({"model_args": {"dims": [8, 16]}}, "UNETRPP: dims must have 4 entries, got 2"),
     ],

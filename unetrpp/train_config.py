@@ -41,7 +41,7 @@ class TrainConfig:
         schedule: Learning rate: cosine, restarts (cosine, twice) or poly.
         warm_up: Steps of linear warm-up, at most a tenth of the run.
         learning_rate: Peak learning rate (short: 0.003).
-        weight_decay: Weight decay (short: 0.01, of weights only, as Slim UNETR's published).
+        weight_decay: Weight decay (short: 0.01); of biases and norms only where published so.
         augmentation: full (UNETR++), light (short), slim_unetr, segformer3d or none.
         mirror: Flip patches at random along all axes (short: no).
         foreground: Share of a batch that is centred on a labelled voxel.
@@ -173,11 +173,13 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """Fill in what the recipe and the machine decide where the user did not.
 
     Raises:
-        ValueError: no data or output folder, both steps and minutes, an option without effect, or
-            bf16 without a GPU.
+        ValueError: no data or output folder, no such model, both steps and minutes, an option
+            without effect, or bf16 without a GPU.
     """
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
+    if config.model not in PUBLISHED:
+        raise ValueError(f"--model must be one of {', '.join(PUBLISHED)}; got {config.model!r}")
     if config.minutes is not None and config.steps is not None:
         raise ValueError("train takes --steps or --minutes, not both")
     recipe = dict(SHORT if config.recipe == "short" else PUBLISHED[config.model])

@@ -72,7 +72,7 @@ def preset_names() -> dict[str, tuple[str, str]]:
 
 def find_preset(name: str | None) -> str | None:
     """Return the name of `preset_names` that is meant, "unetrpp/synapse" is "synapse"; or None."""
-    name = name and name.removeprefix("unetrpp/")
+    name = str(name).removeprefix("unetrpp/")
     return name if name in preset_names() else None
 
 

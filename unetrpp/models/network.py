@@ -96,7 +96,7 @@ class Network(nn.Module):
             ValueError: no such preset, or an argument is unknown or breaks its rule.
         """
         presets = PRESETS[cls.name]
-        name = preset.removeprefix(f"{cls.name}/")
+        name = str(preset).removeprefix(f"{cls.name}/")
         if name not in presets:
             raise ValueError(
                 f"{cls.__name__}.from_preset: preset must be one of {', '.join(presets)}; got "
