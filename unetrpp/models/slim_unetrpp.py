@@ -69,7 +69,7 @@ class SlimUNETRPP(Network):
     Notes:
         No accuracy is claimed for this network, and none that was published is its own.
         The last stage may be a single voxel, but then training and evaluation need a batch of two
-        or more, and MedNeXt's norm, over the voxels of a channel, makes that voxel zero.
+        or more, and MedNeXt's norm, over the voxels of a channel, leaves nothing of that one.
 
     Example:
         >>> model = SlimUNETRPP.from_preset("tiny").eval()
