@@ -492,6 +492,8 @@ def test_a_stored_configuration_can_be_given_again(model, recipe):
     for options in ({}, {"optimizer": "sgd", "schedule": "poly", "augmentation": "none"}):
         config = resolved(TrainConfig(data="d", output="r", model=model, recipe=recipe, **options))
         assert resolved(config) == config
+    # No effect is wanted, and none is said.
+    assert resolved(replace(config, mirror=False, warm_up=0)).mirror is False
 
 
 def test_a_loss_that_is_none_is_refused():

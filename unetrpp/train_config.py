@@ -195,7 +195,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
                 f"--{option} has no effect with {setting} {value}, got {getattr(config, option)}; "
                 f"leave it out, or choose another --{setting}"
             )
-        chosen[option] = None
+        chosen.pop(option, None)
     if config.precision == "auto":
         chosen["precision"] = "bf16-mixed" if _on_gpu(config) else "32-true"
     _check_precision(config, "use --precision 32-true")
