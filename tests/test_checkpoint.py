@@ -4,6 +4,8 @@ import collections
 import json
 import os
 import pickle
+import re
+import warnings
 import zipfile
 
 import golden
@@ -51,15 +53,26 @@ def test_other_networks_round_trip_and_are_recognised(name, tmp_path):
     assert config == {"model": model.config, **EXTRA}
     # Published ones are a state dict alone, or one among other things.
     file = published(model.state_dict(), tmp_path / "published.pt", prefix="")
-    for found in (load_published(file), load_published(file, f"{name}/tiny")):
+    said = {
+        "segformer3d": [r'published.pt does not tell .*assumed is attention_scale="num_heads"'],
+        "slim_unetrpp": ["published.pt is read as SlimUNETRPP, a RECONSTRUCTION: "],
+    }
+    for preset in (None, f"{name}/tiny"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = load_published(file, preset)
+        for message, pattern in zip(caught, said.get(name, []), strict=True):
+            assert re.search(pattern, str(message.message)) and message.filename == __file__
         assert found.config == model.config
         assert_same(model, found)
     resized, _ = load_checkpoint(tmp_path / "a", img_size=(32, 48, 32))
     assert resized(torch.randn(1, 2, 32, 48, 32)).shape == (1, 5, 32, 48, 32)
     if not model.takes_any_size:
         file = published(resized.state_dict(), tmp_path / "resized.pt")
-        with pytest.raises(ValueError, match=f"preset '{name}/tiny' at another img_size, one with"):
+        label = f"{name}/tiny" + " (reconstruction)" * model.is_reconstruction
+        with pytest.raises(ValueError) as caught:
             load_published(file)
+        assert f"preset {label} at another img_size, one with 12 tokens in" in str(caught.value)
         assert_same(resized, load_published(file, f"{name}/tiny", img_size=(32, 48, 32)))
 
 
@@ -106,6 +119,8 @@ def test_load_with_overrides_and_another_size(model, folder):
     assert again.unetr_pp_encoder.stages[0][0].epa_block.attn_drop.p == 0.0
     with pytest.raises(ValueError, match="does not fit the model"):
         load_checkpoint(folder, out_channels=5)
+    with pytest.raises(ValueError, match="unexpected keyword argument 'dropout'; its arguments"):
+        load_checkpoint(folder, dropout=0.5)
 
 
 def test_wrappers_are_looked_through(model, tmp_path):
@@ -306,7 +321,7 @@ def test_full_size_published_variant_is_recognised(tmp_path):
 def test_checkpoint_of_another_size_is_carried_over(tmp_path):
     model = UNETRPP.from_preset("tiny", img_size=(48, 32, 32))
     file = published(model.state_dict(), tmp_path / "m.model")
-    message = r"fits no preset. The file fits preset 'tiny' at another img_size, one with 6144 tok"
+    message = r"fits no preset. The file fits preset tiny at another img_size, one with 6144 tok"
     with pytest.raises(ValueError, match=message):
         load_published(file)
     found = load_published(file, "tiny", img_size=(48, 32, 32))
@@ -335,8 +350,35 @@ def test_mismatch_lists_keys_and_names_the_preset(tmp_path):
     assert str(caught.value).count("fits no preset") == 1 and "  " not in str(caught.value)
 
     fitting = published(UNETRPP.from_preset("tiny").state_dict(), tmp_path / "tiny.model")
-    with pytest.raises(ValueError, match="The file fits preset 'tiny'."):
+    with pytest.raises(ValueError, match="The file fits preset tiny[.]"):
         load_published(fitting, "tiny", res_blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "argument"),
+    [("unetrpp", "tiny", "proj_sizes"), ("slim_unetrpp", "slim_unetrpp/tiny", "proj_size")],
+)
+def test_another_number_of_projected_tokens_is_named(name, preset, argument, tmp_path):
+    other = {"proj_sizes": (12, 16, 16, 8), "proj_size": 12}[argument]
+    model = create_model(name, "tiny", **{argument: other})
+    file = published(model.state_dict(), tmp_path / "m.model")
+    for arguments in ((), (preset,)):
+        with pytest.raises(ValueError) as caught:
+            load_published(file, *arguments)
+        message = str(caught.value)
+        assert f"preset {preset}" in message and argument in message
+        assert "resize_tokens" not in message, "that changes the tokens, not the projected ones"
+    assert_same(model, load_published(file, preset, **{argument: other}))
+
+
+def test_attention_scale_is_not_assumed_where_it_is_given(tmp_path):
+    model = create_model("segformer3d", "tiny", attention_scale="head_dim")
+    file = published(model.state_dict(), tmp_path / "m.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_published(file, attention_scale="head_dim")
+        assert load_published(file, model) is model
+    assert found.config == model.config
 
 
 def test_separate_e_and_f_are_not_taken_for_shared_ones(tmp_path):

@@ -1,5 +1,6 @@
 """The command `unetrpp`: help, options from YAML and command line, errors and exit codes."""
 
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch  # noqa: E402
 
 import unetrpp  # noqa: E402
 from unetrpp import cli, train  # noqa: E402
+from unetrpp.models import PRESETS  # noqa: E402
 
 
 def captured_config(monkeypatch) -> list:
@@ -20,7 +22,7 @@ def captured_config(monkeypatch) -> list:
 
     def record(config):
         seen.append(config)
-        return {"best_dice": 0.5, "steps": 1, "seconds": 1.0, "output": "run"}
+        return {"best_dice": 0.5, "steps": 1, "seconds": 1.0, "output": "run", "is_main": True}
 
     monkeypatch.setattr(train, "run_train", record)
     return seen
@@ -52,6 +54,23 @@ def test_every_option_has_a_line_of_help(name, capsys):
     for option in options[1:]:
         words = option.replace("\n", " ").split("(")[0].split()
         assert len([w for w in words if w.islower()]) >= 2, f"no help for {option!r}"
+
+
+def test_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split("\n  --preset")[1].split("\n  --")[0].split())
+    for network, presets in PRESETS.items():
+        listed = re.search(rf"\b{network}: ([^;.]*)", text)[1]
+        assert set(listed.split(", ")) == set(presets)
+
+
+def test_help_says_that_no_recipe_decides_the_patch_size(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "but for the patch size, which no recipe decides" in text
+    assert "proposed from the data if not given, with any recipe. Published: [64,128,128]" in text
 
 
 def test_yaml_then_command_line(tmp_path, monkeypatch):
@@ -158,8 +177,9 @@ def test_wrong_usage_is_code_2(capsys):
 
 
 def test_info_of_a_preset_counts_parameters_and_tokens(capsys):
-    assert cli.main(["info", "tiny"]) == 0
+    assert cli.main(["info", "unetrpp/tiny"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith("preset tiny\n")
     assert "each axis a multiple of 16x16x16" in text
     assert "4096 (16x16x16), 512 (8x8x8), 64 (4x4x4), 8 (2x2x2)" in text
     assert "two_pass" in text and "reference" in text
@@ -177,11 +197,16 @@ def test_info_of_other_networks_and_says_what_is_a_reconstruction(capsys):
         text = capsys.readouterr().out
         assert parameters in text and f"= {multiply_adds} multiply-adds" in text
         assert "each axis a multiple of 32x32x32" in text
-        assert "spatial_attention on cpu" in text
+        tokens = {"segformer3d": 32768, "slim_unetr": 216, "slim_unetrpp": 512}[name.split("/")[0]]
+        assert f"spatial_attention on cpu float32 (1, {tokens}, 1, " in text
+        for op in ("paired_attention", "channel_attention"):
+            assert (f"{op} on cpu float32 (1, " in text) == name.startswith("slim_unetrpp")
         assert ("RECONSTRUCTION" in text) == name.startswith("slim_unetrpp")
         assert ("any other size" in text) == name.startswith("segformer3d")
     assert cli.main(["info"]) == 1
-    assert "neither a checkpoint folder nor a preset (synapse, " in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "neither a checkpoint folder nor a preset (synapse, " in message
+    assert "slim_unetrpp/brats (reconstruction), " in message
 
 
 def test_throughput_is_a_markdown_table_of_figures_that_agree(capsys):

@@ -9,8 +9,8 @@ import golden
 import pytest
 import torch
 
-from epa_kernels import EfficientPairedAttention
-from unetrpp.models import MODELS, PRESETS, create_model, preset_names
+from epa_kernels import EfficientPairedAttention, dispatch
+from unetrpp.models import MODELS, PRESETS, create_model, find_preset, preset_names
 from unetrpp.models.network import nearest_legal_size
 
 # Networks of a few milliseconds, anisotropic, for what does not depend on size.
@@ -73,6 +73,14 @@ def test_every_network_has_presets_under_one_name():
     assert names["synapse"] == ("unetrpp", "synapse")
     assert names["segformer3d/brats"] == ("segformer3d", "brats")
     assert len(names) == sum(map(len, PRESETS.values()))
+    for name, (network, preset) in names.items():
+        assert find_preset(name) == find_preset(f"{network}/{preset}") == name
+        assert (
+            create_model(network, f"{network}/tiny").config == create_model(network, "tiny").config
+        )
+    assert find_preset(None) is find_preset("brats") is None
+    with pytest.raises(ValueError, match="one of synapse, .*; got 'segformer3d/brats'"):
+        create_model("unetrpp", "segformer3d/brats")
 
 
 @every_model
@@ -93,6 +101,22 @@ def test_config_has_every_argument(name):
 
     arguments = set(inspect.signature(MODELS[name]).parameters) - {"epa_backend"}
     assert set(create_model(name, "tiny").config["args"]) == arguments
+
+
+@every_model
+def test_attention_inputs_are_those_of_the_first_calls(name, monkeypatch):
+    """`unetrpp info` explains with them which backend runs."""
+    calls, select = {}, dispatch.select
+
+    def recorded(op, x, backend=None):
+        calls.setdefault(op, tuple(x.shape))
+        return select(op, x, backend)
+
+    monkeypatch.setattr(dispatch, "select", recorded)
+    model = small_model(name)
+    with torch.no_grad():
+        model(volume(1, 1))
+    assert calls == model.attention_inputs
 
 
 @every_model
@@ -129,12 +153,49 @@ def test_wrong_argument_names_the_rule(name):
         ({"strides": (2, 2)}, "strides must have 4 entries, got 2"),
         ({"strides": (1, 2, 0, 2)}, "strides must be one integer or three"),
         ({"img_size": (8, 16)}, "img_size must be one integer or three"),
+        ({"strides": 2}, "strides must have 4 entries, got 2"),
+        ({"strides": (1, 2, "2", 2)}, "strides must be one integer or three, .*; got '2'"),
+        ({"img_size": None}, "img_size must be one integer or three, .*; got None"),
+        (
+            {"img_size": (8, 16, 32.5)},
+            r"img_size must be one integer or three, .*; got \(8, 16, 32.5",
+        ),
+        ({"dims": 8}, "dims must be integers, each at least 1; got 8"),
+        ({"dims": "wide"}, "dims must be integers, each at least 1; got 'wide'"),
+        ({"dims": (4, 8, 0, 16)}, r"dims must be integers, each at least 1; got \(4, 8, 0"),
+        ({"depths": (1, 1, -1, 1)}, "depths must be integers, each at least 0; got"),
+        ({"in_channels": "CT"}, "in_channels must be an integer, at least 1; got 'CT'"),
+        (
+            {"widths": 3},
+            "got an unexpected keyword argument 'widths'; its arguments are in_channels, ",
+        ),
         ({"img_size": (8, 16, 36)}, r"img_size must be a multiple of \(4, 8, 16\) .* \(8, 16, 32"),
     ):
         with pytest.raises(ValueError, match=f"{kind}: {message}"):
             small_model(name, **arguments)
+    with pytest.raises(ValueError, match=f"{kind}: missing a required argument: 'out_channels'"):
+        create_model(name, in_channels=1)
+    with pytest.raises(ValueError, match=f"{kind}: got an unexpected keyword argument 'widths'"):
+        create_model(name, "tiny", widths=3)
     with pytest.raises(ValueError, match=rf"{kind}.from_preset: preset must be one of .*tiny; got"):
         create_model(name, "brain")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("unetrpp", {"num_heads": (1, 2, 3, 4)}, "num_heads must be an integer, at least 1; got"),
+        ("unetrpp", {"epa_kind": 1}, "epa_kind must be a word; got 1"),
+        ("segformer3d", {"num_heads": 4}, "num_heads must be integers, each at least 1; got 4"),
+        ("segformer3d", {"num_heads": (1, 0, 3, 4)}, "num_heads must be integers, each at least 1"),
+        ("slim_unetr", {"dropout": "0.3"}, "dropout must be a number; got '0.3'"),
+        ("slim_unetrpp", {"has_epa": "no"}, "has_epa must be true or false; got 'no'"),
+        ("slim_unetrpp", {"sca_stages": 2}, "sca_stages must be integers, each at least 1; got 2"),
+    ],
+)
+def test_argument_of_another_type_is_named(name, arguments, message):
+    with pytest.raises(ValueError, match=f"{MODELS[name].__name__}: {message}"):
+        small_model(name, **arguments)
 
 
 @pytest.mark.parametrize("name", ["segformer3d", "slim_unetr", "slim_unetrpp"])
@@ -196,10 +257,23 @@ def test_segformer3d_takes_every_legal_size():
 @every_model
 def test_input_of_another_shape_is_explained(name):
     model = small_model(name)
-    with pytest.raises(ValueError, match=r"must be \(B, 1, 8, 16, 32\), got \(1, 2, 8, 16, 32\)"):
+    size = "X, Y, Z" if model.takes_any_size else "8, 16, 32"
+    with pytest.raises(ValueError, match=rf"must be \(B, 1, {size}\), got \(1, 2, 8, 16, 32\)"):
         model(volume(1, 2))
     with pytest.raises(ValueError, match=r"got \(8, 16, 32\)"):
         model(volume())
+
+
+@every_model
+def test_last_stage_may_be_a_single_voxel(name):
+    """In training only of a batch, as the docstrings note."""
+    model = small_model(name, img_size=(4, 8, 16)).train()
+    assert model(torch.randn(2, 1, 4, 8, 16)).isfinite().all()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 1, 4, 8, 16))
+    alone = 2 if name == "slim_unetrpp" else 1
+    assert model.eval()(torch.randn(alone, 1, 4, 8, 16)).isfinite().all()
+    assert MODELS[name].__doc__.count("last stage may be a single voxel, but then") == 1
 
 
 @every_model
@@ -320,8 +394,7 @@ def test_compiles_without_graph_break(name):
         assert error < 1e-10 * max(gradient.norm(), 1e-6 * scale), key
 
 
-# Not slim_unetr, whose parts but two norms and convolutions slim_unetrpp has: 15 s less.
-@pytest.mark.parametrize("name", ["unetrpp", "segformer3d", "slim_unetrpp"])
+@every_model
 def test_exports_and_runs_in_onnxruntime(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -128,6 +128,15 @@ def test_report_is_complete_and_self_contained(run):
     assert len(ids) == len(set(ids)), "two figures of one page must not share ids"
 
 
+def test_report_says_that_the_network_is_a_reconstruction(run):
+    plan = json.loads((run / "plan.json").read_text())
+    for name, expected in (("slim_unetrpp", True), ("slim_unetr", False)):
+        plan["plan"]["model"] = {"name": name}
+        (run / "plan.json").write_text(json.dumps(plan))
+        text = " ".join(parse(write_report(run, run / "scores")).text)
+        assert ("SlimUNETRPP, the network of this run, is a RECONSTRUCTION: " in text) == expected
+
+
 def test_worst_median_and_best_case_are_shown(run):
     source = write_report(run, run / "scores").read_text()
     shown = re.findall(r"<figcaption><b>(\w+)</b> <span class='badge'>(\w+)</span>", source)

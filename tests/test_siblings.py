@@ -200,6 +200,28 @@ def test_upsampling_by_products_is_trilinear():
     x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     expected = torch.nn.functional.interpolate(x, size=(8, 5, 18), mode="trilinear")
     torch.testing.assert_close(upsample_linear(x, (8, 5, 18)), expected)
+    assert upsample_linear(x, (4, 5, 6)) is x
+
+
+@pytest.mark.parametrize(("size", "products"), [((8, 10, 12), 3), ((4, 10, 6), 1)])
+def test_upsampling_stays_on_the_device_of_its_input(size, products):
+    """A copy from the CPU would block a CUDA graph; axes that do not grow cost nothing."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    devices, operators = set(), []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            result = operator(*args, **(kwargs or {}))
+            devices.add(result.device.type)
+            operators.append(operator.overloadpacket)
+            return result
+
+    x = torch.empty(2, 3, 4, 5, 6, device="meta")
+    with Recorder():
+        assert upsample_linear(x, size).shape == (2, 3, *size)
+    assert devices == {"meta"}
+    assert sum(op in (torch.ops.aten.mm, torch.ops.aten.bmm) for op in operators) == products
 
 
 @pytest.mark.parametrize("name", ["segformer3d", "slim_unetr"])
@@ -351,7 +373,8 @@ def test_reconstruction_can_leave_its_parts_out():
     assert model(torch.randn(2, 1, 32, 32, 32)).shape == (2, 2, 32, 32, 32)
     for arguments, message in (
         ({"sca_stages": (4,)}, "sca_stages must be among 1, 2, 3"),
-        ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"kernel_size": 4}, "kernel_size must be odd and at least 1; got 4"),
+        ({"kernel_size": -3}, "kernel_size must be an integer, at least 1; got -3"),
     ):
         with pytest.raises(ValueError, match=f"SlimUNETRPP: {message}"):
             create_model("slim_unetrpp", "tiny", **arguments)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -192,6 +193,26 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp
     assert_same_end(run, uninterrupted)
 
 
+@pytest.mark.parametrize("model", ["segformer3d", "slim_unetr", "slim_unetrpp"])
+def test_resumed_run_of_any_network_ends_with_the_same_bits(data, tmp_path, monkeypatch, model):
+    options = {**SMALL, "model": model, "model_args": {}, "data": data, "steps": 4}
+    run_train(TrainConfig(output=tmp_path / "whole", **options))
+    step = training._Run._train_step
+
+    def interrupted(self, batch):
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(training._Run, "_train_step", interrupted)
+    with pytest.raises(Interrupted):
+        run_train(TrainConfig(output=tmp_path / "run", **options))
+    monkeypatch.undo()
+    assert losses(tmp_path / "run")[-1][0] == 2
+    run_train(TrainConfig(resume=tmp_path / "run"))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
 def test_sigterm_saves_and_exits_143(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 8, *small_options()]
@@ -270,6 +291,9 @@ def test_nothing_is_overwritten_unasked(data, uninterrupted, tmp_path):
         ({"data": None}, "needs --data DIR"),
         ({"fold": 7}, "fold must lie in 0..3"),
         ({"preset": "huge"}, "preset must be one of"),
+        ({"model": "unet"}, "--model must be one of unetrpp, segformer3d, .*; got 'unet'"),
+        ({"model_args": {"widths": [8]}}, "UNETRPP: got an unexpected keyword argument 'widths'"),
+        ({"model_args": {"dims": [8, 16]}}, "UNETRPP: dims must have 4 entries, got 2"),
     ],
 )
 def test_wrong_options_are_explained_before_anything_is_written(data, tmp_path, options, message):
@@ -382,6 +406,8 @@ def test_two_processes_train_one_model(data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [step for step, loss, _ in losses(run) if loss is not None] == [1, 2]
     assert (run / "best/model.safetensors").is_file()
+    assert done.stdout.count("done: best validation Dice") == 1
+    assert done.stdout.count("predict with: ") == 1
 
 
 def test_loss_is_the_published_one_up_to_a_constant():
@@ -431,8 +457,8 @@ def test_published_recipes_are_the_described_ones():
     assert described == {
         "unetrpp": ("sgd", "poly", "dice_ce", 1e-2, 3e-5, None),
         "segformer3d": ("adamw", "restarts", "dice", 1e-4, 0.01, 8),
-        "slim_unetr": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 16),
-        "slim_unetrpp": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 3),
+        "slim_unetr": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 2 * 16),
+        "slim_unetrpp": ("adamw", "cosine", "dice_focal", 1e-3, 0.05, 2 * 3),
     }
     slim = of["slim_unetr"]
     assert slim.betas == [0.9, 0.95] and slim.mirror
@@ -444,6 +470,30 @@ def test_published_recipes_are_the_described_ones():
 def test_another_optimizer_than_the_recipes_has_its_settings():
     data = {"data": Path("d"), "output": Path("r"), "recipe": "published", "optimizer": "adamw"}
     assert resolved(TrainConfig(**data)).betas == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "--betas has no effect with optimizer sgd"),
+        ({"schedule": "poly", "warm_up": 9}, "--warm_up has no effect with schedule poly, got 9"),
+        ({"recipe": "published", "warm_up": 9}, "--warm_up has no effect with schedule poly"),
+        ({"augmentation": "none", "mirror": True}, "--mirror has no effect with augmentation none"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolved(TrainConfig(data="d", output="r", **options))
+
+
+@pytest.mark.parametrize("recipe", ["short", "published"])
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_stored_configuration_can_be_given_again(model, recipe):
+    for options in ({}, {"optimizer": "sgd", "schedule": "poly", "augmentation": "none"}):
+        config = resolved(TrainConfig(data="d", output="r", model=model, recipe=recipe, **options))
+        assert resolved(config) == config
+    # No effect is wanted, and none is said.
+    assert resolved(replace(config, mirror=False, warm_up=0)).mirror is False
 
 
 def test_a_loss_that_is_none_is_refused():
@@ -504,6 +554,25 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
         assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)
 
 
+@pytest.mark.parametrize("name", ["segformer3d", "slim_unetr", "slim_unetrpp"])
+def test_published_recipe_decays_as_the_published_optimizer(name):
+    """torch's on all parameters; timm's neither on biases nor on norms, on all others."""
+    from unetrpp import create_model
+
+    config = resolved(TrainConfig(data="d", output="r", model=name, recipe="published"))
+    model = create_model(name, "tiny")
+    decayed, *kept = training._optimizer(model, config).param_groups
+    assert decayed["weight_decay"] == PUBLISHED[name]["weight_decay"]
+    if name == "segformer3d":
+        assert not kept and len(decayed["params"]) == len(list(model.parameters()))
+        return
+    (kept,) = kept
+    assert kept["weight_decay"] == 0
+    kept = {id(parameter) for parameter in kept["params"]}
+    assert kept == {id(p) for key, p in model.named_parameters() if p.ndim <= 1}
+    assert {id(p) for key, p in model.named_parameters() if key.endswith("bias")} <= kept
+
+
 @pytest.mark.parametrize(
     ("shape", "patch", "stem"),
     [
@@ -538,6 +607,42 @@ def test_the_training_spacing_is_kept_unless_declined(tmp_path):
     # Also where no training volume needs resampling: another scanner's volumes may.
     assert propose(*arguments, on_gpu=False).preprocessing.spacing == [1.0, 1.0, 1.0]
     assert propose(*arguments, on_gpu=False, spacing=[0, 0, 0]).preprocessing.spacing is None
+
+
+@pytest.mark.parametrize("preset", [None, "tiny"])
+def test_the_plan_says_what_is_a_reconstruction(data, preset):
+    arguments = (find_cases(data), read_dataset_info(data))
+    of = {
+        name: " ".join(propose(*arguments, on_gpu=False, model=name, preset=preset).reasons)
+        for name in ("slim_unetr", "slim_unetrpp")
+    }
+    assert "slim_unetrpp is a RECONSTRUCTION: " in of["slim_unetrpp"]
+    assert "RECONSTRUCTION" not in of["slim_unetr"]
+    if preset is None:
+        assert "preset brats: Slim UNETR's widths" in of["slim_unetrpp"]
+        assert "preset brats: the published widths" in of["slim_unetr"]
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "reason"),
+    [
+        ("unetrpp", None, "batch size 2: the published one"),
+        (
+            "slim_unetr",
+            None,
+            "batch size 2: UNETR[+]{2}'s, .* one of slim_unetr is 32, with --recipe p",
+        ),
+        ("slim_unetr", 32, "batch size 32: given, or the published recipe's"),
+    ],
+)
+def test_the_plan_gives_true_reasons(data, model, batch_size, reason):
+    arguments = (find_cases(data), read_dataset_info(data))
+    options = {"on_gpu": False, "model": model, "batch_size": batch_size}
+    reasons = propose(*arguments, **options).reasons
+    assert any(re.fullmatch(f"{reason}.*", line) for line in reasons)
+    assert any(line.startswith("strides ") and "a stem of 1 or 2 where" in line for line in reasons)
+    reasons = propose(*arguments, strides=[[1, 1, 1]] + 3 * [[2, 2, 2]], **options).reasons
+    assert "strides 1x1x1 2x2x2 2x2x2 2x2x2: given" in reasons
 
 
 def test_illegal_patch_names_multiples_and_the_nearest_size(data):

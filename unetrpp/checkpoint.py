@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,15 +22,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .models import MODELS, Network, create_model, preset_names
+from .models import (
+    MODELS,
+    RECONSTRUCTION,
+    Network,
+    create_model,
+    find_preset,
+    preset_label,
+    preset_names,
+)
 
 __all__ = ["load_checkpoint", "load_published", "save_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
-# Entries whose shape depends on the number of tokens, hence on img_size.
-_PER_TOKEN = ("pos_embed", "position_embeddings", "E.weight", "F.weight", "EF")
+# By the ends of their names, entries with an axis of the tokens, hence of img_size, and that axis;
+# and those with an axis of the projected tokens, P.
+_TOKEN_AXES = {"pos_embed": 1, "position_embeddings": 1, "E.weight": 1, "F.weight": 1, "EF": 0}
+_PROJECTED_AXES = {"E.weight": 0, "F.weight": 0, "E.bias": 0, "F.bias": 0, "EF": 1}
 
 
 def save_checkpoint(
@@ -109,7 +120,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is truncated or not what it should be, or does not fit the model.
+        ValueError: a file is truncated or not what it should be, or does not fit the model; an
+            override is no argument of the model or breaks its rule; or img_size does.
     """
     folder = Path(folder)
     config, tensors = _read_folder(folder, str(map_location))
@@ -145,6 +157,12 @@ def load_published(
 
     Returns: the model; a newly built one in evaluation mode.
 
+    Warns:
+        UserWarning: a SegFormer3D was built and attention_scale not given. Its published code knows
+            two scales, which the weights do not tell apart: 1 / sqrt(num_heads) in 2024, when its
+            weights came out, which is assumed, and 1 / sqrt(head_dim) since the end of 2025. Or the
+            file is of Slim UNETR++ as RECONSTRUCTED here, which no published weights fit.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is truncated, holds something that is refused, or does not fit: the
@@ -165,20 +183,35 @@ def load_published(
             )
         _load_state(_unwrapped(model_or_preset), tensors, "load_published", path)
         return model_or_preset
-    preset = model_or_preset or next(iter(_fitting_presets(tensors, **overrides)), None)
-    if preset is None:
-        advice = _advice(tensors, otherwise="")
-        raise ValueError(
-            f"load_published: {path} fits no preset. {advice + ' ' if advice else ''}Pass the "
-            f"model or the preset that it was trained with."
-        )
-    names = preset_names()
-    if preset not in names:
-        raise ValueError(
-            f"load_published: preset must be one of {', '.join(names)}; got {preset!r}."
-        )
+    if model_or_preset is None:
+        preset = next(iter(_fitting_presets(tensors, **overrides)), None)
+        if preset is None:
+            advice = _advice(tensors, otherwise="")
+            raise ValueError(
+                f"load_published: {path} fits no preset. {advice + ' ' if advice else ''}Pass the "
+                f"model or the preset that it was trained with."
+            )
+    else:
+        preset = find_preset(model_or_preset)
+        if preset is None:
+            listed = ", ".join(map(preset_label, preset_names()))
+            raise ValueError(
+                f"load_published: preset must be one of {listed}; got {model_or_preset!r}."
+            )
     model = _from_preset(preset, tensors, **overrides)
     _load_state(model, tensors, "load_published", path)
+    if model.is_reconstruction:
+        warnings.warn(
+            f"load_published: {path} is read as {type(model).__name__}, {RECONSTRUCTION}.",
+            stacklevel=2,
+        )
+    if model.name == "segformer3d" and "attention_scale" not in overrides:
+        warnings.warn(
+            f"load_published: {path} does not tell which attention scale it was trained with; "
+            f'assumed is attention_scale="num_heads", of the code that the published weights came '
+            f'with in 2024. Pass that, or "head_dim" for weights of the code since end of 2025.',
+            stacklevel=2,
+        )
     return model.to(map_location).eval()
 
 
@@ -340,31 +373,43 @@ def _abridged(items: list[str], limit: int = 5) -> str:
 
 def _advice(tensors: Mapping[str, Tensor], otherwise: str = "The file fits no preset.") -> str:
     """Return the sentence that says which preset the tensors fit, or `otherwise` if none."""
-    fitting = _fitting_presets(tensors)
-    if fitting:
-        return f"The file fits preset {' or '.join(map(repr, fitting))}."
-    fitting = _fitting_presets(tensors, any_size=True)
-    if not fitting:
-        return otherwise
-    embeddings = ("pos_embed", "position_embeddings")
-    key = next(key for key in tensors if key.endswith(embeddings))
-    return (
-        f"The file fits preset {' or '.join(map(repr, fitting))} at another img_size, one with "
-        f"{tensors[key].shape[1]} tokens in {key}: build the model with the img_size it was "
-        f"trained at, then use resize_tokens."
-    )
+
+    def fits(*free: Mapping[str, int]) -> str:
+        fitting = map(preset_label, _fitting_presets(tensors, *free))
+        return " or ".join(fitting)
+
+    if presets := fits():
+        return f"The file fits preset {presets}."
+    if presets := fits(_TOKEN_AXES):
+        key = next(key for key in tensors if key.endswith(("pos_embed", "position_embeddings")))
+        return (
+            f"The file fits preset {presets} at another img_size, one with "
+            f"{tensors[key].shape[1]} tokens in {key}: build the model with the img_size it was "
+            f"trained at, then use resize_tokens."
+        )
+    if presets := fits(_TOKEN_AXES, _PROJECTED_AXES):
+        return (
+            f"The file fits preset {presets} with other numbers P of projected tokens (E.weight is "
+            f"(P, N) in the file, EF (N, P)): build the model with those it was trained with "
+            f"(proj_sizes, proj_size, ...), and with that img_size."
+        )
+    return otherwise
 
 
 def _fitting_presets(
-    tensors: Mapping[str, Tensor], *, any_size: bool = False, **overrides: Any
+    tensors: Mapping[str, Tensor], *free: Mapping[str, int], **overrides: Any
 ) -> list[str]:
-    """Return the presets whose state dict has the names and shapes of `tensors`."""
+    """Return the presets whose state dict has the names and shapes of `tensors`.
 
-    def shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {
-            key: None if any_size and key.endswith(_PER_TOKEN) else tuple(value.shape)
-            for key, value in state.items()
-        }
+    free: by the ends of names, axes whose length may differ.
+    """
+
+    def shape(key: str, value: Tensor) -> list[int]:
+        ignored = {a for axes in free for end, a in axes.items() if key.endswith(end)}
+        return [size for axis, size in enumerate(value.shape) if axis not in ignored]
+
+    def shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return {key: shape(key, value) for key, value in state.items()}
 
     wanted = shapes(tensors)
     fitting = []
@@ -374,7 +419,7 @@ def _fitting_presets(
         try:
             with torch.device("meta"):
                 model = _from_preset(preset, tensors, **overrides)
-        except (TypeError, ValueError):
+        except ValueError:
             # What is passed need not be legal for every preset, nor known to every network.
             continue
         if shapes(model.state_dict()) == wanted:

@@ -30,6 +30,8 @@ def _train(parser) -> Callable[[dict], int]:
 
     def run(options: dict) -> int:
         result = run_train(TrainConfig(**options))
+        if not result["is_main"]:
+            return 0
         print(
             f"done: best validation Dice {result['best_dice']:.4f} in {result['steps']} steps, "
             f"{result['seconds'] / 60:.1f} minutes\n"
@@ -116,7 +118,8 @@ def _info(parser) -> Callable[[dict], int]:
     parser.add_argument(
         "model",
         nargs="?",
-        help="Checkpoint folder (RUN/best), or a preset: synapse, segformer3d/brats, ...",
+        help="Checkpoint folder (RUN/best), or a preset: of unetrpp by its name (synapse, ...), "
+        "of others as NETWORK/PRESET (segformer3d/brats, slim_unetr/hepatic, ...).",
     )
     parser.add_argument(
         "--throughput",
@@ -150,12 +153,15 @@ COMMANDS = {
 
 def _presets(name: str | None) -> list[str]:
     """The preset of this name, all if there is none."""
-    from unetrpp.models import preset_names
+    from unetrpp.models import find_preset, preset_label, preset_names
 
-    names = list(preset_names())
-    if name is not None and name not in names:
-        raise ValueError(f"{name!r} is no preset; throughput is measured of {', '.join(names)}")
-    return names if name is None else [name]
+    if name is None:
+        return list(preset_names())
+    preset = find_preset(name)
+    if preset is None:
+        listed = ", ".join(map(preset_label, preset_names()))
+        raise ValueError(f"{name!r} is no preset; throughput is measured of {listed}")
+    return [preset]
 
 
 def info(model: str | None) -> str:
@@ -170,14 +176,21 @@ def info(model: str | None) -> str:
     import torch
 
     import epa_kernels
-    from unetrpp.models import create_model, preset_names
+    from unetrpp.models import (
+        RECONSTRUCTION,
+        create_model,
+        find_preset,
+        preset_label,
+        preset_names,
+    )
     from unetrpp.models.network import size_multiples
     from unetrpp.throughput import multiply_adds
 
     lines, preprocessing, presets = [], None, preset_names()
-    if model in presets:
-        network = create_model(*presets[model])
-        lines.append(f"preset {model}")
+    preset = find_preset(model)
+    if preset is not None:
+        network = create_model(*presets[preset])
+        lines.append(f"preset {preset_label(preset)}")
     elif model is not None and Path(model).is_dir():
         from unetrpp.checkpoint import load_checkpoint
 
@@ -188,15 +201,13 @@ def info(model: str | None) -> str:
             lines.append(f"  validation Dice  {config['val_dice']:.4f} after step {config['step']}")
     else:
         raise ValueError(
-            f"{model!r} is neither a checkpoint folder nor a preset ({', '.join(presets)})"
+            f"{model!r} is neither a checkpoint folder nor a preset "
+            f"({', '.join(map(preset_label, presets))})"
         )
     settings = network.config["args"]
     lines.append(f"  network          {type(network).__name__} ({network.name})")
     if network.is_reconstruction:
-        lines.append(
-            "                   a RECONSTRUCTION: only parts of it were published, how they are "
-            "joined is this package's guess; nothing is known of its accuracy"
-        )
+        lines.append(f"                   {RECONSTRUCTION}")
     giga = multiply_adds(network) / 1e9
     multiples = size_multiples(network.strides)
     tokens = [f"{grid[0] * grid[1] * grid[2]} ({_by(grid)})" for grid in network.grids]
@@ -226,11 +237,12 @@ def info(model: str | None) -> str:
         ]
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
-        first = torch.zeros(1, int(tokens[0].split()[0]), settings["dims"][0])
-        if network.attention == "spatial_attention":
-            first = first.unflatten(2, (settings["num_heads"][0], -1))  # (B, N, H, D)
-        epa_kernels.explain(network.attention, first)
-    lines += ["backends, first stage:", *("  " + line for line in table.getvalue().splitlines())]
+        for op, shape in network.attention_inputs.items():
+            epa_kernels.explain(op, torch.zeros(shape))
+    lines += [
+        "backends, where the network first runs an op:",
+        *("  " + line for line in table.getvalue().splitlines()),
+    ]
     return "\n".join(lines)
 
 

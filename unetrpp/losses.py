@@ -10,8 +10,9 @@ there, Dice sums over the batch.
 The siblings were trained on regions that overlap (whole tumour, core, enhancing), each with a
 sigmoid of its own. The classes of a label map exclude each other, so here their losses see its
 one-hot channels, the background as one more: its logit must be trained, because a voxel's label is
-the arg-max. Prediction stays as for every network, for the arg-max of sigmoids is that of the
-softmax.
+the arg-max. Prediction stays as for every network: the arg-max of the softmax, averaged over
+windows. In a single window that is the arg-max of the sigmoids; where windows overlap, averages of
+softmax and of sigmoids can differ in it.
 """
 
 from collections.abc import Sequence

@@ -93,6 +93,9 @@ def propose(
         ValueError: a given patch size that the strides do not divide, with the legal multiples;
             or three values are needed and not given.
     """
+    from unetrpp.models import MODELS, RECONSTRUCTION
+    from unetrpp.train_config import PUBLISHED
+
     geometry = [volume_geometry(case) for case in cases]
     sizes = np.array([shape for shape, _ in geometry], dtype=float)  # (cases, 3)
     spacings = np.array([spacing for _, spacing in geometry])  # (cases, 3)
@@ -106,6 +109,7 @@ def propose(
     median = np.median(sizes, axis=0)
 
     budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
+    given_strides = strides is not None
     if patch_size is None:
         patch, strides = _patch_and_strides(median, budget, strides)
         reasons.append(
@@ -125,13 +129,22 @@ def propose(
             f"of {_by(multiple)}; nearest legal size {_by(_nearest(patch, multiple))}"
         )
     reasons.append(
-        f"strides {' '.join(_by(stride) for stride in strides)}: a stem of 1 or 2 where that "
-        f"leaves at most {STEM_TOKENS} tokens along an axis, else 4; then halvings"
+        f"strides {' '.join(_by(stride) for stride in strides)}: "
+        + (
+            "given"
+            if given_strides
+            else f"a stem of 1 or 2 where that leaves at most {STEM_TOKENS} tokens along an axis, "
+            "else 4; then halvings"
+        )
     )
 
+    is_reconstruction = MODELS[model].is_reconstruction
+    if is_reconstruction:
+        reasons.append(f"{model} is {RECONSTRUCTION}")
     if preset is None and model != "unetrpp":
         preset, chosen = "brats", {}
-        reasons.append(f"{model}, preset brats: the described widths, light enough for a CPU")
+        whose = "Slim UNETR's" if is_reconstruction else "the published"
+        reasons.append(f"{model}, preset brats: {whose} widths, light enough for a CPU")
     elif preset is None:
         preset, chosen = ("synapse", {}) if on_gpu else ("tiny", dict(CPU_WIDTHS))
         reasons.append(
@@ -144,7 +157,14 @@ def propose(
         reasons.append(f"{model}, preset {preset}: given")
     if batch_size is None:
         batch_size = 2
-        reasons.append("batch size 2: the published one of UNETR++")
+        reasons.append(
+            "batch size 2: the published one"
+            if model == "unetrpp"
+            else "batch size 2: UNETR++'s, for a short run of any network; the published one of "
+            f"{model} is {PUBLISHED[model]['batch_size']}, with --recipe published"
+        )
+    else:
+        reasons.append(f"batch size {batch_size}: given, or the published recipe's")
 
     kinds = ["ct" if channel.strip().lower() == "ct" else "zscore" for channel in info.channels]
     preprocessing = Preprocessing(

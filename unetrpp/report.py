@@ -88,7 +88,9 @@ def write_report(
         _section("Settings", _settings(run, plan, prediction)),
     ]
     heading = html.escape(title or f"Run {run.absolute().name}")
-    notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in notes)
+    notes = "".join(
+        f"<p class='note'>{html.escape(note)}</p>" for note in [*notes, *_reconstruction(plan)]
+    )
     written = time.strftime("%Y-%m-%d %H:%M")
     page = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -205,6 +207,16 @@ def _choice(scores: Mapping, prediction: Mapping, plan: Mapping) -> str:
     scored = {row["case"] for row in scores.get("rows", [])}
     by_best = Path(prediction.get("checkpoint", "")).name == "best"
     return f"<p class='note'>{CHOSEN_ON_THEM}</p>" if by_best and scored & held_out else ""
+
+
+def _reconstruction(plan: Mapping) -> list[str]:
+    """The sentence that says so of a network that was not published as a whole."""
+    from unetrpp.models import MODELS, RECONSTRUCTION
+
+    network = MODELS.get(plan.get("plan", {}).get("model", {}).get("name"))
+    if network is None or not network.is_reconstruction:
+        return []
+    return [f"{network.__name__}, the network of this run, is {RECONSTRUCTION}."]
 
 
 def _curves(steps: Sequence[Mapping], validations: Sequence[Mapping]) -> str:

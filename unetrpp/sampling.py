@@ -100,6 +100,8 @@ def train_transforms(
             half the strength, for short runs; "slim_unetr" (intensities scaled and shifted by up
             to 0.1, which Slim UNETR joins with mirror) and "segformer3d" (flip, rotation, blocks
             cut out of image and label, Gibbs noise), as published with these networks; "none".
+            What is cut out becomes 0: the mean of images as normalised here, the minimum of those
+            scaled to 0..1 as published.
         mirror: flip along each axis with probability 1/2 (not with "none").
 
     Raises:

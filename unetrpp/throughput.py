@@ -39,7 +39,7 @@ def throughput_table(presets: Iterable[str]) -> Iterator[str]:
     """
     import torch
 
-    from unetrpp.models import MODELS, create_model, preset_names
+    from unetrpp.models import create_model, preset_label, preset_names
 
     yield (
         "| preset | input | parameters | G multiply-adds | images/min, cold | images/min, warm "
@@ -54,7 +54,7 @@ def throughput_table(presets: Iterable[str]) -> Iterator[str]:
         memory = warm["peak_bytes"]
         size = (model.in_channels, *model.img_size)
         cells = (
-            f"{name}{' (reconstruction)' if MODELS[network].is_reconstruction else ''}",
+            preset_label(name),
             "x".join(map(str, size)),
             f"{sum(parameter.numel() for parameter in model.parameters()):,}",
             f"{multiply_adds(model) / 1e9:.2f}",

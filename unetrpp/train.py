@@ -30,7 +30,7 @@ import torch
 
 from unetrpp.losses import deep_supervision_loss
 from unetrpp.run_folder import Metrics, check_folder, save_state, write_text
-from unetrpp.train_config import TrainConfig, resolved, resumed
+from unetrpp.train_config import TrainConfig, is_decayed, resolved, resumed
 
 __all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train"]
 
@@ -80,14 +80,13 @@ def learning_rate_at(
 
 
 def _optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW, with decay on all parameters (published), or on weights only (short)."""
-    groups: list[dict] = [{"params": list(model.parameters())}]
-    if config.recipe == "short":
-        # Decay pulls a norm's scale or a temperature (H, 1, 1) to zero, where it means nothing.
-        decayed, kept = [], []
-        for name, parameter in model.named_parameters():
-            (kept if parameter.ndim <= 1 or "temperature" in name else decayed).append(parameter)
-        groups = [{"params": decayed}, {"params": kept, "weight_decay": 0}]
+    """SGD or AdamW, with decay on the parameters that `is_decayed` names."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if is_decayed(config, name, parameter) else kept).append(parameter)
+    groups: list[dict] = [{"params": decayed}]
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0})
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.99, nesterov=True, **options)
@@ -111,7 +110,11 @@ class _StepSampler(torch.utils.data.Sampler):
 
 
 def run_train(config: TrainConfig) -> dict:
-    """Train as configured, or resume; returns {"best_dice", "steps", "seconds", "output"}.
+    """Train as configured, or resume.
+
+    Returns:
+        {"best_dice", "steps", "seconds", "output", "is_main"}; with several devices every process
+        returns, one of them with is_main True.
 
     Raises:
         FileExistsError: output holds something and neither resume nor overwrite was given.
@@ -337,6 +340,7 @@ class _Run:
             "steps": self.step,
             "seconds": self.elapsed,
             "output": str(self.folder),
+            "is_main": self.main,
         }
 
     def _loop(self, batches: Iterator[dict]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["PUBLISHED", "SHORT", "TrainConfig", "resolved", "resumed"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PUBLISHED", "SHORT", "TrainConfig", "is_decayed", "resolved", "resumed"]
 
 
 @dataclass
@@ -19,13 +22,17 @@ class TrainConfig:
         resume: Run folder to continue where it stopped; all settings come from there.
         overwrite: Empty the output folder first if it holds an earlier run.
         model: Network: unetrpp, segformer3d, slim_unetr, or slim_unetrpp (a reconstruction).
-        recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days.
+        recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days,
+            but for the patch size, which no recipe decides.
         steps: Number of optimizer steps.
         minutes: Instead of steps: time budget of the run; becomes steps once a step is timed.
-        patch_size: Network input, voxels along superior, posterior, left; e.g. [48,64,48].
+        patch_size: Network input, voxels along superior, posterior, left; proposed from the data
+            if not given, with any recipe. Published: [64,128,128] (unetrpp on Synapse),
+            [96,96,96] (segformer3d), [128,128,128] (slim_unetr, slim_unetrpp).
         strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
         spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
-        preset: Widths: of unetrpp synapse, acdc, lung, tumor, btcv, tiny; of others brats, tiny.
+        preset: Widths. unetrpp: synapse, btcv, acdc, lung, tumor, tiny; segformer3d: brats, tiny;
+            slim_unetr: brats, hepatic, tiny; slim_unetrpp: brats, tiny.
         model_args: Further arguments of the network, e.g. {"dims": [16,32,64,128]}.
         batch_size: Patches per step and process.
         loss: dice_ce, dice or dice_focal; the last two take a sigmoid per class.
@@ -34,7 +41,7 @@ class TrainConfig:
         schedule: Learning rate: cosine, restarts (cosine, twice) or poly.
         warm_up: Steps of linear warm-up, at most a tenth of the run.
         learning_rate: Peak learning rate (short: 0.003).
-        weight_decay: Weight decay (short: 0.01, of weights only).
+        weight_decay: Weight decay (short: 0.01); of biases and norms only where published so.
         augmentation: full (UNETR++), light (short), slim_unetr, segformer3d or none.
         mirror: Flip patches at random along all axes (short: no).
         foreground: Share of a batch that is centred on a labelled voxel.
@@ -104,7 +111,7 @@ SHORT = {
     "ema": 0.99,
     "minutes": 25.0,
 }
-# 300 epochs of 1000 volumes, 5 of them warm-up, batches of 16.
+# 300 epochs of 1000 volumes, 5 of them warm-up; a step takes 2 patches of each of 16 volumes.
 _SLIM_UNETR = {
     "loss": "dice_focal",
     "optimizer": "adamw",
@@ -117,13 +124,13 @@ _SLIM_UNETR = {
     "mirror": True,
     "ema": 0.0,
     "steps": 18_750,
-    "batch_size": 16,
+    "batch_size": 32,
 }
 PUBLISHED = {
     "unetrpp": {
         "loss": "dice_ce",
         "optimizer": "sgd",
-        "betas": [0.9, 0.999],  # of another optimizer, where the user asks for it
+        "betas": [0.9, 0.999],  # of AdamW, where the user asks for it
         "schedule": "poly",
         "warm_up": 0,
         "learning_rate": 1e-2,
@@ -149,9 +156,15 @@ PUBLISHED = {
         "batch_size": 8,
     },
     "slim_unetr": _SLIM_UNETR,
-    # The same, batches of 3.
-    "slim_unetrpp": {**_SLIM_UNETR, "warm_up": 1_667, "steps": 100_000, "batch_size": 3},
+    # The same, 3 volumes a step.
+    "slim_unetrpp": {**_SLIM_UNETR, "warm_up": 1_667, "steps": 100_000, "batch_size": 6},
 }
+# What has no effect under which choice: option, the setting that decides, its value.
+IDLE = (
+    ("betas", "optimizer", "sgd"),
+    ("warm_up", "schedule", "poly"),
+    ("mirror", "augmentation", "none"),
+)
 # These change where and how fast a run goes on, not what it computes.
 RESUMABLE = ("data", "accelerator", "workers", "cache", "save_minutes", "report")
 
@@ -160,10 +173,13 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """Fill in what the recipe and the machine decide where the user did not.
 
     Raises:
-        ValueError: no data or output folder, both steps and minutes, or bf16 without a GPU.
+        ValueError: no data or output folder, no such model, both steps and minutes, an option
+            without effect, or bf16 without a GPU.
     """
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
+    if config.model not in PUBLISHED:
+        raise ValueError(f"--model must be one of {', '.join(PUBLISHED)}; got {config.model!r}")
     if config.minutes is not None and config.steps is not None:
         raise ValueError("train takes --steps or --minutes, not both")
     recipe = dict(SHORT if config.recipe == "short" else PUBLISHED[config.model])
@@ -171,12 +187,33 @@ def resolved(config: TrainConfig) -> TrainConfig:
         recipe.pop("steps", None)
         recipe.pop("minutes", None)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    for option, setting, value in IDLE:
+        if chosen.get(setting, getattr(config, setting)) != value:
+            continue
+        if getattr(config, option):
+            raise ValueError(
+                f"--{option} has no effect with {setting} {value}, got {getattr(config, option)}; "
+                f"leave it out, or choose another --{setting}"
+            )
+        chosen.pop(option, None)
     if config.precision == "auto":
         chosen["precision"] = "bf16-mixed" if _on_gpu(config) else "32-true"
     _check_precision(config, "use --precision 32-true")
     # Absolute, because a run may be resumed from another folder.
     chosen["data"] = Path(config.data).absolute()
     return replace(config, **chosen)
+
+
+def is_decayed(config: TrainConfig, name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter of this name.
+
+    On all as UNETR++ and SegFormer3D were published; on all but biases and the scales of norms as
+    Slim UNETR and Slim UNETR++ were, by the default of timm; short leaves temperatures alone, too.
+    """
+    if config.recipe == "published":
+        return config.model in ("unetrpp", "segformer3d") or parameter.ndim > 1
+    # Decay pulls a norm's scale or a temperature (H, 1, 1) to zero, where it means nothing.
+    return parameter.ndim > 1 and "temperature" not in name
 
 
 def _on_gpu(config: TrainConfig) -> bool:

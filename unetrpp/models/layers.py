@@ -261,17 +261,22 @@ def upsample_linear(x: Tensor, size: Sequence[int]) -> Tensor:
         x (B, C, X, Y, Z): a volume.
         size: three integers, each at least that of x.
 
-    Returns: (B, C, *size), contiguous.
+    Returns: (B, C, *size), contiguous; x itself where it has that size.
     """
-    rows, columns, lines = (
-        resampling_matrix(target, source).to(x)
-        for target, source in zip(size, x.shape[2:], strict=True)
-    )
-    # In this order most of the work is the last product, a single one of many rows.
-    B, C, X, Y, Z = x.shape
-    x = rows.expand(B * C, -1, -1) @ x.reshape(B * C, X, Y * Z)
-    x = columns.expand(B * C * size[0], -1, -1) @ x.view(B * C * size[0], Y, Z)
-    return (x @ lines.T).view(B, C, *size)
+    for axis, (target, source) in enumerate(zip(size, x.shape[2:], strict=True), 2):
+        if target == source:
+            continue
+        # On the device of x: a copy from the CPU would wait for it, and break a CUDA graph.
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        matrix = resampling_matrix(target, source, dtype=dtype, device=x.device).to(x.dtype)
+        if axis == 4:
+            # Last, because a single product of many rows is the fastest, and here most of the work.
+            x = x @ matrix.T
+        else:
+            lines = x.flatten(0, axis - 1).flatten(2)  # (before, source, after)
+            grown = matrix.expand(lines.shape[0], -1, -1) @ lines
+            x = grown.view(*x.shape[:axis], target, *x.shape[axis + 1 :])
+    return x
 
 
 def resample_grid(x: Tensor, axis: int, old: Sequence[int], new: Sequence[int]) -> Tensor:

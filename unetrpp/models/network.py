@@ -1,9 +1,11 @@
 """What all networks share: strides and sizes, presets, configuration, input checks, resizing."""
 
+import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
@@ -29,7 +31,6 @@ class Network(nn.Module):
         img_size, strides: as tuples of integers.
         grids: token grid of each stage.
         name: what `create_model` knows the network by.
-        attention: the op of `epa_kernels` that most of its attention runs on.
         takes_any_size: whether forward takes every legal size, or img_size alone because weights
             are bound to the number of tokens.
         has_deep_supervision: whether the network has coarser outputs for training, switched on by
@@ -39,11 +40,11 @@ class Network(nn.Module):
             of the one with the classes.
 
     Raises:
-        ValueError: strides or size break their rule.
+        ValueError: strides or size break their rule, or another argument is not of the type that
+            the subclass's constructor gives it.
     """
 
     name: str
-    attention: str
     takes_any_size = False
     has_deep_supervision = False
     is_reconstruction = False
@@ -59,6 +60,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.check_lengths(STAGES, strides=strides)
+        self.check_types(in_channels=in_channels, **arguments)
         self.in_channels = in_channels
         self.strides = tuple(self._triple("strides", stride) for stride in strides)
         self.img_size = self._triple("img_size", img_size)
@@ -66,23 +68,41 @@ class Network(nn.Module):
         self._arguments = {"in_channels": in_channels, "strides": self.strides, **arguments}
 
     @classmethod
+    def build(cls, **arguments: Any) -> "Network":
+        """Build a model with constructor arguments that a user or a file names.
+
+        Raises:
+            ValueError: an argument is unknown or missing, or breaks its rule.
+        """
+        signature = inspect.signature(cls)
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"{cls.__name__}: {error}; its arguments are {', '.join(signature.parameters)}."
+            ) from None
+        return cls(**arguments)
+
+    @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> "Network":
         """Build a model with the settings of `unetrpp.models.presets`, some of them overridden.
 
         Args:
-            preset: a name among the presets of this network, for instance "tiny".
+            preset: a name among the presets of this network, for instance "tiny"; the network's
+                own name may stand in front, "segformer3d/tiny".
             overrides: constructor arguments, for instance in_channels=2, img_size=(96, 96, 96).
 
         Raises:
-            ValueError: no such preset, or an argument breaks its rule.
+            ValueError: no such preset, or an argument is unknown or breaks its rule.
         """
         presets = PRESETS[cls.name]
-        if preset not in presets:
+        name = str(preset).removeprefix(f"{cls.name}/")
+        if name not in presets:
             raise ValueError(
                 f"{cls.__name__}.from_preset: preset must be one of {', '.join(presets)}; got "
                 f"{preset!r}."
             )
-        return cls(**{**presets[preset], **overrides})
+        return cls.build(**{**presets[name], **overrides})
 
     @classmethod
     def channels_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -106,6 +126,16 @@ class Network(nn.Module):
         if self.has_deep_supervision:
             arguments["deep_supervision"] = self.deep_supervision
         return {"name": self.name, "args": json.loads(json.dumps(arguments))}
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """Ops of `epa_kernels` that forward runs, each with the first shape it gets, batch 1."""
+        raise NotImplementedError
+
+    def _heads_shape(self, level: int, tokens_level: int) -> tuple[int, int, int, int]:
+        """(1, N, H, D) of the heads of a stage, from 0, on as many tokens as another has."""
+        channels, heads = (self._arguments[key][level] for key in ("dims", "num_heads"))
+        return 1, math.prod(self.grids[tokens_level]), heads, channels // heads
 
     def resize_tokens(self, img_size: Sequence[int] | int) -> "Network":
         """Carry the weights to another input size, in place, and return the model.
@@ -142,9 +172,10 @@ class Network(nn.Module):
         size = tuple(x.shape[2:])
         caller = f"{type(self).__name__}.forward"
         if x.ndim != 5 or x.shape[1] != self.in_channels:
+            axes = "XYZ" if self.takes_any_size else map(str, self.img_size)
             raise ValueError(
-                f"{caller}: x must be (B, {self.in_channels}, "
-                f"{', '.join(map(str, self.img_size))}), got {tuple(x.shape)}."
+                f"{caller}: x must be (B, {self.in_channels}, {', '.join(axes)}), got "
+                f"{tuple(x.shape)}."
             )
         if size == self.img_size:
             return
@@ -174,11 +205,31 @@ class Network(nn.Module):
     def check_lengths(cls, length: int, **arguments: Sequence) -> None:
         """Raise a ValueError that names the argument which has not `length` entries."""
         for name, value in arguments.items():
-            if len(value) != length:
+            is_list = isinstance(value, Collection)
+            if not is_list or len(value) != length:
+                number = f"{len(value)}: " if is_list else ""
                 raise ValueError(
-                    f"{cls.__name__}: {name} must have {length} entries, got {len(value)}: "
-                    f"{value!r}."
+                    f"{cls.__name__}: {name} must have {length} entries, got {number}{value!r}."
                 )
+
+    @classmethod
+    def check_types(cls, **arguments: Any) -> None:
+        """Raise a ValueError that names the argument which is not what its type hint says.
+
+        Integers are numbers of something: at least 1, depths at least 0.
+        """
+        hints = get_type_hints(cls.__init__)
+        for name, value in arguments.items():
+            least = 0 if name.endswith("depths") else 1
+            rule, holds = {
+                int: (f"an integer, at least {least}", _are_integers([value], least)),
+                Sequence[int]: (f"integers, each at least {least}", _are_integers(value, least)),
+                float: ("a number", isinstance(value, Real)),
+                bool: ("true or false", isinstance(value, bool)),
+                str: ("a word", isinstance(value, str)),
+            }[hints[name]]
+            if not holds:
+                raise ValueError(f"{cls.__name__}: {name} must be {rule}; got {value!r}.")
 
     @classmethod
     def check_heads(cls, dims: Sequence[int], num_heads: Sequence[int]) -> None:
@@ -191,13 +242,13 @@ class Network(nn.Module):
 
     @classmethod
     def _triple(cls, name: str, value: Sequence[int] | int) -> Triple:
-        values = (value,) * 3 if isinstance(value, int) else tuple(int(v) for v in value)
-        if len(values) != 3 or min(values) < 1:
+        values = (value,) * 3 if isinstance(value, Integral) else value
+        if not _are_integers(values, 1) or len(values) != 3:
             raise ValueError(
                 f"{cls.__name__}: {name} must be one integer or three, each at least 1; got "
                 f"{value!r}."
             )
-        return values
+        return tuple(map(int, values))
 
 
 def size_multiples(strides: Sequence[Triple]) -> Triple:
@@ -210,6 +261,12 @@ def nearest_legal_size(size: Sequence[int], strides: Sequence[Triple]) -> Triple
     return tuple(
         max(1, (2 * n + m) // (2 * m)) * m
         for n, m in zip(size, size_multiples(strides), strict=True)
+    )
+
+
+def _are_integers(values: Any, least: int) -> bool:
+    return isinstance(values, Collection) and all(
+        isinstance(value, Integral) and value >= least for value in values
     )
 
 

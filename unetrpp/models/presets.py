@@ -1,7 +1,8 @@
 """Named settings of the networks: the published variants, and tiny ones for tests and first steps.
 
 Each preset holds the constructor arguments of its network that differ from the defaults. The sizes
-are those the published code was trained or described with; `out_channels` counts the background.
+are those the published code was trained or described with. `out_channels` counts the background of
+UNETR++'s and of `tiny`; of the others it counts published regions, which overlap and have none.
 
 unetrpp
     synapse   Synapse multi-organ CT, 14 classes; 42,952,850 parameters
@@ -10,9 +11,9 @@ unetrpp
     lung      Decathlon lung CT, as acdc; 121,174,798 parameters
     tumor     BraTS, four MR sequences in, branches added; 42,647,604 parameters
 segformer3d
-    brats     BraTS, four MR sequences in, three overlapping regions out; 4,525,251 parameters
+    brats     BraTS, four MR sequences in, three regions out; 4,525,251 parameters
 slim_unetr
-    brats     BraTS, four MR sequences in, three overlapping regions out; 1,783,425 parameters
+    brats     BraTS, four MR sequences in, three regions out; 1,783,425 parameters
     hepatic   Decathlon hepatic vessels and tumours, two regions out; 1,773,726 parameters
 slim_unetrpp
     brats     the reconstruction at the size of slim_unetr's; 3,407,899 parameters

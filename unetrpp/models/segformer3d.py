@@ -36,7 +36,8 @@ class SegFormer3D(Network):
 
     Args:
         in_channels: channels of the input volume, for instance one per MR sequence.
-        out_channels: classes, background included.
+        out_channels: classes of a label map, the background included (`unetrpp train`); or regions
+            that may overlap, without one, as published.
         img_size: size of the training patch, three integers or one. Weights do not depend on it:
             forward takes every size whose axes are multiples of the product of the strides, which
             need not be cubes as in the published code.
@@ -62,6 +63,7 @@ class SegFormer3D(Network):
         Initialised as published: linear layers by a normal distribution of deviation 0.02
         truncated at 2, convolutions by one of deviation sqrt(2 / fan-out), biases zero. The logits
         are computed at the resolution of the first stage and upsampled trilinearly, as published.
+        The last stage may be a single voxel, but then training needs a batch of two or more.
 
     Example:
         >>> model = SegFormer3D.from_preset("tiny").eval()
@@ -70,7 +72,6 @@ class SegFormer3D(Network):
     """
 
     name = "segformer3d"
-    attention = "spatial_attention"
     takes_any_size = True
     input_weight = ("segformer_encoder.embed_1.patch_embeddings.weight", 1)
     output_weight = ("segformer_decoder.linear_pred.weight", 0)
@@ -113,6 +114,11 @@ class SegFormer3D(Network):
         )
         self.segformer_decoder = Decoder(dims, decoder_dim, out_channels)
         self.apply(_init)
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `Network`: queries of the first stage, (1, N, H, D)."""
+        return {"spatial_attention": self._heads_shape(0, 0)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x.

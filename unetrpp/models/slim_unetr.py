@@ -37,7 +37,8 @@ class SlimUNETR(Network):
 
     Args:
         in_channels: channels of the input volume, for instance one per MR sequence.
-        out_channels: classes, background included.
+        out_channels: classes of a label map, the background included (`unetrpp train`); or regions
+            that may overlap, without one, as published.
         img_size: size of the input volume (the training patch), three integers or one; each axis a
             multiple of the product of its strides. Weights go to another by `resize_tokens`.
         strides: one step per stage, three integers or one each, default (4, 2, 2, 2). Attention of
@@ -57,6 +58,7 @@ class SlimUNETR(Network):
     Notes:
         Initialised by the defaults of torch, the position embedding with zeros. With the published
         128^3 or 96^3 volumes the published embedding_dim is the number of tokens of the last stage.
+        The last stage may be a single voxel, but then training needs a batch of two or more.
 
     Example:
         >>> model = SlimUNETR.from_preset("tiny").eval()
@@ -65,7 +67,6 @@ class SlimUNETR(Network):
     """
 
     name = "slim_unetr"
-    attention = "spatial_attention"
     input_weight = ("Encoder.DWconv1.depth_wise.weight", 1)
     output_weight = ("Decoder.SegHead.transposed.weight", 1)
 
@@ -96,6 +97,11 @@ class SlimUNETR(Network):
         stage = stage_builder(Block, self.strides, dims, depths, num_heads)
         self.Encoder = Encoder(in_channels, self.strides, dims, stage, self.grids[-1], dropout)
         self.Decoder = Decoder(out_channels, self.strides, dims, stage)
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `Network`: the first stage's queries, on the voxels of the third's grid."""
+        return {"spatial_attention": self._heads_shape(0, 2)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x.

@@ -68,6 +68,8 @@ class SlimUNETRPP(Network):
 
     Notes:
         No accuracy is claimed for this network, and none that was published is its own.
+        The last stage may be a single voxel, but then training and evaluation need a batch of two
+        or more, and MedNeXt's norm, over the voxels of a channel, leaves nothing of that one.
 
     Example:
         >>> model = SlimUNETRPP.from_preset("tiny").eval()
@@ -76,7 +78,6 @@ class SlimUNETRPP(Network):
     """
 
     name = "slim_unetrpp"
-    attention = "spatial_attention"
     is_reconstruction = True
     input_weight = ("Encoder.DWconv1.depth_wise.weight", 1)
     output_weight = ("Decoder.SegHead.transposed.weight", 1)
@@ -118,7 +119,9 @@ class SlimUNETRPP(Network):
         self.check_lengths(STAGES, dims=dims, depths=depths, num_heads=num_heads)
         self.check_heads(dims, num_heads)
         if kernel_size % 2 == 0:
-            raise ValueError(f"SlimUNETRPP: kernel_size must be odd, got {kernel_size}.")
+            raise ValueError(
+                f"SlimUNETRPP: kernel_size must be odd and at least 1; got {kernel_size}."
+            )
         if not set(sca_stages) <= {1, 2, 3}:
             raise ValueError(
                 f"SlimUNETRPP: sca_stages must be among 1, 2, 3, the stages with a skip "
@@ -155,6 +158,17 @@ class SlimUNETRPP(Network):
                 has_pos_embed=False,
             )
         self.Decoder = Decoder(out_channels, self.strides, dims, stage)
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `Network`: the blocks' queries as in `SlimUNETR`, then those of SCA, then EPA's."""
+        inputs = {"spatial_attention": self._heads_shape(0, 2)}
+        if self.SCA:
+            level = int(next(iter(self.SCA))) - 1
+            inputs["channel_attention"] = self._heads_shape(level, level)
+        if self.EPA is not None:
+            inputs["paired_attention"] = 1, math.prod(self.grids[-1]), self._arguments["dims"][-1]
+        return inputs
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x.

@@ -76,7 +76,6 @@ class UNETRPP(Network):
     """
 
     name = "unetrpp"
-    attention = "paired_attention"
     has_deep_supervision = True
     input_weight = ("encoder1.conv1.conv.weight", 1)
     output_weight = ("out1.conv.conv.weight", 0)
@@ -181,6 +180,11 @@ class UNETRPP(Network):
         """Stride of each of the three outputs of deep supervision against the input."""
         stem, first = self.strides[:2]
         return (1, 1, 1), stem, tuple(s * f for s, f in zip(stem, first, strict=True))
+
+    @property
+    def attention_inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `Network`: tokens of the first stage, (1, N, C)."""
+        return {"paired_attention": (1, math.prod(self.grids[0]), self._arguments["dims"][0])}
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return the logits of x.
