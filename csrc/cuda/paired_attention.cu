@@ -146,11 +146,11 @@ public:
   }
 
   template <int D> void output_mma(T *y) const {
-    const int64_t jobs = a_.H + blocks_of(p_.O, CHANNEL_OUTPUTS);
+    const int64_t jobs = a_.H + (p_.is_sum ? 0 : blocks_of(p_.O, CHANNEL_OUTPUTS));
     EPA_LAUNCH((paired_attention_mma_output_fwd_kernel<T, D>),
                dim3(blocks_of(a_.N, mma_.chunk), jobs, a_.B), MMA_THREADS,
-               std::max(mma_shared(mma_.is_resident), channel_shared()), a_.stream, p_, mma_, y,
-               out_s_);
+               std::max(mma_shared(mma_.is_resident), p_.is_sum ? 0 : channel_shared()),
+               a_.stream, p_, mma_, y, out_s_);
     check("mma_output_fwd");
   }
 
@@ -287,21 +287,24 @@ private:
     return (TILE_ROWS * CHANNEL_STRIDE + matrix) * sizeof(T);
   }
 
-  void plan_mma() {
+  // Whether the output pass is one of the specialised kernels.
+  bool plan_mma() {
     const int64_t C = a_.C, tile = TILE_ROWS;
     mma_.has_rows = a_.N % C == 0 && (C % tile == 0 || tile % C == 0);
     mma_.span = std::max(C, tile);
     if (!mma_.has_rows || mma_shared(false) > SHARED_LIMIT - MMA_STATIC)
-      mma_.has_rows = false, mma_.span = tile;
+      mma_.has_rows = false, mma_.span = p_.is_sum ? 0 : tile;
+    if (!mma_.span) return false;
     mma_.is_resident = mma_shared(true) <= SHARED_LIMIT - MMA_STATIC;
     // Whole spans. Few tokens need their blocks more than a block needs its weights for long.
     const bool is_many = a_.N >= 16 * OUTPUT_CHUNK;
     mma_.chunk = mma_.span * (is_many ? std::max<int64_t>(1, OUTPUT_CHUNK / mma_.span) : 1);
     out_s_ = mma_.has_rows ? nullptr : take<T>(a_.B * a_.N * C);
+    return true;
   }
 
   void plan_output() {
-    if (is_specialised() && p_.is_official && !p_.is_sum) return plan_mma();
+    if (is_specialised() && p_.is_official && plan_mma()) return;
     const int64_t N = a_.N, C = a_.C, D = p_.D, size = sizeof(A);
     const bool has_rows = p_.is_official && N % C == 0 && C * D * size <= TILE_LIMIT;
     tiles_.finish = has_rows ? Finish::rows : p_.is_official ? Finish::flat : Finish::tokens;

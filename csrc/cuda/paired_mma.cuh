@@ -1,6 +1,6 @@
 // The passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32, 64}, or float and D
 // in {8, 16}; P up to 64, C a multiple of 32 up to 256, of float up to 64; forward the official
-// layout of kinds with output projections.
+// layout, of kind sum where C divides N.
 //
 //   A block has a chunk of tokens of a head, or of the channel branch for some of its output
 //   channels; its warps have 16 tokens each of a tile of 64. x comes in blocks of 32 channels.
@@ -63,45 +63,72 @@ __device__ __forceinline__ void load_x(const Paired<T> &a, T *to, int64_t b, int
                               WARP_ROWS, threadIdx.x % 32, 32);
 }
 
-// A span of out_s, outs (D, span + 8), projected: y_s of D span / C rows.
+// Two neighbours of a row of global memory as a word, or one of float.
+template <class T> __device__ __forceinline__ Word<T> row_word(const T *at, int64_t stride) {
+  if constexpr (std::is_same_v<T, float>) {
+    return *at;
+  } else {
+    if (stride == 1 && reinterpret_cast<uintptr_t>(at) % 4 == 0) return word_at(at);
+    return pack<T>(widen(at[0]), widen(at[stride]));
+  }
+}
+
+// Of a span of out_s, outs (D, span + 8), the D span / C rows of out_s' that it makes up, projected
+// to y_s; or of kind sum, with the channel branch of the tokens that have their numbers, y.
 template <class T, int D>
 __device__ __forceinline__ void project_rows(const Paired<T> &a, int64_t b, int h, int64_t n,
                                              int span, const T *outs, T *y) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, C = a.C;
   const int rows = D * (span / C), groups = a.O / 8, stride = span + 8;
   const int64_t rows_of_channel = a.N / C;
+  const auto weight = [&](int64_t at) {
+    return a.is_sum ? a.value_matrix[b * C * C + at] : a.out_proj_weight[at];
+  };
   for (int task = threadIdx.x / 32; task < (rows + 15) / 16 * groups; task += MMA_WARPS) {
     const int first_row = task / groups * 16, first = task % groups * 8;
     // Row d of part j of the span, which C tokens make up.
     const T *row[2];
+    int64_t number[2];
+    bool is_inside[2];
     for (int i = 0; i < 2; ++i) {
-      const int r = first_row + g + 8 * i < rows ? first_row + g + 8 * i : 0;
+      int r = first_row + g + 8 * i;
+      is_inside[i] = r < rows && n + r / D * C < a.N;
+      if (!is_inside[i]) r = 0;
       row[i] = outs + r % D * stride + r / D * C;
+      number[i] = (int64_t(r % D) * a.H + h) * rows_of_channel + n / C + r / D;
     }
     float sum[4] = {};
 #pragma unroll 2
     for (int k = 0; k < C; k += DEPTH<T>) {
       Word<T> factor[4], other[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) factor[i] = word_at(row[i % 2] + k + word_offset<T>(i / 2));
+      for (int i = 0; i < 4; ++i) {
+        const int c = k + word_offset<T>(i / 2);
+        factor[i] = a.is_sum ? row_word(&a.x.at(b, number[i % 2], c), a.x.stride_c)
+                             : word_at(row[i % 2] + c);
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int64_t at = int64_t(first + g) * C + k + word_offset<T>(i);
         if constexpr (std::is_same_v<T, float>)
-          other[i] = a.out_proj_weight[at];
+          other[i] = weight(at);
         else
-          other[i] = pack<T>(a.out_proj_weight[at], a.out_proj_weight[at + 1]);
+          other[i] = pack<T>(weight(at), weight(at + 1));
       }
       mma<T>(sum, factor, other);
     }
     const int o = first + 2 * t;
-    const float low = a.out_proj_bias ? a.out_proj_bias[o] : 0.f;
-    const float high = a.out_proj_bias ? a.out_proj_bias[o + 1] : 0.f;
+    const auto constant = [&](int column) {
+      if (a.is_sum) return a.value_constant[b * C + column];
+      return a.out_proj_bias ? a.out_proj_bias[column] : 0.f;
+    };
+    const float low = constant(o), high = constant(o + 1);
     for (int i = 0; i < 2; ++i) {
-      const int r = first_row + g + 8 * i;
-      if (r >= rows || n + r / D * C >= a.N) continue;
-      const int64_t number = (int64_t(r % D) * a.H + h) * rows_of_channel + n / C + r / D;
-      store_pair(y + (b * a.N + number) * C, 1, o, sum[2 * i] + low, sum[2 * i + 1] + high);
+      if (!is_inside[i]) continue;
+      float own[2] = {};
+      if (a.is_sum) own[0] = widen(row[i][o]), own[1] = widen(row[i][o + 1]);
+      store_pair(y + (b * a.N + number[i]) * C, 1, o, sum[2 * i] + low + own[0],
+                 sum[2 * i + 1] + high + own[1]);
     }
   }
 }
@@ -484,7 +511,7 @@ __device__ __forceinline__ float power_of_two(float largest) {
 
 // dq, out_s and sums of a chunk of a head; or a block of the channel branch's.
 template <class T, int D>
-__global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 2 : 3)
+__global__ void __launch_bounds__(MMA_THREADS, D == 64 || sizeof(T) == 4 ? 2 : 3)
     paired_attention_mma_output_bwd_kernel(Paired<T> a, PairedBackward<T> g, bool is_resident) {
   constexpr int ROWS = TILE_ROWS * ROW_STRIDE<D>;
   constexpr int X_TILE = TILE_ROWS * CHANNEL_STRIDE, MAP_TILE = TILE_ROWS * MAP_STRIDE;
