@@ -46,6 +46,20 @@ template <class F> auto with_type(Dtype dtype, F f) {
   }
 }
 
+// f(integral constant D) where kernels on tensor cores have D.
+template <class F> void with_head_dim(int64_t D, F f) {
+  switch (D) {
+  case 8:
+    return f(std::integral_constant<int, 8>());
+  case 16:
+    return f(std::integral_constant<int, 16>());
+  case 32:
+    return f(std::integral_constant<int, 32>());
+  default:
+    return f(std::integral_constant<int, 64>());
+  }
+}
+
 template <class T> Heads<T> heads(const View &view) {
   return {static_cast<T *>(view.data), view.stride[0], view.stride[1], view.stride[2],
           view.stride[3]};

@@ -116,7 +116,7 @@ public:
     }
     mix(nullptr, nullptr);
     if (mma_.span)
-      with_head_dim([&](auto d) { output_mma<decltype(d)::value>(y); });
+      with_head_dim(p_.D, [&](auto d) { output_mma<decltype(d)::value>(y); });
     else
       output(y);
     if (!out_s_) return;
@@ -169,7 +169,7 @@ public:
     mix(dy, p_.is_sum ? nullptr : g_.dout);
 
     if (g_.is_specialised)
-      with_head_dim([&](auto d) { output_bwd_mma<decltype(d)::value>(); });
+      with_head_dim(p_.D, [&](auto d) { output_bwd_mma<decltype(d)::value>(); });
     else
       output_bwd();
 
@@ -260,20 +260,6 @@ private:
 
   void check(const char *kernel) const {
     check_launch("paired_attention", kernel, "B N C H P", {a_.B, a_.N, a_.C, a_.H, a_.P});
-  }
-
-  // f(integral constant D) where a specialised kernel has D.
-  template <class F> void with_head_dim(F f) const {
-    switch (p_.D) {
-    case 8:
-      return f(std::integral_constant<int, 8>());
-    case 16:
-      return f(std::integral_constant<int, 16>());
-    case 32:
-      return f(std::integral_constant<int, 32>());
-    default:
-      return f(std::integral_constant<int, 64>());
-    }
   }
 
   bool is_specialised() const {

@@ -242,6 +242,11 @@ int main(int count, char **arguments) {
          return channel_is_right<__half>({67, 2, 9, 67}, epa::Dtype::float16, 0.01) &
                 channel_is_right<float>({67, 1, 18, 67}, epa::Dtype::float32, 1e-4);
        }},
+      {"channel_mma",
+       [] {
+         return channel_is_right<__nv_bfloat16>({67, 2, 8, 67}, epa::Dtype::bfloat16, 0.03) &
+                channel_is_right<__half>({67, 2, 16, 67}, epa::Dtype::float16, 0.01);
+       }},
       {"paired",
        [] {
          return paired_is_right<double>({67, 6, 2, 9}, epa::Dtype::float64, 1e-11) &
