@@ -178,6 +178,22 @@ BUGS = (
         "__syncwarp();\n      add_scaled",
     ),
     (
+        "barrier-before-rows-are-overwritten", "values", "paired_mma", "paired_mma_product.cuh",
+        "      __syncthreads();\n    }\n#pragma unroll", "    }\n#pragma unroll",
+    ),
+    (
+        "row-mask-of-projected-tokens", "address", "paired_mma", "paired_mma_product.cuh",
+        "if (row >= tokens) continue;", "",
+    ),
+    (
+        "column-mask-of-weight", "address", "paired_mma", "paired_mma_product.cuh",
+        "column < columns && k < depth", "k < depth",
+    ),
+    (
+        "barrier-before-rows-are-read", "values", "paired_mma", "paired_mma_product.cuh",
+        "c; });\n      __syncthreads();", "c; });",
+    ),
+    (
         "token-mask-of-projection", "address", "paired_mma", "paired_mma_gradients.cuh",
         "row + VECTOR <= inside", "row >= 0",
     ),

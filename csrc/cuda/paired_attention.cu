@@ -5,6 +5,7 @@
 #include "paired_mix.cuh"
 #include "paired_mma.cuh"
 #include "paired_mma_gradients.cuh"
+#include "paired_mma_product.cuh"
 #include "paired_output.cuh"
 #include "paired_summary.cuh"
 
@@ -119,7 +120,17 @@ public:
       with_head_dim(p_.D, [&](auto d) { output_mma<decltype(d)::value>(y); });
     else
       output(y);
-    if (!out_s_) return;
+    if (out_s_) product(y);
+  }
+
+  void product(T *y) const {
+    if (has_mma_projection(a_.C)) {
+      if constexpr (sizeof(T) == 2)
+        EPA_LAUNCH((paired_attention_mma_product_kernel<T>), dim3(projection_jobs(p_.O), a_.B),
+                   PAIRED_THREADS, projection_shared(a_.C), a_.stream, p_, token_chunk(),
+                   out_s_, y);
+      return check("mma_product");
+    }
     EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
                PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
     check("product");
@@ -240,8 +251,7 @@ private:
       tiles.samples = a_.B;
       tiles.has_all_matrices = matrices <= SHARED_LIMIT - MMA_STATIC;
       tiles.has_all_samples = samples <= SHARED_LIMIT - MMA_STATIC;
-      // Few tokens need their blocks more than a block needs its matrices for long.
-      tiles.chunk = a_.N < 16 * OUTPUT_CHUNK ? TILE_ROWS : 2 * TILE_ROWS;
+      tiles.chunk = token_chunk();
       const int64_t streamed = bytes(2 * SLICE);
       EPA_LAUNCH((paired_attention_mma_summary_bwd_kernel<T>),
                  blocks_of(a_.N, tiles.chunk) * (a_.B * blocks + p_.J), MMA_THREADS,
@@ -278,6 +288,19 @@ private:
   int64_t channel_shared() const {
     const int64_t matrix = a_.C / CHANNEL_BLOCK * CHANNEL_OUTPUTS * CHANNEL_STRIDE;
     return (TILE_ROWS * CHANNEL_STRIDE + matrix) * 2;
+  }
+
+  // The output projection on tensor cores, whose sums are over `depth` channels.
+  static int64_t projection_shared(int64_t depth) {
+    return (TILE_ROWS * MAP_STRIDE + MAP_COLUMNS * projection_stride(depth)) * 2;
+  }
+  static bool has_mma_projection(int64_t depth) {
+    return sizeof(T) == 2 && projection_shared(depth) <= SHARED_LIMIT;
+  }
+  // Few tokens need their blocks more than a block needs its matrices for long.
+  int64_t token_chunk() const { return a_.N < 16 * OUTPUT_CHUNK ? TILE_ROWS : 2 * TILE_ROWS; }
+  int64_t projection_jobs(int64_t columns) const {
+    return blocks_of(a_.N, token_chunk()) * blocks_of_64(columns);
   }
 
   void plan_mma() {
@@ -345,10 +368,16 @@ private:
     }
     const int64_t mean = a_.C * sizeof(double), column = a_.C * sizeof(A);
     const int width = std::min(a_.C, (SHARED_LIMIT - mean) / column);
-    const int64_t jobs =
-        a_.H + p_.J * blocks_of(a_.P, PROJECTED_ROWS) + (dout ? blocks_of(a_.N, TOKEN_ROWS) : 0);
-    EPA_LAUNCH((paired_attention_mix_fwd_kernel<T>), dim3(jobs, a_.B), PAIRED_THREADS,
-               mean + (a_.direct ? 0 : width * column), a_.stream, p_, width, dy, dout);
+    int64_t jobs = a_.H + p_.J * blocks_of(a_.P, PROJECTED_ROWS), chunk = 0;
+    int64_t shared = mean + (a_.direct ? 0 : width * column);
+    if (dout && has_mma_projection(p_.O)) {
+      chunk = token_chunk(), jobs += projection_jobs(a_.C);
+      shared = std::max(shared, projection_shared(p_.O));
+    } else if (dout) {
+      jobs += blocks_of(a_.N, TOKEN_ROWS);
+    }
+    EPA_LAUNCH((paired_attention_mix_fwd_kernel<T>), dim3(jobs, a_.B), PAIRED_THREADS, shared,
+               a_.stream, p_, width, dy, dout, chunk);
     check("mix_fwd");
   }
 

@@ -255,7 +255,7 @@ int main(int count, char **arguments) {
       {"paired_mma",
        [] {
          return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03) &
-                paired_is_right<__half>({35, 32, 2, 9}, epa::Dtype::float16, 0.01);
+                paired_is_right<__half>({35, WIDE, WIDE / 32, 9}, epa::Dtype::float16, 0.01);
        }},
   };
   try {
