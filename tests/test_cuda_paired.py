@@ -17,6 +17,7 @@ from cases import (
 from paired_op import Guards, ops_arguments
 
 from epa_kernels import cuda, reference, two_pass
+from epa_kernels.ops import OPS
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -237,6 +238,29 @@ def test_launches(emulated_cuda, shape, kind, layout, bias, dtype, expected):
     middle = emulated_cuda()
     cuda.paired_attention_bwd(y, *tensors, *kept, SEED, **options)
     assert (middle - start, emulated_cuda() - middle) == expected
+
+
+# MiB; stages 1 to 4 of Synapse, 2 and 3 of acdc, and many tokens of many channels.
+@pytest.mark.parametrize(
+    "shape, forward, backward",
+    (
+        ((2, 32768, 32, 4, 64), 1.7, 15.3),
+        ((2, 4096, 64, 4, 64), 4.4, 6.4),
+        ((2, 512, 128, 4, 64), 2.4, 5.6),
+        ((2, 64, 256, 4, 32), 3.3, 7.5),
+        ((1, 4000, 64, 4, 64), 2.7, 3.1),
+        ((1, 400, 128, 4, 64), 1.2, 2.5),
+        ((2, 4096, 256, 4, 64), 21.0, 32.1),
+    ),
+    ids=lambda value: shape_id(value) if isinstance(value, tuple) else "",
+)
+def test_workspace_stays_small(shape, forward, backward):
+    tensors, options = ops_arguments(shape, "shared", "official", torch.float32)
+    tensors = cast(tensors, torch.bfloat16, torch.float32)
+    _, *kept = OPS["paired_attention"].fake(*tensors)
+    op, _, _alive = cuda._paired(tensors, SEED, kept, **options)
+    assert op.fwd_workspace() <= (forward + 0.05) * 2**20
+    assert op.bwd_workspace() <= (backward + 0.05) * 2**20
 
 
 def test_zero_channel_is_finite_and_equal():

@@ -19,9 +19,9 @@ struct Chunks {
   int64_t count, size;
 };
 
-inline Chunks sum_chunks(int64_t N) {
+inline Chunks sum_chunks(int64_t N, int64_t most = SUM_CHUNKS) {
   const int64_t tiles = (N + SUM_TILE - 1) / SUM_TILE;
-  const int64_t size = (tiles + SUM_CHUNKS - 1) / SUM_CHUNKS * SUM_TILE;
+  const int64_t size = (tiles + most - 1) / most * SUM_TILE;
   return {(N + size - 1) / size, size};
 }
 

@@ -19,6 +19,8 @@ constexpr int64_t TILE_LIMIT = SHARED_LIMIT / 2;
 // Of what kernels declare beside what they are launched with.
 constexpr int64_t STATIC_LIMIT = MATRIX_ROWS * 8;
 constexpr int64_t TILE_TOKENS = 64;
+// Sums of all chunks take at most so many times the bytes of x, or give a sample so many blocks.
+constexpr int64_t SUMS_LIMIT = 4, LEAST_BLOCKS = 128;
 static_assert(SUMMARY_SIDE == MAP_COLUMNS, "both kernels of the summary have one grid");
 constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4;
 
@@ -69,7 +71,9 @@ public:
     p_.out_proj2_weight = weight(a.out_proj2_weight), p_.out_proj2_bias = weight(a.out_proj2_bias);
 
     const int D = p_.D, J = p_.J;
-    const Chunks chunks = sum_chunks(N);
+    const Chunks chunks =
+        chunks_of(C * (C + 2 + H) + J * P * C,
+                  blocks_of_64(C) * (blocks_of_64(C) + J * int64_t(blocks_of_64(P))));
     p_.chunks = is_backward || a.direct ? 1 : chunks.count;
     p_.chunk = p_.chunks == 1 ? N : chunks.size;
     p_.mean = a.direct ? take<double>(B * C) : static_cast<double *>(a.mean);
@@ -262,6 +266,13 @@ private:
     }
   }
 
+  // For sums of `numbers` numbers a chunk by `blocks` blocks.
+  Chunks chunks_of(int64_t numbers, int64_t blocks) const {
+    const int64_t x = a_.N * a_.C * int64_t(sizeof(T)), sums = numbers * int64_t(sizeof(A));
+    const int64_t most = std::max(SUMS_LIMIT * x / sums, blocks_of(LEAST_BLOCKS, blocks));
+    return sum_chunks(a_.N, std::min(most, SUM_CHUNKS));
+  }
+
   Parameter<T> parameter(void *data) const { return {data, a_.weight_dtype != a_.x.dtype}; }
   Projection<T> projection(const View &view) const {
     return {parameter(view.data), view.stride[0], view.stride[1]};
@@ -333,13 +344,15 @@ private:
 
   void take_backward() {
     const int64_t B = a_.B, N = a_.N, C = a_.C, H = a_.H, P = a_.P, D = p_.D, J = p_.J, O = p_.O;
-    const Chunks chunks = sum_chunks(N);
+    const int64_t head = head_size(P, D);
+    const int64_t rows = C + (p_.is_sum ? O : 2 * O); // of the sums that have C columns
+    const Chunks chunks = chunks_of(H * head + rows * C,
+                                    H + int64_t(blocks_of_64(O)) * blocks_of_64(C));
     g_.chunks = chunks.count, g_.chunk = chunks.size;
     g_.is_specialised = is_specialised();
     g_.dq = take<T>(B * N * C);
     g_.dout = p_.is_sum ? nullptr : take<T>(B * N * C);
     g_.out_s = p_.is_sum ? nullptr : take<T>(B * N * C);
-    const int64_t head = head_size(P, D);
     g_.head_sums = take(B * H * chunks.count * head), g_.head_totals = take(B * H * head);
     g_.matrix_sums = take(B * chunks.count * O * C), g_.dmatrix = take(B * O * C);
     g_.constant_sums = take(B * chunks.count * O), g_.dconstant = take(B * O);
