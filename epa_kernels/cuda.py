@@ -268,7 +268,8 @@ def _channel(q, k, v, temperature, kept, seed, dropout_p):
     _check("channel_attention", head_dim=q.shape[3])
     per_head = _per_head(temperature, kept[0].dtype)
     op = module.ChannelAttention(
-        tuple(q.shape), _dropout(dropout_p, seed), tuple(map(_view, (q, k, v))),
+        tuple(q.shape), not float32_is_exact(), _dropout(dropout_p, seed),
+        tuple(map(_view, (q, k, v))),
         _temperature(per_head), tuple(map(_address, kept)), _stream(q),
     )  # fmt: skip
     return op, per_head

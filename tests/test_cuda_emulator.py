@@ -91,6 +91,18 @@ BUGS = (
         "along_k += ddots[column]", "along_k += ddots[row]",
     ),
     (
+        "squares-of-keys", "values", "channel_mma", "channel_mma.cuh",
+        "add_squares<T>(right_squares, factor)", "add_squares<T>(left_squares, factor)",
+    ),
+    (
+        "scale-of-columns", "values", "channel_mma", "channel_mma.cuh",
+        "(is_scaled ? inverse[d + i] : 1.f)", "1.f",
+    ),
+    (
+        "barrier-before-matrix-is-read", "values", "channel_mma", "channel_mma.cuh",
+        "matrix[i]);\n  }\n  __syncthreads();", "matrix[i]);\n  }",
+    ),
+    (
         "barrier-before-map-is-overwritten", "thread", "spatial", "spatial_mma.cuh",
         "add_products<T, D>(dvalues, maps, gradients);\n    __syncthreads();",
         "add_products<T, D>(dvalues, maps, gradients);",
@@ -109,6 +121,14 @@ BUGS = (
         "if (lane == 0) totals[warp] = total;",
     ),
     (
+        "barrier-at-end-of-tile-of-gram", "thread", "channel_mma", "channel_mma.cuh",
+        "    }\n    __syncthreads();\n  }\n  float *parts", "    }\n  }\n  float *parts",
+    ),
+    (
+        "barrier-before-parts-are-added", "thread", "channel_mma", "channel_mma.cuh",
+        "right_squares);\n  __syncthreads();", "right_squares);",
+    ),
+    (
         "row-mask-of-loads", "address", "spatial", "fragments.cuh",
         "if (row < inside) value =", "value =",
     ),
@@ -123,6 +143,10 @@ BUGS = (
     (
         "column-mask-of-sums", "address", "channel", "channel.cuh",
         "if (element < length && group == 0)", "if (group == 0)",
+    ),
+    (
+        "row-mask-of-product", "address", "channel_mma", "channel_mma.cuh",
+        "if (row >= stop) continue;", "",
     ),
     (
         "last-chunk-of-gram", "values", "paired", "paired_mix.cuh",
@@ -163,6 +187,22 @@ BUGS = (
         "barrier-before-projection-is-read", "values", "paired_mma", "paired_mma_gradients.cuh",
         "is_own ? __syncwarp() : __syncthreads();\n      add_scaled",
         "__syncwarp();\n      add_scaled",
+    ),
+    (
+        "barrier-before-rows-are-overwritten", "values", "paired_mma", "paired_mma_product.cuh",
+        "      __syncthreads();\n    }\n#pragma unroll", "    }\n#pragma unroll",
+    ),
+    (
+        "row-mask-of-projected-tokens", "address", "paired_mma", "paired_mma_product.cuh",
+        "if (row >= tokens) continue;", "",
+    ),
+    (
+        "column-mask-of-weight", "address", "paired_mma", "paired_mma_product.cuh",
+        "column < columns && k < depth", "k < depth",
+    ),
+    (
+        "barrier-before-rows-are-read", "values", "paired_mma", "paired_mma_product.cuh",
+        "c; });\n      __syncthreads();", "c; });",
     ),
     (
         "token-mask-of-projection", "address", "paired_mma", "paired_mma_gradients.cuh",

@@ -70,10 +70,10 @@ SpatialAttention spatial(const Sizes<5> &size, bool normalize, bool tf32x3, Drop
 }
 
 // size: B, N, H, D; view: q, k, v; kept: gram, q_norm, k_norm.
-ChannelAttention channel(const Sizes<4> &size, Dropout dropout, const Views<3> &view,
+ChannelAttention channel(const Sizes<4> &size, bool tf32x3, Dropout dropout, const Views<3> &view,
                          Temperature temperature, const Addresses<3> &kept, Address stream) {
   ChannelAttention a = {};
-  a.B = size[0], a.N = size[1], a.H = size[2], a.D = size[3];
+  a.B = size[0], a.N = size[1], a.H = size[2], a.D = size[3], a.tf32x3 = tf32x3;
   a.threshold = dropout.first, a.seed = pointer<const int64_t>(dropout.second);
   a.q = view[0], a.k = view[1], a.v = view[2];
   a.temperature = pointer(temperature.first), a.temperature_stride = temperature.second;

@@ -1,4 +1,5 @@
-// Channel attention for every D and dtype.
+// Channel attention for every D and dtype; channel_mma.cuh has its passes over the tokens on tensor
+// cores.
 //
 //   forward   gram, mix_fwd, product          grid (chunks of tokens, H, B), mix (1, H, B)
 //   backward  gram (of dout and v), mix_bwd, product (of three results)
@@ -191,6 +192,7 @@ template <class T> struct ChannelProduct {
   Heads<const T> more; // with factor (B, H, D), unless that is null
   const Accumulate<T> *factor;
   Heads<T> result;
+  const Accumulate<T> *norm; // of tokens (B, H, D), where the matrix is of gradients; or null
 };
 
 template <class T> struct ChannelProducts {

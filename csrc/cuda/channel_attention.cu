@@ -1,6 +1,6 @@
 // Channel attention on a GPU: which kernels run, on which grid. reference.channel_attention is the
 // definition, channel.cuh the plan.
-#include "channel.cuh"
+#include "channel_mma.cuh"
 #include "host.h"
 
 #include <algorithm>
@@ -32,17 +32,37 @@ template <class T> struct Launcher {
     check_launch("channel_attention", kernel, "B N H D", {a.B, a.N, a.H, a.D});
   }
 
+  bool is_specialised() const {
+    return has_tensor_cores<T>(a.tf32x3) && has_mma<T>(a.D);
+  }
+
   void gram(View left, View right, bool has_norms, A *to) const {
+    const dim3 grid(sums.count, a.H, a.B);
+    if (is_specialised()) {
+      with_head_dim<T>(a.D, [&](auto d) {
+        EPA_LAUNCH((channel_attention_mma_gram_kernel<T, decltype(d)::value>), grid, MMA_THREADS, 0,
+                   a.stream, a.N, a.H, sums.size, heads<const T>(left), heads<const T>(right),
+                   has_norms, to);
+      });
+      return check("mma_gram");
+    }
     const int64_t row = 2 * a.D * sizeof(A);
     const int rows = std::min(MOST_ROWS, (SHARED_LIMIT - STATIC_SHARED) / row);
-    EPA_LAUNCH((channel_attention_gram_kernel<T>), dim3(sums.count, a.H, a.B), CHANNEL_THREADS,
-               rows * row, a.stream, a.N, a.H, static_cast<int>(a.D), sums.size,
-               heads<const T>(left), heads<const T>(right), has_norms, to, rows);
+    EPA_LAUNCH((channel_attention_gram_kernel<T>), grid, CHANNEL_THREADS, rows * row, a.stream, a.N,
+               a.H, static_cast<int>(a.D), sums.size, heads<const T>(left), heads<const T>(right),
+               has_norms, to, rows);
     check("gram");
   }
 
   void product(const ChannelProducts<T> &products) const {
     const dim3 grid(outputs.count * products.count, a.H, a.B);
+    if (is_specialised()) {
+      with_head_dim<T>(a.D, [&](auto d) {
+        EPA_LAUNCH((channel_attention_mma_product_kernel<T, decltype(d)::value>), grid, MMA_THREADS,
+                   0, a.stream, a.N, a.H, outputs.size, products);
+      });
+      return check("mma_product");
+    }
     EPA_LAUNCH((channel_attention_product_kernel<T>), grid, CHANNEL_THREADS, 0, a.stream, a.N, a.H,
                static_cast<int>(a.D), outputs.size, products);
     check("product");
@@ -55,7 +75,7 @@ template <class T> struct Launcher {
     EPA_LAUNCH((channel_attention_mix_fwd_kernel<T>), dim3(1, a.H, a.B), CHANNEL_THREADS,
                CHANNEL_WARPS * a.D * sizeof(A), a.stream, arguments(), parts, transposed);
     check("mix_fwd");
-    product({1, {{heads<const T>(a.v), transposed, {}, nullptr, heads<T>(out)}}});
+    product({1, {{heads<const T>(a.v), transposed, {}, nullptr, heads<T>(out), nullptr}}});
   }
 
   void backward(View dout, const ChannelAttentionGradients &gradients) const {
@@ -70,9 +90,9 @@ template <class T> struct Launcher {
     check("mix_bwd");
     const auto q = heads<const T>(a.q), k = heads<const T>(a.k);
     product({3,
-             {{k, ddots_transposed, q, dq_norm, heads<T>(gradients.q)},
-              {q, ddots, k, dk_norm, heads<T>(gradients.k)},
-              {heads<const T>(dout), attention, {}, nullptr, heads<T>(gradients.v)}}});
+             {{k, ddots_transposed, q, dq_norm, heads<T>(gradients.q), arguments().k_norm},
+              {q, ddots, k, dk_norm, heads<T>(gradients.k), arguments().q_norm},
+              {heads<const T>(dout), attention, {}, nullptr, heads<T>(gradients.v), nullptr}}});
   }
 };
 

@@ -62,6 +62,7 @@ struct SpatialAttentionGradients {
 
 struct ChannelAttention {
   int64_t B, N, H, D; // B, H up to 65535, D up to 256
+  bool tf32x3;        // float32 multiplies on tensor cores, in three TF32 products
   uint32_t threshold;
   const int64_t *seed;
   View q, k, v; // (B, N, H, D)

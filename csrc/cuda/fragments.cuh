@@ -329,4 +329,11 @@ __device__ __forceinline__ void softmax_backward(float (&weights)[MAP_GROUPS][4]
   }
 }
 
+// What brings a number to 2^13 or more, below 2^14, where float16 has all its digits.
+__device__ __forceinline__ float float16_scale(float value) {
+  int exponent;
+  frexpf(value, &exponent);
+  return ldexpf(1.f, 14 - (exponent > -100 ? exponent : -100));
+}
+
 } // namespace epa::cuda

@@ -20,9 +20,9 @@ struct Chunks {
   int64_t count, size;
 };
 
-inline Chunks sum_chunks(int64_t N) {
+inline Chunks sum_chunks(int64_t N, int64_t most = SUM_CHUNKS) {
   const int64_t tiles = (N + SUM_TILE - 1) / SUM_TILE;
-  const int64_t size = (tiles + SUM_CHUNKS - 1) / SUM_CHUNKS * SUM_TILE;
+  const int64_t size = (tiles + most - 1) / most * SUM_TILE;
   return {(N + size - 1) / size, size};
 }
 
@@ -45,6 +45,11 @@ template <class F> auto with_type(Dtype dtype, F f) {
   default:
     return f(Type<float>());
   }
+}
+
+// Whether T multiplies on tensor cores.
+template <class T> constexpr bool has_tensor_cores(bool tf32x3) {
+  return sizeof(T) == 2 || (std::is_same_v<T, float> && tf32x3);
 }
 
 // Whether a kernel on tensor cores has head dim D, of float within 48 KB of shared memory.

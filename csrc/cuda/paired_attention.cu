@@ -5,6 +5,7 @@
 #include "paired_mix.cuh"
 #include "paired_mma.cuh"
 #include "paired_mma_gradients.cuh"
+#include "paired_mma_product.cuh"
 #include "paired_output.cuh"
 #include "paired_summary.cuh"
 
@@ -18,6 +19,8 @@ constexpr int64_t TILE_LIMIT = SHARED_LIMIT / 2;
 // Of what kernels declare beside what they are launched with.
 constexpr int64_t STATIC_LIMIT = MATRIX_ROWS * 8;
 constexpr int64_t TILE_TOKENS = 64;
+// Sums of all chunks take at most so many times the bytes of x, or give a sample so many blocks.
+constexpr int64_t SUMS_LIMIT = 4, LEAST_BLOCKS = 128;
 static_assert(SUMMARY_SIDE == MAP_COLUMNS, "both kernels of the summary have one grid");
 constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4;
 
@@ -68,7 +71,9 @@ public:
     p_.out_proj2_weight = weight(a.out_proj2_weight), p_.out_proj2_bias = weight(a.out_proj2_bias);
 
     const int D = p_.D, J = p_.J;
-    const Chunks chunks = sum_chunks(N);
+    const Chunks chunks =
+        chunks_of(C * (C + 2 + H) + J * P * C,
+                  blocks_of_64(C) * (blocks_of_64(C) + J * int64_t(blocks_of_64(P))));
     p_.chunks = is_backward || a.direct ? 1 : chunks.count;
     p_.chunk = p_.chunks == 1 ? N : chunks.size;
     p_.mean = a.direct ? take<double>(B * C) : static_cast<double *>(a.mean);
@@ -106,7 +111,7 @@ public:
       const int64_t columns = blocks_of(a_.C, SUMMARY_SIDE);
       const int64_t rows = columns + p_.J * blocks_of(a_.P, SUMMARY_SIDE);
       const dim3 grid(p_.chunks, rows * columns, a_.B);
-      if (has_tensor_cores())
+      if (has_tensor_cores<T>(a_.tf32x3))
         summary_mma(grid);
       else
         summary(grid);
@@ -117,7 +122,17 @@ public:
       with_head_dim<T>(p_.D, [&](auto d) { output_mma<decltype(d)::value>(y); });
     else
       output(y);
-    if (!out_s_) return;
+    if (out_s_) product(y);
+  }
+
+  void product(T *y) const {
+    if (has_mma_projection(a_.C)) {
+      if constexpr (sizeof(T) <= 4)
+        EPA_LAUNCH((paired_attention_mma_product_kernel<T>), dim3(projection_jobs(p_.O), a_.B),
+                   PAIRED_THREADS, projection_shared(a_.C), a_.stream, p_, token_chunk(),
+                   out_s_, y);
+      return check("mma_product");
+    }
     EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
                PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
     check("product");
@@ -244,8 +259,7 @@ private:
       tiles.samples = a_.B;
       tiles.has_all_matrices = matrices <= SHARED_LIMIT - MMA_STATIC;
       tiles.has_all_samples = samples <= SHARED_LIMIT - MMA_STATIC;
-      // Few tokens need their blocks more than a block needs its matrices for long.
-      tiles.chunk = a_.N < 16 * OUTPUT_CHUNK ? TILE_ROWS : 2 * TILE_ROWS;
+      tiles.chunk = token_chunk();
       const int64_t streamed = bytes(2 * SLICE);
       EPA_LAUNCH((paired_attention_mma_summary_bwd_kernel<T>),
                  blocks_of(a_.N, tiles.chunk) * (a_.B * blocks + p_.J), MMA_THREADS,
@@ -254,6 +268,13 @@ private:
                  a_.stream, p_, g_, tiles);
       check("mma_summary_bwd");
     }
+  }
+
+  // For sums of `numbers` numbers a chunk by `blocks` blocks.
+  Chunks chunks_of(int64_t numbers, int64_t blocks) const {
+    const int64_t x = a_.N * a_.C * int64_t(sizeof(T)), sums = numbers * int64_t(sizeof(A));
+    const int64_t most = std::max(SUMS_LIMIT * x / sums, blocks_of(LEAST_BLOCKS, blocks));
+    return sum_chunks(a_.N, std::min(most, SUM_CHUNKS));
   }
 
   Parameter<T> parameter(void *data) const { return {data, a_.weight_dtype != a_.x.dtype}; }
@@ -266,12 +287,8 @@ private:
     check_launch("paired_attention", kernel, "B N C H P", {a_.B, a_.N, a_.C, a_.H, a_.P});
   }
 
-  bool has_tensor_cores() const {
-    return sizeof(T) == 2 || (std::is_same_v<T, float> && a_.tf32x3);
-  }
-
   bool is_specialised() const {
-    return has_tensor_cores() && has_mma<T>(p_.D) && a_.P <= MAP_COLUMNS &&
+    return has_tensor_cores<T>(a_.tf32x3) && has_mma<T>(p_.D) && a_.P <= MAP_COLUMNS &&
            a_.C % CHANNEL_BLOCK == 0 && channel_shared() <= SHARED_LIMIT - MMA_STATIC;
   }
 
@@ -285,6 +302,19 @@ private:
   int64_t channel_shared() const {
     const int64_t matrix = a_.C / CHANNEL_BLOCK * CHANNEL_OUTPUTS * CHANNEL_STRIDE;
     return (TILE_ROWS * CHANNEL_STRIDE + matrix) * sizeof(T);
+  }
+
+  // The output projection on tensor cores, whose sums are over `depth` channels.
+  static int64_t projection_shared(int64_t depth) {
+    return (TILE_ROWS * MAP_STRIDE + MAP_COLUMNS * projection_stride(depth)) * sizeof(T);
+  }
+  bool has_mma_projection(int64_t depth) const {
+    return has_tensor_cores<T>(a_.tf32x3) && projection_shared(depth) <= SHARED_LIMIT;
+  }
+  // Few tokens need their blocks more than a block needs its matrices for long.
+  int64_t token_chunk() const { return a_.N < 16 * OUTPUT_CHUNK ? TILE_ROWS : 2 * TILE_ROWS; }
+  int64_t projection_jobs(int64_t columns) const {
+    return blocks_of(a_.N, token_chunk()) * blocks_of_64(columns);
   }
 
   // Whether the output pass is one of the specialised kernels.
@@ -320,13 +350,15 @@ private:
 
   void take_backward() {
     const int64_t B = a_.B, N = a_.N, C = a_.C, H = a_.H, P = a_.P, D = p_.D, J = p_.J, O = p_.O;
-    const Chunks chunks = sum_chunks(N);
+    const int64_t head = head_size(P, D);
+    const int64_t rows = C + (p_.is_sum ? O : 2 * O); // of the sums that have C columns
+    const Chunks chunks = chunks_of(H * head + rows * C,
+                                    H + int64_t(blocks_of_64(O)) * blocks_of_64(C));
     g_.chunks = chunks.count, g_.chunk = chunks.size;
     g_.is_specialised = is_specialised();
     g_.dq = take<T>(B * N * C);
     g_.dout = p_.is_sum ? nullptr : take<T>(B * N * C);
     g_.out_s = p_.is_sum ? nullptr : take<T>(B * N * C);
-    const int64_t head = head_size(P, D);
     g_.head_sums = take(B * H * chunks.count * head), g_.head_totals = take(B * H * head);
     g_.matrix_sums = take(B * chunks.count * O * C), g_.dmatrix = take(B * O * C);
     g_.constant_sums = take(B * chunks.count * O), g_.dconstant = take(B * O);
@@ -355,10 +387,16 @@ private:
     }
     const int64_t mean = a_.C * sizeof(double), column = a_.C * sizeof(A);
     const int width = std::min(a_.C, (SHARED_LIMIT - mean) / column);
-    const int64_t jobs =
-        a_.H + p_.J * blocks_of(a_.P, PROJECTED_ROWS) + (dout ? blocks_of(a_.N, TOKEN_ROWS) : 0);
-    EPA_LAUNCH((paired_attention_mix_fwd_kernel<T>), dim3(jobs, a_.B), PAIRED_THREADS,
-               mean + (a_.direct ? 0 : width * column), a_.stream, p_, width, dy, dout);
+    int64_t jobs = a_.H + p_.J * blocks_of(a_.P, PROJECTED_ROWS), chunk = 0;
+    int64_t shared = mean + (a_.direct ? 0 : width * column);
+    if (dout && has_mma_projection(p_.O)) {
+      chunk = token_chunk(), jobs += projection_jobs(a_.C);
+      shared = std::max(shared, projection_shared(p_.O));
+    } else if (dout) {
+      jobs += blocks_of(a_.N, TOKEN_ROWS);
+    }
+    EPA_LAUNCH((paired_attention_mix_fwd_kernel<T>), dim3(jobs, a_.B), PAIRED_THREADS, shared,
+               a_.stream, p_, width, dy, dout, chunk);
     check("mix_fwd");
   }
 

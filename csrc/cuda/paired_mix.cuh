@@ -6,7 +6,7 @@
 //   direct where N < 2C there was no summary: from q and k without their means, norms and products
 //          too, since Wq M = (Wq (x - mu)^T) (x - mu); and Z = E x right here
 #pragma once
-#include "paired.cuh"
+#include "paired_mma_product.cuh"
 
 namespace epa::cuda {
 
@@ -252,19 +252,27 @@ __device__ void project_back(const Paired<T> &a, int64_t b, int64_t start, const
   }
 }
 
-// `width` columns of the gram at a time; dy is null forward and for kind sum.
+// `width` columns of the gram at a time; dy is null forward and for kind sum; `chunk` tokens of dout
+// a block, 0 where it is not made on tensor cores.
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_mix_fwd_kernel(Paired<T> a, int width, const T *dy, T *dout) {
+    paired_attention_mix_fwd_kernel(Paired<T> a, int width, const T *dy, T *dout, int64_t chunk) {
   using A = Accumulate<T>;
-  EPA_DYNAMIC_SHARED(double, mean); // (C), then a strip (C, width)
+  EPA_DYNAMIC_SHARED(double, mean); // (C), then a strip (C, width); or a job of dout
   const int64_t b = blockIdx.y;
   int job = blockIdx.x;
   if (job < a.H) return mix_head(a, b, job, mean, reinterpret_cast<A *>(mean + a.C), width);
   job -= a.H;
   const int blocks = (a.P + PROJECTED_ROWS - 1) / PROJECTED_ROWS;
   if (job < a.J * blocks) return mix_projected(a, b, job / blocks, job % blocks * PROJECTED_ROWS);
-  project_back(a, b, int64_t(job - a.J * blocks) * TOKEN_ROWS, dy, dout);
+  job -= a.J * blocks;
+  if constexpr (sizeof(T) <= 4)
+    if (chunk) {
+      const int64_t sample = b * a.N * a.C;
+      return project_mma<T, true>(a, job, chunk, dy + sample, dout + sample,
+                                  reinterpret_cast<T *>(mean));
+    }
+  project_back(a, b, int64_t(job) * TOKEN_ROWS, dy, dout);
 }
 
 } // namespace epa::cuda

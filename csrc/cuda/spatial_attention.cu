@@ -33,8 +33,7 @@ template <class T> struct Launcher {
   }
 
   bool is_specialised() const {
-    return (sizeof(T) == 2 || (std::is_same_v<T, float> && a.tf32x3)) && has_mma<T>(a.D) &&
-           a.P <= MAP_COLUMNS;
+    return has_tensor_cores<T>(a.tf32x3) && has_mma<T>(a.D) && a.P <= MAP_COLUMNS;
   }
 
   dim3 grid(Chunks chunks) const { return dim3(chunks.count, a.H, a.B); }

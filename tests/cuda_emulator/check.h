@@ -25,6 +25,13 @@ constexpr int ORDERS = 1;
 constexpr int ORDERS = 2;
 #endif
 
+// Channels of a layer of several blocks of them, which takes the sanitizers too many threads, or time.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+constexpr int64_t WIDE = 32;
+#else
+constexpr int64_t WIDE = 96;
+#endif
+
 inline double dropout_multiplier(int64_t row, int64_t column, uint32_t map) {
   uint16_t halves[8];
   epa::philox(SEED, row, column / 8, map, halves);

@@ -214,7 +214,7 @@ template <class T> bool channel_is_right(Shape s, epa::Dtype dtype, double toler
   const auto run = [&] {
     auto a = call.template arguments<ChannelAttention>();
     std::vector<float> gram(s.H * s.D * s.D), q_norm(s.H * s.D), k_norm(s.H * s.D);
-    a.k = call.k.view(dtype), a.v = call.v.view(dtype);
+    a.k = call.k.view(dtype), a.v = call.v.view(dtype), a.tf32x3 = true;
     a.gram = gram.data(), a.q_norm = q_norm.data(), a.k_norm = k_norm.data();
     std::vector<char> forward_memory(channel_attention_fwd_workspace(a), char(0xFF));
     a.workspace = forward_memory.data();
@@ -243,6 +243,12 @@ int main(int count, char **arguments) {
          return channel_is_right<__half>({67, 2, 9, 67}, epa::Dtype::float16, 0.01) &
                 channel_is_right<float>({67, 1, 18, 67}, epa::Dtype::float32, 1e-4);
        }},
+      {"channel_mma",
+       [] {
+         return channel_is_right<__nv_bfloat16>({67, 2, 8, 67}, epa::Dtype::bfloat16, 0.03) &
+                channel_is_right<float>({67, 1, 8, 67}, epa::Dtype::float32, 1e-5) &
+                channel_is_right<__half>({67, 2, 16, 67}, epa::Dtype::float16, 0.01);
+       }},
       {"paired",
        [] {
          return paired_is_right<double>({67, 6, 2, 9}, epa::Dtype::float64, 1e-11) &
@@ -252,7 +258,7 @@ int main(int count, char **arguments) {
        [] {
          return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03) &
                 paired_is_right<float>({70, 32, 4, 17}, epa::Dtype::float32, 1e-5) &
-                paired_is_right<__half>({35, 32, 2, 9}, epa::Dtype::float16, 0.01);
+                paired_is_right<__half>({35, WIDE, WIDE / 32, 9}, epa::Dtype::float16, 0.01);
        }},
   };
   try {
