@@ -147,6 +147,15 @@ def test_many_runs_give_the_same_bits(backend, op, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", [name for name in FUSED_BACKENDS if name != "two_pass"])
+def test_float32_keeps_its_digits_on_tensor_cores(backend, op, tf32):
+    """torch's own products lose half of them at that setting."""
+    found = make_call(op, backend)[0]()
+    torch.set_float32_matmul_precision("highest")
+    assert_equal(found[:2], make_call(op, "reference")[0]()[:2])  # output, gradient of x or q
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_host_never_waits(backend, op, device):
     call, _ = make_call(op, backend, dropout=0.3)
