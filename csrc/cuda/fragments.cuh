@@ -279,23 +279,31 @@ __device__ __forceinline__ void exp2_rows(float (&map)[MAP_GROUPS][4], float (&t
   }
 }
 
-// Bit 4 j + 2 r + i: whether dropout keeps column 8 j + 2 t + i of row + 8 r.
+// Bit 4 j + 2 r + i: whether dropout keeps column 8 j + 2 t + i of row + 8 r. A counter has the 8
+// columns of a group, of which a lane needs two: each lane of four makes every fourth group's counter
+// and hands the others their columns. Every lane of the warp must come here.
 __device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_t threshold) {
   const int t = threadIdx.x % 4;
   uint32_t bits = 0;
-  // Not unrolled: sixteen counters at once spill.
+  // Not unrolled, to spare registers.
 #pragma unroll 1
-  for (int j = 0; j < MAP_GROUPS; ++j)
+  for (int first = 0; first < MAP_GROUPS; first += 4)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       uint16_t halves[COLUMNS_PER_COUNTER];
-      philox(seed, row + 8 * r, j, SPATIAL_MAP, halves);
-      // Selected, not indexed: an index that is no constant puts an array into memory.
-      uint32_t low = 0, high = 0;
+      philox(seed, row + 8 * r, first + t, SPATIAL_MAP, halves);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i == t) low = halves[2 * i], high = halves[2 * i + 1];
-      bits |= (uint32_t(low >= threshold) | uint32_t(high >= threshold) << 1) << (4 * j + 2 * r);
+      for (int other = 0; other < 4; ++other) {
+        // Selected, not indexed: an index that is no constant puts an array into memory.
+        uint32_t columns = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i == (t ^ other)) columns = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+        columns = __shfl_xor_sync(0xFFFFFFFF, columns, other);
+        const uint32_t low = columns & 0xFFFF, high = columns >> 16;
+        bits |= (uint32_t(low >= threshold) | uint32_t(high >= threshold) << 1)
+                << (4 * (first + (t ^ other)) + 2 * r);
+      }
     }
   return bits;
 }
