@@ -147,7 +147,7 @@ def results(shape, kind, dtype, scale=1.0, draw=0):
     ids=("matrices_in_slices", "several_tiles"),
 )
 def test_last_pass_of_large_layers_is_as_accurate_as_spec(shape, kind, dtype):
-    # Draw 0 of several_tiles is a dtemperature2 that cancels: the definition's own cosine is 0.99988.
+    # Draw 0 of several_tiles has a dtemperature2 that cancels: the definition's cosine is 0.99988.
     assert_as_accurate(*results(shape, kind, dtype, draw=1))
 
 
