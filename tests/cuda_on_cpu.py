@@ -75,10 +75,13 @@ class Checker:
 
     def run(self, *ops: str, changed: Path | None = None) -> subprocess.CompletedProcess:
         """The program's end for some ops or all, with `changed` in place of the .cu of its name."""
+        objects = self.objects
         if changed is not None:
-            self.compile(changed)
+            # In front: of a function that several sources have, the linker takes the first.
+            first = self.compile(changed)
+            objects = [first, *(other for other in objects if other != first)]
         program = self.folder / "check"
-        link = ["g++", *self.flags, *map(str, self.objects), "-o", str(program)]
+        link = ["g++", *self.flags, *map(str, objects), "-o", str(program)]
         subprocess.run(link, check=True)
         options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
         environment = {**os.environ, **options}
