@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_squares(float *to, const float (&sum)[GROU
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(MMA_THREADS, 6)
+__global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 ? 6 : 4)
     channel_attention_mma_gram_kernel(int64_t N, int64_t H, int64_t chunk, Heads<const T> left,
                                       Heads<const T> right, bool has_norms, float *sums) {
   constexpr int ROW_GROUPS = D == 8 ? 1 : D / 16, PARTS = MMA_WARPS / ROW_GROUPS;

@@ -227,7 +227,8 @@ __device__ __forceinline__ void multiply_map(float (&result)[D / 8][4],
 template <class T, int D>
 __device__ __forceinline__ void add_products(float (&sum)[D / 8][4], const T *map, const T *rows) {
   const int p = threadIdx.x / 32 % MMA_WARPS * 16;
-#pragma unroll
+  // Of float in part: loads ahead of so many products would spill.
+#pragma unroll 4
   for (int k = 0; k < TILE_ROWS / DEPTH<T>; ++k) {
     Word<T> factor[4];
     load_left(factor, map + DEPTH<T> * k * MAP_STRIDE + p, MAP_STRIDE);
@@ -285,10 +286,10 @@ __device__ __forceinline__ void exp2_rows(float (&map)[MAP_GROUPS][4], float (&t
 __device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_t threshold) {
   const int t = threadIdx.x % 4;
   uint32_t bits = 0;
-  // Not unrolled, to spare registers.
+  // Not unrolled: counters at once spill.
 #pragma unroll 1
   for (int first = 0; first < MAP_GROUPS; first += 4)
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < 2; ++r) {
       uint16_t halves[COLUMNS_PER_COUNTER];
       philox(seed, row + 8 * r, first + t, SPATIAL_MAP, halves);
@@ -337,7 +338,7 @@ __device__ __forceinline__ void softmax_backward(float (&weights)[MAP_GROUPS][4]
   }
 }
 
-// What brings a number to 2^13 or more, below 2^14, where float16 has all its digits.
+// What brings a number to 2^13 or more, below 2^14, where float16 has all its digits, and changes none.
 __device__ __forceinline__ float float16_scale(float value) {
   int exponent;
   frexpf(value, &exponent);

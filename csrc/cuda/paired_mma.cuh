@@ -495,7 +495,7 @@ __device__ void weight_sums_mma(const Paired<T> &a, const PairedBackward<T> &g, 
   }
 }
 
-// What brings the largest of the block's numbers to 2^13 or more, below 2^14, and changes no digit.
+// `float16_scale` of the largest of the block's numbers.
 // Every thread of the block must come here.
 __device__ __forceinline__ float power_of_two(float largest) {
   EPA_SHARED(float, maxima, [MMA_WARPS]);
@@ -504,9 +504,7 @@ __device__ __forceinline__ float power_of_two(float largest) {
   __syncthreads();
   for (int i = 0; i < MMA_WARPS; ++i) largest = fmaxf(largest, maxima[i]);
   __syncthreads();
-  int exponent;
-  frexpf(largest, &exponent);
-  return ldexpf(1.f, 14 - (exponent > -100 ? exponent : -100));
+  return float16_scale(largest);
 }
 
 // dq, out_s and sums of a chunk of a head; or a block of the channel branch's.

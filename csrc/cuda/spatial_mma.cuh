@@ -12,8 +12,9 @@
 
 namespace epa::cuda {
 
+// Registers for four blocks: left to itself, ptxas spills to have eight on sm_100 and sm_120.
 template <class T, int D>
-__global__ void __launch_bounds__(MMA_THREADS)
+__global__ void __launch_bounds__(MMA_THREADS, 4)
     spatial_attention_mma_fwd_kernel(Spatial<T> a, const float *squares, int count, Heads<T> out) {
   EPA_SHARED(T, keys, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, values, [MAP_COLUMNS * ROW_STRIDE<D>]);
@@ -64,10 +65,10 @@ __global__ void __launch_bounds__(MMA_THREADS)
   }
 }
 
-// dq without the norm's part, sums. Three blocks of registers, of float two: left to itself, ptxas
+// dq without the norm's part, sums. Registers for three blocks or two: left to itself, ptxas
 // spills to have more on sm_80 and sm_120.
 template <class T, int D>
-__global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 3 : 2)
     spatial_attention_mma_bwd_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq, float *sums) {
   EPA_SHARED(T, keys, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, values, [MAP_COLUMNS * ROW_STRIDE<D>]);
