@@ -141,6 +141,7 @@ def test_low_precision_is_as_accurate_as_spec(shape, dtype, parameter_dtype):
         ((1, 128, 64, 4, 9), "shared", "official"),
         ((1, 128, 64, 4, 9), "sum", "official"),
         ((1, 35, 32, 4, 64), "split", "official"),
+        ((1, 90, 30, 2, 70), "shared", "official"),
     ),
     ids=lambda value: shape_id(value) if isinstance(value, tuple) else value,
 )
