@@ -97,18 +97,21 @@ def test_low_precision_is_as_accurate_as_spec(shape, dtype, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", SPECIALISED[:2], ids=shape_id)
-def test_three_products_in_tf32_are_as_accurate_as_float32(shape, case, tf32):
+def test_three_products_in_tf32_are_as_accurate_as_float32(shape, case, tf32, emulated_cuda):
     op, options = CASES[case]
     errors = Errors()
+    emulated_cuda()
     for draw in range(4):
         inputs, dout = make_inputs(op, shape, torch.float32, draw=draw, dense=draw % 2)
         exact = run_spec(op, inputs, dout, torch.float64, **options)
         same_dtype = run_spec(op, inputs, dout, torch.float32, **options)
-        found = run_cuda(op, inputs, dout, **options)
-        errors.add(found, same_dtype, exact)
+        errors.add(run_cuda(op, inputs, dout, **options), same_dtype, exact)
     errors.check()
+    passes = ("mma_fwd", "mma_bwd") if op == SPATIAL else ("mma_gram", "mma_product")
+    assert {f"{op}_{name}" for name in passes} <= set(emulated_cuda())
     torch.set_float32_matmul_precision("highest")
-    assert not torch.equal(run_cuda(op, inputs, dout, **options)["out"], found["out"])
+    run_cuda(op, inputs, dout, **options)
+    assert not any("mma" in name for name in emulated_cuda())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -79,7 +79,7 @@ BUGS = (
     ),
     (
         "rest-of-a-factor", "values", "spatial", "fragments.cuh",
-        "  mma_tf32(rest, high_a, low_b);\n", "",
+        "  mma_tf32(part, high_a, low_b);\n", "",
     ),
     (
         "order-of-summed-numbers", "values", "spatial", "fragments.cuh",

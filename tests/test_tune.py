@@ -52,7 +52,7 @@ def test_a_written_table_is_read_back(tune, tmp_path):
     }
     for written in (table, {}, table):
         tune.write(written, path)
-        found = {}
+        found = {"__name__": configs.__name__, "__package__": configs.__package__}
         exec(path.read_text(), found)
         assert found["TABLE"] == written
 

@@ -6,7 +6,7 @@
 //            of what is summed is free, and so accumulators are factors here, too
 //
 // Rows in shared memory are padded by 8 numbers, so that the words of 8 rows, of float the pairs of
-// words of 4, lie in different banks.
+// words of 4, lie in different banks; columns of float, which no instruction transposes, meet in two.
 #pragma once
 #include "heads.cuh"
 #include "ptx.h"
@@ -23,8 +23,9 @@ static_assert(MMA_WARPS * WARP_ROWS == MAP_COLUMNS, "backward, each warp owns 16
 template <class T> using Word = std::conditional_t<std::is_same_v<T, float>, float, uint32_t>;
 template <class T> constexpr int DEPTH = sizeof(T) == 2 ? 16 : 8; // of a product
 
-// c += a b nearly as in float32: of each factor the TF32 number and what is left of it. The product
-// of what is left is below float32; those with it add up by themselves first, where less is lost.
+// c += a b nearly as in float32: of each factor the TF32 number and what is left of it; the product
+// of what is left is below float32. Tensor cores cut sums off where float32 rounds them, so theirs
+// start from zero, and c takes them in float32.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   float high_a[4], low_a[4], high_b[2], low_b[2];
@@ -38,12 +39,12 @@ __device__ __forceinline__ void mma(float (&c)[4], const float (&a)[4], const fl
     high_b[i] = round_tf32(b[i]);
     low_b[i] = round_tf32(b[i] - high_b[i]);
   }
-  float rest[4] = {};
-  mma_tf32(rest, low_a, high_b);
-  mma_tf32(rest, high_a, low_b);
-  mma_tf32(c, high_a, high_b);
+  float part[4] = {};
+  mma_tf32(part, low_a, high_b);
+  mma_tf32(part, high_a, low_b);
+  mma_tf32(part, high_a, high_b);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += rest[i];
+  for (int i = 0; i < 4; ++i) c[i] += part[i];
 }
 
 // A warp's rows of tokens as the first factor of products over D.
@@ -291,15 +292,15 @@ __device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_
   for (int first = 0; first < MAP_GROUPS; first += 4)
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
-      uint16_t halves[COLUMNS_PER_COUNTER];
-      philox(seed, row + 8 * r, first + t, SPATIAL_MAP, halves);
+      uint32_t words[COLUMNS_PER_COUNTER / 2];
+      philox_words(seed, row + 8 * r, first + t, SPATIAL_MAP, words);
 #pragma unroll
       for (int other = 0; other < 4; ++other) {
         // Selected, not indexed: an index that is no constant puts an array into memory.
         uint32_t columns = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (i == (t ^ other)) columns = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+          if (i == (t ^ other)) columns = words[i];
         columns = __shfl_xor_sync(0xFFFFFFFF, columns, other);
         const uint32_t low = columns & 0xFFFF, high = columns >> 16;
         bits |= (uint32_t(low >= threshold) | uint32_t(high >= threshold) << 1)
@@ -338,7 +339,7 @@ __device__ __forceinline__ void softmax_backward(float (&weights)[MAP_GROUPS][4]
   }
 }
 
-// What brings a number to 2^13 or more, below 2^14, where float16 has all its digits, and changes none.
+// What brings a number to 2^13 or more, below 2^14: float16 has all digits there.
 __device__ __forceinline__ float float16_scale(float value) {
   int exponent;
   frexpf(value, &exponent);

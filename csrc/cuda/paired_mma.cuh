@@ -1,6 +1,6 @@
 // The passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32, 64}, or float and D
-// in {8, 16}; P up to 64, C a multiple of 32 up to 256, of float up to 64; forward the official
-// layout, of kind sum where C divides N.
+// in {8, 16}; P up to 64, C a multiple of 32 up to 256, of float up to 96; forward the official
+// layout, of kind sum where whole rows are projected at once (MmaTiles).
 //
 //   A block has a chunk of tokens of a head, or of the channel branch for some of its output
 //   channels; its warps have 16 tokens each of a tile of 64. x comes in blocks of 32 channels.
@@ -19,7 +19,7 @@ constexpr int CHANNEL_BLOCK = 32, CHANNEL_STRIDE = ROW_STRIDE<CHANNEL_BLOCK>;
 constexpr int CHANNEL_OUTPUTS = 64; // of a block of the channel branch
 
 struct MmaTiles {
-  bool has_rows;    // C divides N: whole rows of out_s' are projected at once
+  bool has_rows;    // C divides N, and one of C and 64 the other: whole rows of out_s' are projected at once
   bool is_resident; // the weights of all channels fit in shared memory, else 32 at a time
   int span;         // tokens whose out_s lies in shared memory: C, at least a tile
   int64_t chunk;    // tokens of a block, a multiple of span
@@ -86,10 +86,12 @@ __device__ __forceinline__ void project_rows(const Paired<T> &a, int64_t b, int 
   };
   for (int task = threadIdx.x / 32; task < (rows + 15) / 16 * groups; task += MMA_WARPS) {
     const int first_row = task / groups * 16, first = task % groups * 8;
+    __syncwarp(); // not all lanes have stored
     // Row d of part j of the span, which C tokens make up.
     const T *row[2];
     int64_t number[2];
     bool is_inside[2];
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       int r = first_row + g + 8 * i;
       is_inside[i] = r < rows && n + r / D * C < a.N;
@@ -123,6 +125,7 @@ __device__ __forceinline__ void project_rows(const Paired<T> &a, int64_t b, int 
       return a.out_proj_bias ? a.out_proj_bias[column] : 0.f;
     };
     const float low = constant(o), high = constant(o + 1);
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!is_inside[i]) continue;
       float own[2] = {};

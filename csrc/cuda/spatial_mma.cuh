@@ -12,9 +12,9 @@
 
 namespace epa::cuda {
 
-// Registers for four blocks: left to itself, ptxas spills to have eight on sm_100 and sm_120.
+// Registers for six blocks or four: left to itself, ptxas spills to have eight on sm_100 and sm_120.
 template <class T, int D>
-__global__ void __launch_bounds__(MMA_THREADS, 4)
+__global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 6 : 4)
     spatial_attention_mma_fwd_kernel(Spatial<T> a, const float *squares, int count, Heads<T> out) {
   EPA_SHARED(T, keys, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, values, [MAP_COLUMNS * ROW_STRIDE<D>]);

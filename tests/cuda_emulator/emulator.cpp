@@ -72,7 +72,8 @@ struct Block {
   char begin, end, allocation; // addresses that ThreadSanitizer orders by
 };
 
-uint64_t seed = 0, launches = 0;
+uint64_t seed = 0;
+std::string launched;
 thread_local Block *running = nullptr;
 
 void suspend() {
@@ -271,7 +272,8 @@ void *shared(const void *key, size_t bytes) {
 
 void *dynamic_shared() { return running->dynamic; }
 
-void run(dim3 grid, dim3 size, size_t dynamic, const std::function<void()> &kernel) {
+void run(dim3 grid, dim3 size, size_t dynamic, const std::function<void()> &kernel,
+         const char *name) {
   const uint64_t threads = uint64_t(size.x) * size.y * size.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (!threads || threads > 1024) throw std::runtime_error("emulator: block of a size not allowed");
@@ -279,7 +281,8 @@ void run(dim3 grid, dim3 size, size_t dynamic, const std::function<void()> &kern
     throw std::runtime_error("emulator: grid of a size not allowed");
   if (dynamic > SHARED_LIMIT)
     throw std::runtime_error("emulator: more than 48 KB of shared memory");
-  ++launches;
+  launched += name;
+  launched += '\n';
   std::mt19937_64 random(seed);
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
@@ -338,7 +341,10 @@ void run(dim3 grid, dim3 size, size_t dynamic, const std::function<void()> &kern
 
 } // namespace emulator
 
-// Launches so far, for tests that load the kernels as a library.
-extern "C" __attribute__((visibility("default"))) uint64_t emulator_launches() {
-  return emulator::launches;
+// Kernels launched since the last call, for tests that load them as a library.
+extern "C" __attribute__((visibility("default"))) const char *emulator_launched() {
+  static std::string result;
+  result = std::move(emulator::launched);
+  emulator::launched.clear();
+  return result.c_str();
 }

@@ -31,7 +31,8 @@ constexpr int MAILBOX = 64;               // bytes that a lane shows its warp
 void set_seed(uint64_t seed);
 
 // Throws std::runtime_error for a launch that CUDA refuses, and for divergence and deadlock.
-void run(dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()> &kernel);
+void run(dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()> &kernel,
+         const char *name);
 
 uint3 thread_index();
 uint3 block_index();

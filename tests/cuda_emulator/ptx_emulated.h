@@ -76,13 +76,17 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   const int group = emulator::lane() / 4, pair = emulator::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = group + 8 * (i / 2), column = 2 * pair + i % 2;
+    double sum = c[i];
     for (int k = 0; k < 8; ++k) {
       Factors of_row, of_column;
       emulator::get(row % 8 * 4 + k % 4, &of_row, sizeof of_row);
       emulator::get(column * 4 + k % 4, &of_column, sizeof of_column);
-      c[i] += seen_as_tf32(bits_of(of_row.a[row / 8 + 2 * (k / 4)])) *
-              seen_as_tf32(bits_of(of_column.b[k / 4]));
+      sum += double(seen_as_tf32(bits_of(of_row.a[row / 8 + 2 * (k / 4)]))) *
+             seen_as_tf32(bits_of(of_column.b[k / 4]));
     }
+    // Tensor cores cut off what a float does not hold.
+    const float rounded = float(sum);
+    c[i] = std::abs(double(rounded)) > std::abs(sum) ? std::nextafter(rounded, 0.f) : rounded;
   }
   emulator::warp_barrier(false);
 }
