@@ -49,8 +49,8 @@ def why_not() -> str:
     return "" if shutil.which("g++") else "g++ is not installed, which compiles the CUDA kernels"
 
 
-# Name -> flags of the kernels, flags of the emulator. Kernels are compiled as they stand: optimised,
-# that would take three times as long.
+# Name -> flags of the kernels, flags of the emulator. Kernels are compiled as they stand:
+# optimised, that would take three times as long.
 SANITIZERS = {
     "values": (("-O0",), ()),
     "thread": (("-O0", "-fsanitize=thread", "-g1"), ("-DEMULATOR_TSAN",)),
