@@ -71,7 +71,7 @@ BUGS = (
     ),
     (
         "dropout-row", "values", "spatial", "fragments.cuh",
-        "philox(seed, row + 8 * r,", "philox(seed, row,",
+        "philox_words(seed, row + 8 * r,", "philox_words(seed, row,",
     ),
     (
         "divergent-barrier", "values", "spatial", "spatial_mma.cuh",
