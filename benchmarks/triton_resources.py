@@ -69,6 +69,8 @@ LAYERS = {
     "D24": Layer(4096, 96, 4, 64, "shared"),
     "D128": Layer(4096, 512, 4, 64, "shared"),
     "P512": Layer(4096, 32, 4, 512, "shared"),
+    "D64-P512": Layer(4096, 256, 4, 512, "shared"),
+    "heads-P512": Layer(4096, 128, 4, 512, "heads"),
 }
 
 

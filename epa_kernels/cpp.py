@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from . import native
-from .ops import ParameterGradients, empty_gradient, mean_dtype, plan, temperature_gradient
+from .arguments import KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, view
+from .ops import (
+    ParameterGradients,
+    empty_gradient,
+    mean_dtype,
+    plan,
+    temperature_gradient,
+    unknown_dtype,
+)
 from .reference import accumulate_dtype
 from .rng import threshold
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_KINDS = {"shared": 0, "split": 1, "sum": 2}
-_LAYOUTS = {"official": 0, "tokens": 1}
 
 
 def why_not(op: str, x: Tensor) -> list[str]:
@@ -24,26 +28,10 @@ def why_not(op: str, x: Tensor) -> list[str]:
         reasons.append(native.missing)
     if x.device.type != "cpu":
         reasons.append(f"x is on {x.device.type}, the kernels run on the CPU")
-    if x.dtype not in _DTYPES:
-        reasons.append(f"dtype {x.dtype} is none of {', '.join(map(str, _DTYPES))}")
-    elif x.dtype == torch.float16 and native.module and not native.module.has_float16:
+    reasons += unknown_dtype(x)
+    if x.dtype == torch.float16 and native.module and not native.module.has_float16:
         reasons.append("dtype torch.float16: the compiler of the extension has no _Float16")
     return reasons
-
-
-def _view(t: Tensor | None) -> tuple[int, ...] | None:
-    """A tensor as the kernels take it: address, dtype, strides in elements."""
-    return None if t is None else (t.data_ptr(), _DTYPES[t.dtype], *t.stride())
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if t is None or (t.dtype == dtype and t.is_contiguous()):
-        return t
-    return t.to(dtype).contiguous()
 
 
 def _dropout(p: float, seed: Tensor | None) -> tuple[int, int]:
@@ -51,29 +39,25 @@ def _dropout(p: float, seed: Tensor | None) -> tuple[int, int]:
     return (threshold(p), int(seed)) if p > 0 else (0, 0)
 
 
-# paired_attention: which inputs the kernels take as views, and which as dense weights.
-_VIEWS, _WEIGHTS = (0, 3, 5), (1, 2, 4, 6, 7, 8, 9, 10, 11, 12)
-
-
 def _paired_arguments(inputs, seed, kept, num_heads, kind, layout, channel_dropout_p,
                       spatial_dropout_p):  # fmt: skip
     """Arguments of the kernels, and the tensors that must outlive the call."""
     x = inputs[0]
     B, N, C = x.shape
-    weights = [_dense(inputs[i], accumulate_dtype(x.dtype)) for i in _WEIGHTS]
+    weights = [dense(inputs[i], accumulate_dtype(x.dtype)) for i in WEIGHTS]
     channel_threshold, channel_seed = _dropout(channel_dropout_p, seed)
     spatial_threshold, spatial_seed = _dropout(spatial_dropout_p, seed)
     arguments = (
         (B, N, C, num_heads, inputs[3].shape[0]),
-        _KINDS[kind],
-        _LAYOUTS[layout],
+        KINDS[kind],
+        LAYOUTS[layout],
         plan(N, C) == "direct",
         (channel_threshold, spatial_threshold),
         channel_seed or spatial_seed,
         torch.get_num_threads(),
-        tuple(_view(inputs[i]) for i in _VIEWS),
-        tuple(map(_address, weights)),
-        tuple(map(_address, kept)),
+        tuple(view(inputs[i]) for i in VIEWS),
+        tuple(map(address, weights)),
+        tuple(map(address, kept)),
     )
     return arguments, weights
 
@@ -94,7 +78,7 @@ def paired_attention(*tensors, **options):
             x.new_empty(B, projections, inputs[3].shape[0], C, dtype=dtype),
         )
     arguments, _alive = _paired_arguments(inputs, seed, kept, **options)
-    native.module.paired_attention_fwd(*arguments, _view(y))
+    native.module.paired_attention_fwd(*arguments, view(y))
     return y, *kept
 
 
@@ -103,17 +87,17 @@ def paired_attention_bwd(dy, *tensors, **options):
     *inputs, mean, gram, projected, seed = tensors
     x = inputs[0]
     dy = dy.contiguous()
-    kept = _dense(mean, mean.dtype), _dense(gram, gram.dtype), _dense(projected, gram.dtype)
+    kept = dense(mean, mean.dtype), dense(gram, gram.dtype), dense(projected, gram.dtype)
     arguments, _alive = _paired_arguments(inputs, seed, kept, **options)
-    views = {i: empty_gradient(inputs[i], x) for i in _VIEWS}
-    weights = ParameterGradients([inputs[i] for i in _WEIGHTS], x, accumulate_dtype(x.dtype))
+    views = {i: empty_gradient(inputs[i], x) for i in VIEWS}
+    weights = ParameterGradients([inputs[i] for i in WEIGHTS], x, accumulate_dtype(x.dtype))
     native.module.paired_attention_bwd(
         *arguments,
-        _view(dy),
-        tuple(None if inputs[i] is None else _view(t) for i, t in views.items()),
-        tuple(map(_address, weights.dense)),
+        view(dy),
+        tuple(None if inputs[i] is None else view(t) for i, t in views.items()),
+        tuple(map(address, weights.dense)),
     )
-    gradients = views | dict(zip(_WEIGHTS, weights.finish(), strict=True))
+    gradients = views | dict(zip(WEIGHTS, weights.finish(), strict=True))
     return tuple(gradients[i] for i in range(len(inputs)))
 
 
@@ -130,9 +114,9 @@ def _spatial_arguments(q, k_proj, v_proj, temperature, q_norm, seed, normalize, 
         dropout_threshold,
         dropout_seed,
         torch.get_num_threads(),
-        tuple(map(_view, (q, k_proj, v_proj))),
-        _address(temperature),
-        _address(q_norm),
+        tuple(map(view, (q, k_proj, v_proj))),
+        address(temperature),
+        address(q_norm),
     )
 
 
@@ -144,7 +128,7 @@ def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropou
     per_head = _per_head(temperature, H, dtype)
     native.module.spatial_attention_fwd(
         *_spatial_arguments(q, k_proj, v_proj, per_head, q_norm, seed, normalize, dropout_p),
-        _view(out),
+        view(out),
     )
     return out, q_norm
 
@@ -159,9 +143,9 @@ def spatial_attention_bwd(
     dtemperature = torch.empty_like(per_head)
     native.module.spatial_attention_bwd(
         *_spatial_arguments(q, k_proj, v_proj, per_head, q_norm, seed, normalize, dropout_p),
-        _view(dout),
-        tuple(map(_view, gradients)),
-        _address(dtemperature),
+        view(dout),
+        tuple(map(view, gradients)),
+        address(dtemperature),
     )
     return *gradients, temperature_gradient(dtemperature, temperature)
 
@@ -173,9 +157,9 @@ def _channel_arguments(q, k, v, temperature, kept, seed, dropout_p):
         dropout_threshold,
         dropout_seed,
         torch.get_num_threads(),
-        tuple(map(_view, (q, k, v))),
-        _address(temperature),
-        tuple(map(_address, kept)),
+        tuple(map(view, (q, k, v))),
+        address(temperature),
+        tuple(map(address, kept)),
     )
 
 
@@ -191,7 +175,7 @@ def channel_attention(q, k, v, temperature, seed, *, dropout_p):
     )
     per_head = _per_head(temperature, H, dtype)
     native.module.channel_attention_fwd(
-        *_channel_arguments(q, k, v, per_head, kept, seed, dropout_p), _view(out)
+        *_channel_arguments(q, k, v, per_head, kept, seed, dropout_p), view(out)
     )
     return out, *kept
 
@@ -204,8 +188,8 @@ def channel_attention_bwd(dout, q, k, v, temperature, gram, q_norm, k_norm, seed
     dtemperature = torch.empty_like(per_head)
     native.module.channel_attention_bwd(
         *_channel_arguments(q, k, v, per_head, (gram, q_norm, k_norm), seed, dropout_p),
-        _view(dout),
-        tuple(map(_view, gradients)),
-        _address(dtemperature),
+        view(dout),
+        tuple(map(view, gradients)),
+        address(dtemperature),
     )
     return *gradients, temperature_gradient(dtemperature, temperature)

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from . import native
-from .cpp import _DTYPES, _KINDS, _LAYOUTS, _VIEWS, _WEIGHTS, _address, _dense, _view
+from .arguments import DTYPES, KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, view
 from .ops import (
     OPS,
     ParameterGradients,
     empty_gradient,
     float32_is_exact,
+    per_head,
     plan,
     temperature_gradient,
+    unknown_dtype,
 )
 from .reference import accumulate_dtype
 from .rng import threshold
@@ -120,8 +122,7 @@ def why_not(op: str, x: Tensor) -> list[str]:
         reasons.append(f"x is on {x.device.type}, the kernels run on NVIDIA GPUs")
     elif torch.cuda.is_initialized():  # not for a fake tensor, on a machine without a GPU
         reasons += _why_not_on(x.device.index)
-    if x.dtype not in _DTYPES:
-        reasons.append(f"dtype {x.dtype} is none of {', '.join(map(str, _DTYPES))}")
+    reasons += unknown_dtype(x)
     axes = ("channels",) if op == "paired_attention" else ("number of heads", "head dim")
     return reasons + _beyond(op, dict(zip(("batch size", "tokens", *axes), x.shape, strict=False)))
 
@@ -151,24 +152,14 @@ def _stream(t: Tensor) -> int:
 def _launch(op, name: str, like: Tensor, *results) -> None:
     """Run method `name` of an op's arguments, with a workspace that lives as long as its stream."""
     workspace = like.new_empty(getattr(op, f"{name}_workspace")(), dtype=torch.uint8)
-    op.workspace = _address(workspace)
+    op.workspace = address(workspace)
     with _device(like):
         getattr(op, name)(*results)
 
 
-def _per_head(temperature: Tensor, dtype: torch.dtype) -> Tensor:
-    """A temperature of H elements or one, as one row."""
-    return temperature.flatten().to(dtype)
-
-
-def _temperature(per_head: Tensor) -> tuple[int, int]:
-    """Address and stride over heads."""
-    return _address(per_head), per_head.stride(0) if per_head.numel() > 1 else 0
-
-
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, int]:
     """Threshold and address of the seed, which stays on the device."""
-    return (threshold(dropout_p), _address(seed)) if dropout_p > 0 else (0, 0)
+    return (threshold(dropout_p), address(seed)) if dropout_p > 0 else (0, 0)
 
 
 def _parameter_dtype(x: Tensor, parameters: list[Tensor | None]) -> torch.dtype:
@@ -183,16 +174,16 @@ def _paired(inputs, seed, kept, num_heads, kind, layout, channel_dropout_p, spat
     B, N, C = x.shape
     _check("paired_attention", batch_size=B, channels=C, head_dim=C // num_heads, P=P)
     dtype = _parameter_dtype(x, inputs[1:])
-    projections = [None if inputs[i] is None else inputs[i].to(dtype) for i in _VIEWS[1:]]
-    weights = [_dense(inputs[i], dtype) for i in _WEIGHTS]
+    projections = [None if inputs[i] is None else inputs[i].to(dtype) for i in VIEWS[1:]]
+    weights = [dense(inputs[i], dtype) for i in WEIGHTS]
     channel_threshold, channel_seed = _dropout(channel_dropout_p, seed)
     spatial_threshold, spatial_seed = _dropout(spatial_dropout_p, seed)
     op = module.PairedAttention(
-        (B, N, C, num_heads, P), _KINDS[kind], _LAYOUTS[layout],
+        (B, N, C, num_heads, P), KINDS[kind], LAYOUTS[layout],
         plan(N, C) == "direct", (channel_threshold, spatial_threshold),
-        channel_seed or spatial_seed, _DTYPES[dtype], not float32_is_exact(),
-        tuple(map(_view, (x, *projections))), tuple(map(_address, weights)),
-        tuple(map(_address, kept)), _stream(x),
+        channel_seed or spatial_seed, DTYPES[dtype], not float32_is_exact(),
+        tuple(map(view, (x, *projections))), tuple(map(address, weights)),
+        tuple(map(address, kept)), _stream(x),
     )  # fmt: skip
     return op, dtype, (projections, weights)
 
@@ -202,7 +193,7 @@ def paired_attention(*tensors, **options):
     *inputs, seed = tensors
     y, *kept = OPS["paired_attention"].fake(*inputs)
     op, _, _alive = _paired(inputs, seed, kept, **options)
-    _launch(op, "fwd", y, _address(y))
+    _launch(op, "fwd", y, address(y))
     return y, *kept
 
 
@@ -212,34 +203,34 @@ def paired_attention_bwd(dy, *tensors, **options):
     x, dy = inputs[0], dy.contiguous()
     kept = [t.contiguous() for t in (mean, gram, projected)]
     op, dtype, _alive = _paired(inputs, seed, kept, **options)
-    gradients = {i: empty_gradient(inputs[i], x) for i in _VIEWS}
+    gradients = {i: empty_gradient(inputs[i], x) for i in VIEWS}
     views = {
         i: t if i == 0 or t.dtype == dtype else torch.empty_like(t, dtype=dtype)
         for i, t in gradients.items()
     }
-    weights = ParameterGradients([inputs[i] for i in _WEIGHTS], x, dtype)
+    weights = ParameterGradients([inputs[i] for i in WEIGHTS], x, dtype)
     _launch(
-        op, "bwd", x, _address(dy),
-        tuple(None if inputs[i] is None else _view(t) for i, t in views.items()),
-        tuple(map(_address, weights.dense)),
+        op, "bwd", x, address(dy),
+        tuple(None if inputs[i] is None else view(t) for i, t in views.items()),
+        tuple(map(address, weights.dense)),
     )  # fmt: skip
     for i, t in views.items():
         if t is not gradients[i]:
             gradients[i].copy_(t)
-    gradients |= dict(zip(_WEIGHTS, weights.finish(), strict=True))
+    gradients |= dict(zip(WEIGHTS, weights.finish(), strict=True))
     return tuple(gradients[i] for i in range(len(inputs)))
 
 
 def _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p):
     """Arguments of the kernels, and the tensor that must outlive them."""
     _check("spatial_attention", head_dim=q.shape[3], P=k_proj.shape[1])
-    per_head = _per_head(temperature, q_norm.dtype)
+    row, stride = per_head(temperature.to(q_norm.dtype))
     op = module.SpatialAttention(
         (*q.shape, k_proj.shape[1]), normalize, not float32_is_exact(), _dropout(dropout_p, seed),
-        tuple(map(_view, (q, k_proj, v_proj))), _temperature(per_head), _address(q_norm),
+        tuple(map(view, (q, k_proj, v_proj))), (address(row), stride), address(q_norm),
         _stream(q),
     )  # fmt: skip
-    return op, per_head
+    return op, row
 
 
 def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
@@ -247,7 +238,7 @@ def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropou
     B, N, H, D = q.shape
     out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=accumulate_dtype(q.dtype))
     op, _alive = _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p)
-    _launch(op, "fwd", q, _view(out))
+    _launch(op, "fwd", q, view(out))
     return out, q_norm
 
 
@@ -259,20 +250,20 @@ def spatial_attention_bwd(
     gradients = tuple(empty_gradient(t, q) for t in (q, k_proj, v_proj))
     dtemperature = q_norm.new_empty(q.shape[0], q.shape[2])
     op, _alive = _spatial(q, k_proj, v_proj, temperature, q_norm, seed, normalize, dropout_p)
-    _launch(op, "bwd", q, _view(dout), tuple(map(_view, gradients)), _address(dtemperature))
+    _launch(op, "bwd", q, view(dout), tuple(map(view, gradients)), address(dtemperature))
     return *gradients, temperature_gradient(dtemperature.sum(0), temperature)
 
 
 def _channel(q, k, v, temperature, kept, seed, dropout_p):
     """Arguments of the kernels, and the tensor that must outlive them."""
     _check("channel_attention", head_dim=q.shape[3])
-    per_head = _per_head(temperature, kept[0].dtype)
+    row, stride = per_head(temperature.to(kept[0].dtype))
     op = module.ChannelAttention(
         tuple(q.shape), not float32_is_exact(), _dropout(dropout_p, seed),
-        tuple(map(_view, (q, k, v))),
-        _temperature(per_head), tuple(map(_address, kept)), _stream(q),
+        tuple(map(view, (q, k, v))), (address(row), stride),
+        tuple(map(address, kept)), _stream(q),
     )  # fmt: skip
-    return op, per_head
+    return op, row
 
 
 def channel_attention(q, k, v, temperature, seed, *, dropout_p):
@@ -282,7 +273,7 @@ def channel_attention(q, k, v, temperature, seed, *, dropout_p):
     shapes = (B, H, D, D), (B, H, D), (B, H, D)
     kept = tuple(q.new_empty(shape, dtype=accumulate_dtype(q.dtype)) for shape in shapes)
     op, _alive = _channel(q, k, v, temperature, kept, seed, dropout_p)
-    _launch(op, "fwd", q, _view(out))
+    _launch(op, "fwd", q, view(out))
     return out, *kept
 
 
@@ -292,5 +283,5 @@ def channel_attention_bwd(dout, q, k, v, temperature, gram, q_norm, k_norm, seed
     gradients = tuple(empty_gradient(t, q) for t in (q, k, v))
     dtemperature = gram.new_empty(q.shape[0], q.shape[2])
     op, _alive = _channel(q, k, v, temperature, kept, seed, dropout_p)
-    _launch(op, "bwd", q, _view(dout), tuple(map(_view, gradients)), _address(dtemperature))
+    _launch(op, "bwd", q, view(dout), tuple(map(view, gradients)), address(dtemperature))
     return *gradients, temperature_gradient(dtemperature.sum(0), temperature)

@@ -43,6 +43,12 @@ def float32_is_exact() -> bool:
         return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
+def unknown_dtype(x: Tensor) -> list[str]:
+    """The reason why kernels cannot run on x, if its dtype is one."""
+    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return [] if x.dtype in known else [f"dtype {x.dtype} is none of {', '.join(map(str, known))}"]
+
+
 class Op(NamedTuple):
     inputs: str  # differentiable, in the order of reference.<op>
     options: str
@@ -105,6 +111,12 @@ OPS = {
 def empty_gradient(t: Tensor | None, like: Tensor) -> Tensor:
     """Uninitialised gradient of an input: with its strides where dense, of size 0 where absent."""
     return like.new_empty(0) if t is None else torch.empty_like(t)
+
+
+def per_head(temperature: Tensor) -> tuple[Tensor, int]:
+    """A temperature of H elements or one as a row, and its stride over heads."""
+    row = temperature.flatten()
+    return row, row.stride(0) if row.numel() > 1 else 0
 
 
 def temperature_gradient(dtemperature: Tensor, temperature: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..ops import unknown_dtype
 
 
 @functools.cache
@@ -56,9 +56,7 @@ def why_not(op: str, x: Tensor) -> list[str]:
         reasons.append(reason)
     elif not (torch.compiler.is_compiling() or _is_interpreted()) and (reason := no_launcher()):
         reasons.append(reason)
-    if x.dtype not in _DTYPES:
-        reasons.append(f"dtype {x.dtype} is none of {', '.join(map(str, _DTYPES))}")
-    return reasons
+    return reasons + unknown_dtype(x)
 
 
 def _implementation(module: str, function: str) -> Callable[..., tuple[Tensor, ...]]:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import empty_gradient, temperature_gradient
+from ..ops import empty_gradient, per_head, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
 from .configs import block, chunks, precision
@@ -22,7 +22,7 @@ from .primitives import (
     softmax_backward,
     store_rows,
 )
-from .spatial import check, per_head, pick
+from .spatial import check, pick
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def channel_mix(
     t = tl.load(temperature + h * temperature_h).to(ACC)
     weights, _, _ = channel_map(products, q_length, k_length, t, D)
     if DROPOUT:
-        weights *= dropout_multiplier(seed, head * D + d, BD, cut, 0, ACC)
+        weights *= dropout_multiplier(seed, head * D + d, 0, BD, cut, 0, ACC)
     store_rows(attention + head * D * D, D, 1, d, d, in_d, in_d, weights)
 
 
@@ -129,7 +129,7 @@ def channel_mix_backward(
     softmax, cosine, norms = channel_map(products, q_length, k_length, t, D)
     weights = softmax
     if DROPOUT:
-        multiplier = dropout_multiplier(seed, head * D + d, BD, cut, 0, ACC)
+        multiplier = dropout_multiplier(seed, head * D + d, 0, BD, cut, 0, ACC)
         weights = softmax * multiplier
         dattention *= multiplier
     store_rows(attention + head * D * D, D, 1, d, d, in_d, in_d, weights)

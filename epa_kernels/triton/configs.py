@@ -15,6 +15,8 @@ from ..ops import float32_is_exact
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # And up to FEW_TOKENS where that launch would be one too many.
 ONE_CHUNK, FEW_TOKENS = 128, 512
+# Projected tokens that a tile of tokens meets at a time: of more, maps find no registers.
+PROJECTED_BLOCK = 64
 # Their factors in three parts each find no registers: float32 tokens multiply in float32.
 IN_FLOAT32 = ("output_backward", "spatial_backward")
 
@@ -67,7 +69,7 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
     """Launch shape for any shape: of those that do not spill, the one with the fewest machine
     instructions a token on sm_90, where they were counted (docs/triton_kernels.md)."""
     wide, exact, in_parts = numbers != "half", numbers == "ieee", numbers == "tf32x3"
-    C, D, P = block(channels), block(head_dim), block(projected)
+    C, D, P = block(channels), block(head_dim), block(projected, PROJECTED_BLOCK)
     few = 4 if D <= 16 else 8  # warps
     mixing = 16 if D > 64 else few
     tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
@@ -92,6 +94,10 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
     if in_parts:  # each factor is two
         output, summary = Launch(16, 32, 8), Launch(32, 32, 4, 2, 64)
         summary_backward, channel_backward = Launch(32, 64, 8, 2), Launch(32, 16)
+    spatial_backward = Launch(max(16, tokens // 4) if wide else tokens, warps=8, chunks=64)
+    if projected > PROJECTED_BLOCK:
+        output_backward = output_backward._replace(rows=16, warps=8)
+        spatial_backward = spatial_backward._replace(rows=16)
     return {
         "summary": summary,
         "merge": Launch(128),
@@ -105,7 +111,7 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
         "summary_backward": summary_backward,
         "square_sums": Launch(128, chunks=64),
         "spatial_forward": Launch(max(16, tokens // 2) if wide else tokens, warps=8),
-        "spatial_backward": Launch(max(16, tokens // 4) if wide else tokens, warps=8, chunks=64),
+        "spatial_backward": spatial_backward,
         "spatial_merge": Launch(64),
         "spatial_norm_backward": Launch(128),
         "channel_gram": Launch(32 if wide else 64, warps=8 if wide else 4, chunks=64),
@@ -178,8 +184,6 @@ def check(op: str, batch: int, head_dim: int, projected: int, tensors: Iterable[
     )
     limits["offset of a channel of a token"] = max(offsets), 2**31 - 1
     limits["number of projected tokens"] = projected, 512
-    size = block(head_dim) * block(projected)
-    limits["keys of a head, in powers of two,"] = size, 8192
     broken = [f"{name} {n} > {most}" for name, (n, most) in limits.items() if n > most]
     if broken:
         raise NotImplementedError(

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import WEIGHTS
 from ..ops import ParameterGradients, empty_gradient, mean_dtype, plan
 from ..reference import accumulate_dtype
 from ..rng import threshold
 from . import configs
 from . import paired_kernels as kernels
-from .configs import block, chunks, precision
+from .configs import PROJECTED_BLOCK, block, chunks, precision
 
 # Up to so many channels out_s is projected on the spot; beyond, registers do not suffice.
 SPOT_CHANNELS, SPOT_CHANNELS_BACKWARD = 128, 32
@@ -60,7 +61,7 @@ class _Layer:
             self.row_sums = self.empty(self.J, P)
             for row, projection in zip(self.row_sums, (proj_k_weight, proj_v_weight), strict=False):
                 torch.sum(projection, 1, dtype=self.dtype, out=row)
-        self.BD, self.BP, self.BO = block(self.D), block(P), block(self.O)
+        self.BD, self.BP, self.BO = block(self.D), block(P, PROJECTED_BLOCK), block(self.O)
         self.ROWS = -(-self.O // H)  # of the channel branch's matrix, a head
         self.whole_rows = C == block(C) and N % C == 0  # C tokens make up rows of out_s'
         self.layout = layout
@@ -111,7 +112,7 @@ def _summary(layer):
     """First pass: mean (B,C), centred gram (B,C,C), projected (B,J,P,C)."""
     B, N, C, P, J = layer.B, layer.N, layer.C, layer.P, layer.J
     launch, common = layer.pick("summary")
-    T, BC, BP = launch.rows, block(C, launch.columns), block(P, 64)
+    T, BC, BP = launch.rows, block(C, launch.columns), layer.BP
     # The direct plan comes here twice, and mode flat has a product at the end of forward.
     spare = plan(N, C) == "direct" or layer.mode(SPOT_CHANNELS).startswith("flat")
     count, size = chunks(N, launch, spare_launch=spare)
@@ -212,7 +213,8 @@ def _output_backward(layer, mode, dy, dout, mean, mixed):
     count, chunk = chunks(N, launch, spare_launch=plan(N, C) == "direct")
     sums = layer.empty(count, B, H, size)
     BC = block(C, launch.columns)
-    kernels.output_backward[(count, H * triton.cdiv(C, BC), B)](
+    blocks = max(triton.cdiv(C, BC), triton.cdiv(P, layer.BP))
+    kernels.output_backward[(count, H * blocks, B)](
         layer.x, *layer.x.stride(), dy, dy if dout is None else dout, layer.qkvv_weight, mean,
         mixed.q_mean,
         mixed.k_proj, mixed.v_proj, mixed.scale, layer.out_proj_weight, layer.seed,
@@ -268,9 +270,8 @@ def backward(dy, *tensors, **options):
         **common,
     )  # fmt: skip
 
-    # Not x and not the token projections: of those the last pass makes the gradients.
-    names = (1, 2, 4, 6, 7, 8, 9, 10, 11, 12)
-    gradients = ParameterGradients([inputs[i] for i in names], layer.x)
+    # Of x and the token projections the last pass makes the gradients.
+    gradients = ParameterGradients([inputs[i] for i in WEIGHTS], layer.x)
     dgram, dtoken = layer.empty(B, C, C), layer.empty(B, C)
     dprojected = layer.empty(B, J, P, C)
     drows = None if layer.qkvv_bias is None else layer.empty(J, P)
@@ -295,7 +296,7 @@ def backward(dy, *tensors, **options):
     dx, dproj_k = empty_gradient(inputs[0], layer.x), empty_gradient(inputs[3], layer.x)
     dproj_v = empty_gradient(inputs[5], layer.x)
     launch, common = layer.pick("summary_backward")
-    T, BC, BP = launch.rows, block(C, launch.columns), block(P, 64)
+    T, BC, BP = launch.rows, block(C, launch.columns), layer.BP
     grid = triton.cdiv(N, T), B + 1, max(triton.cdiv(C, BC), J * triton.cdiv(P, BP))
     kernels.summary_backward[grid](
         layer.x, *layer.x.stride(), dq, dy, *layer.projections(), layer.qkvv_weight, mean, dgram,
@@ -303,5 +304,5 @@ def backward(dy, *tensors, **options):
         dproj_v if J == 2 else dproj_k, *(dproj_v if J == 2 else dproj_k).stride(), N, B,
         C=C, P=P, J=J, O=O, T=T, BC=BC, BP=BP, PRECISION=layer.precision, **common,
     )  # fmt: skip
-    results = {0: dx, 3: dproj_k, 5: dproj_v} | dict(zip(names, gradients.finish(), strict=True))
+    results = {0: dx, 3: dproj_k, 5: dproj_v} | dict(zip(WEIGHTS, gradients.finish(), strict=True))
     return tuple(results[i] for i in range(len(inputs)))

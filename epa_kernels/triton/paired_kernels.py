@@ -27,6 +27,8 @@ import triton.language as tl
 
 from .primitives import (
     LOG2E,
+    attend,
+    attend_backward,
     channel_map,
     clamp_norm,
     dot,
@@ -37,6 +39,7 @@ from .primitives import (
     load_rows,
     per_norm,
     softmax_backward,
+    softmax_block,
     store_rows,
 )
 
@@ -286,7 +289,7 @@ def mix(
 
     attention, _, _ = channel_map(products, q_length, k_length, tl.load(temperature + h).to(ACC), D)
     if DROPOUT:
-        attention *= dropout_multiplier(seed, (b * H + h) * D + d, BD, cut, 0, ACC)
+        attention *= dropout_multiplier(seed, (b * H + h) * D + d, 0, BD, cut, 0, ACC)
     for first in range(0, C, BC):
         columns = first + tl.arange(0, BC)
         inside = columns < C
@@ -363,8 +366,6 @@ def output(
     group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BD)
     in_d = d < D
-    p = tl.arange(0, BP)
-    in_p = p < P
     o = tl.arange(0, BO)
     in_o = o < O
     x += b * x_b
@@ -420,14 +421,12 @@ def output(
             if qkvv_bias is not None:
                 q += tl.load(qkvv_bias + h * D + d, mask=in_d, other=0.0).to(ACC)[None, :]
             q *= (tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0) * LOG2E)[None, :]
-            k = load_rows(k_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
-            v = load_rows(v_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
-            logits = dot(q.to(dtype), tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
-            weights, total = exp2_rows(logits, in_p)
-            if DROPOUT:
-                weights *= dropout_multiplier(seed, (b * H + h) * N + n, BP, cut, 1, ACC)
-            # Divided before the cast: float16 would not hold the sum of a row.
-            out = dot((weights / total[:, None]).to(dtype), v, tl.zeros((T, BD), ACC), PRECISION)
+            head = (b * H + h) * P * D
+            out, _, _ = attend(
+                q.to(dtype), 1.0, k_proj + head, D, 1, v_proj + head, D, 1,
+                seed, (b * H + h) * N + n, cut, tl.zeros((T, BD), ACC),
+                D, P, BP, DROPOUT, PRECISION,
+            )  # fmt: skip
 
             if WHOLE_ROWS:
                 row, in_row = rows_of(begin, h, N, C, H, BD, M)
@@ -492,17 +491,20 @@ def output_backward(
 
     keys are scale * k_proj; dkeys, dWq and dmatrix are sums over centred tokens. For MODE flat,
     dout (B, N, C) is the gradient of the flat out_s', and out_s gets the latter again. A program
-    has one block of columns of x.
+    has one block of columns of x and one of projected tokens, if there are so many.
     """
     D: tl.constexpr = C // H
     COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    P_BLOCKS: tl.constexpr = (P + BP - 1) // BP
+    BLOCKS: tl.constexpr = COLUMN_BLOCKS if COLUMN_BLOCKS > P_BLOCKS else P_BLOCKS
     index, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    h, block = tl.program_id(1) // COLUMN_BLOCKS, tl.program_id(1) % COLUMN_BLOCKS
+    h, block = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
     first_token = index.to(tl.int64) * chunk
     stop = tl.minimum(first_token + chunk, N)
     d = tl.arange(0, BD)
     in_d = d < D
-    p = tl.arange(0, BP)
+    first_p = block % P_BLOCKS * BP
+    p = first_p + tl.arange(0, BP)
     in_p = p < P
     o = tl.arange(0, BO)
     in_o = o < O
@@ -517,8 +519,10 @@ def output_backward(
     own_mean = tl.load(mean + b * C + own, mask=in_own, other=0.0).to(ACC)
     centre = tl.load(q_mean + b * C + h * D + d, mask=in_d, other=0.0)
     scale = tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0)
-    k = load_rows(k_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
-    v = load_rows(v_proj + (b * H + h) * P * D, D, 1, p, d, in_p, in_d).to(dtype)
+    k_proj += (b * H + h) * P * D
+    v_proj += (b * H + h) * P * D
+    k = load_rows(k_proj, D, 1, p, d, in_p, in_d).to(dtype)
+    v = load_rows(v_proj, D, 1, p, d, in_p, in_d).to(dtype)
 
     dq_weight, dmatrix = tl.zeros((BD, BC), ACC), tl.zeros((BR, BC), ACC)
     dkeys, dv_proj = tl.zeros((BP, BD), ACC), tl.zeros((BP, BD), ACC)
@@ -551,11 +555,19 @@ def output_backward(
             tile = tl.where(in_n[:, None], tile - own_mean[None, :], 0.0).to(dtype)
         q = ((q_centred + centre[None, :]) * (scale * LOG2E)[None, :]).to(dtype)
         logits = dot(q, tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
-        weights, total = exp2_rows(logits, in_p)
-        weights /= total[:, None]
+        number = (b * H + h) * N + n
+        if P_BLOCKS == 1:
+            weights, total = exp2_rows(logits, in_p)
+            weights /= total[:, None]
+        else:
+            out, highest, total = attend(
+                q, 1.0, k_proj, D, 1, v_proj, D, 1, seed, number, cut,
+                tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
+            )  # fmt: skip
+            weights = softmax_block(logits, in_p, highest, total)
         attention = weights
         if DROPOUT:
-            multiplier = dropout_multiplier(seed, (b * H + h) * N + n, BP, cut, 1, ACC)
+            multiplier = dropout_multiplier(seed, number, first_p, BP, cut, 1, ACC)
             attention = weights * multiplier
         attention = attention.to(dtype)
 
@@ -566,8 +578,9 @@ def output_backward(
             weight = load_rows(out_proj_weight, C, 1, o, channels, in_o, channels < C).to(dtype)
             drows = dot(dy_s, weight, tl.zeros((BD * M, C), ACC), PRECISION)
             dout_s = tl.trans(tl.reshape(drows.to(dtype), (BD, T)))
-            rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
-            rows = tl.reshape(tl.trans(rows), (BD * M, C))
+            if P_BLOCKS == 1:
+                out = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION)
+            rows = tl.reshape(tl.trans(out.to(dtype)), (BD * M, C))
             dbias += tl.sum(dy_s.to(ACC), 0)
             if COLUMN_BLOCKS > 1:
                 dy_s = load_rows(dy, C, 1, row, w, in_row, w < O)
@@ -576,8 +589,9 @@ def output_backward(
             dy_s = load_rows(dy, C, 1, n, o, in_n, in_o)
             weight = load_rows(out_proj_weight + h * D, C, 1, o, d, in_o, in_d).to(dtype)
             dout_s = dot(dy_s, weight, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
-            rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
-            dweight = dot(tl.trans(dy_s), rows, dweight, PRECISION)
+            if P_BLOCKS == 1:
+                out = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION)
+            dweight = dot(tl.trans(dy_s), out.to(dtype), dweight, PRECISION)
             dbias += tl.sum(dy_s.to(ACC), 0)
         elif MODE == "add":
             dout_s = load_rows(dy + h * D, C, 1, n, d, in_n, in_d)
@@ -590,16 +604,28 @@ def output_backward(
             dout_s = tl.load(dout + b * N * C + f, mask=mask, other=0.0)
             if MODE == "flat" or MODE == "flat_tokens":
                 if block == 0:
-                    rows = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
-                    tl.store(out_s + b * N * C + f, rows, mask=mask)
+                    if P_BLOCKS == 1:
+                        out = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION)
+                    tl.store(out_s + b * N * C + f, out.to(dtype), mask=mask)
 
         dattention = dot(dout_s, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
         if DROPOUT:
             dattention *= multiplier
-        dlogits = tl.where(in_n[:, None], softmax_backward(weights, dattention), 0.0)
+        if P_BLOCKS == 1:
+            dlogits = softmax_backward(weights, dattention)
+        else:
+            along = tl.sum(out * dout_s.to(ACC), 1)
+            dlogits = weights * (dattention - along[:, None])
+        dlogits = tl.where(in_n[:, None], dlogits, 0.0)
         dlogits_sum += tl.sum(dlogits, 0)
         dlogits = dlogits.to(small)
-        dq_tile = gradient_dot(dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION)
+        if P_BLOCKS == 1:
+            dq_tile = gradient_dot(dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION)
+        else:
+            dq_tile = attend_backward(
+                q, 1.0, dout_s, out, highest, total, in_n, k_proj, D, 1, v_proj, D, 1,
+                seed, number, cut, D, P, BP, DROPOUT, PRECISION,
+            )  # fmt: skip
         dq_tile = (dq_tile * scale[None, :]).to(dtype)
         dkeys = gradient_dot(
             tl.trans(dlogits), q_centred.to(dtype).to(small), dkeys, dtype, PRECISION
@@ -617,10 +643,11 @@ def output_backward(
     sums += D * C
     store_rows(sums, C, 1, r, own, r < ROWS, in_own, dmatrix)
     sums += ROWS * C
-    if block == 0:
+    if block < P_BLOCKS:
         store_rows(sums, D, 1, p, d, in_p, in_d, dkeys)
         store_rows(sums + P * D, D, 1, p, d, in_p, in_d, dv_proj)
         tl.store(sums + 2 * P * D + p, dlogits_sum, mask=in_p)
+    if block == 0:
         tl.store(sums + 2 * P * D + P + r, dconstant, mask=r < ROWS)
     sums += 2 * P * D + P + ROWS
     if MODE == "rows":
@@ -786,7 +813,7 @@ def mix_backward(
     softmax, cosine, norms = channel_map(products, q_length, k_length, t, D)
     dropped = softmax
     if DROPOUT:
-        multiplier = dropout_multiplier(seed, (b * H + h) * D + d, BD, cut, 0, ACC)
+        multiplier = dropout_multiplier(seed, (b * H + h) * D + d, 0, BD, cut, 0, ACC)
         dropped = softmax * multiplier
     store_rows(attention + square, D, 1, d, d, in_d, in_d, dropped)
     if qkvv_bias is not None:

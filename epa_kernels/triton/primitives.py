@@ -47,12 +47,15 @@ def store_rows(pointer, row_stride, column_stride, rows, columns, row_inside, co
 
 
 @triton.jit
-def dropout_multiplier(seed, rows, COLUMNS: tl.constexpr, cut, MAP: tl.constexpr, dtype):
-    """`rng.dropout_multiplier`: 0 or 65536 / (65536 - cut), (rows, COLUMNS); rows int64."""
+def dropout_multiplier(seed, rows, first, COLUMNS: tl.constexpr, cut, MAP: tl.constexpr, dtype):
+    """`rng.dropout_multiplier`: 0 or 65536 / (65536 - cut), (rows, COLUMNS from `first` on).
+
+    rows int64; first a multiple of 8
+    """
     value = tl.load(seed)
     key0, key1 = (value & 0xFFFFFFFF).to(tl.uint32), ((value >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = tl.zeros((rows.shape[0], COLUMNS // 8), tl.uint32)
-    c0 = zero + tl.arange(0, COLUMNS // 8).to(tl.uint32)[None, :]
+    c0 = zero + (first // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)[None, :]
     c1 = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
     c2 = zero + ((rows >> 32) & 0xFFFFFFFF).to(tl.uint32)[:, None]
     c3 = zero + MAP
@@ -82,6 +85,87 @@ def exp2_rows(logits, inside):
 @triton.jit
 def softmax_backward(softmax, d):
     return softmax * (d - tl.sum(softmax * d, 1)[:, None])
+
+
+@triton.jit
+def softmax_block(logits, inside, highest, total):
+    """Columns of a softmax whose rows have these maxima, and sums of exp2."""
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    return tl.exp2(logits - highest[:, None]) / total[:, None]
+
+
+@triton.jit
+def attend(
+    q, factor, keys, key_p, key_d, values, value_p, value_d, seed, rows, cut, acc,
+    D: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + dropout(softmax) values, the softmax of base 2 and of factor q keys^T; acc is 0.
+
+    keys and values (P, D) are walked in blocks of BP. Where there are several, the maxima of the
+    rows of logits and their sums of exp2 come, too.
+    """
+    dtype: tl.constexpr = q.dtype
+    ACC: tl.constexpr = acc.dtype
+    d = tl.arange(0, q.shape[1])
+    in_d = d < D
+    # The lowest number, not infinity: of two of those, no difference is a number.
+    highest = tl.full((q.shape[0],), -3.0e38, ACC)
+    total = tl.zeros((q.shape[0],), ACC)
+    if BP >= P:
+        p = tl.arange(0, BP)
+        k = load_rows(keys, key_p, key_d, p, d, p < P, in_d).to(dtype)
+        v = load_rows(values, value_p, value_d, p, d, p < P, in_d).to(dtype)
+        logits = factor * dot(q, tl.trans(k), tl.zeros((q.shape[0], BP), ACC), PRECISION)
+        weights, total = exp2_rows(logits, p < P)
+        if DROPOUT:
+            weights *= dropout_multiplier(seed, rows, 0, BP, cut, 1, ACC)
+        # Divided before the cast: float16 would not hold the sum of a row.
+        acc = dot((weights / total[:, None]).to(dtype), v, acc, PRECISION)
+    else:
+        for first in range(0, P, BP):
+            p = first + tl.arange(0, BP)
+            k = load_rows(keys, key_p, key_d, p, d, p < P, in_d).to(dtype)
+            v = load_rows(values, value_p, value_d, p, d, p < P, in_d).to(dtype)
+            logits = factor * dot(q, tl.trans(k), tl.zeros((q.shape[0], BP), ACC), PRECISION)
+            logits = tl.where((p < P)[None, :], logits, float("-inf"))
+            before, highest = highest, tl.maximum(highest, tl.max(logits, 1))
+            weights, shrink = tl.exp2(logits - highest[:, None]), tl.exp2(before - highest)
+            total = total * shrink + tl.sum(weights, 1)
+            if DROPOUT:
+                weights *= dropout_multiplier(seed, rows, first, BP, cut, 1, ACC)
+            acc = dot(weights.to(dtype), v, acc * shrink[:, None], PRECISION)
+        acc /= total[:, None]
+    return acc, highest, total
+
+
+@triton.jit
+def attend_backward(
+    q, factor, dout, out, highest, total, inside,
+    keys, key_p, key_d, values, value_p, value_d, seed, rows, cut,
+    D: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the logits, natural ones, times keys, of what `attend` gave; 0 outside."""
+    dtype: tl.constexpr = q.dtype
+    ACC: tl.constexpr = out.dtype
+    small: tl.constexpr = gradient_dtype(dtype, ACC)
+    d = tl.arange(0, q.shape[1])
+    in_d = d < D
+    along = tl.sum(out * dout.to(ACC), 1)
+    result = tl.zeros(q.shape, ACC)
+    for first in range(0, P, BP):
+        p = first + tl.arange(0, BP)
+        k = load_rows(keys, key_p, key_d, p, d, p < P, in_d).to(dtype)
+        v = load_rows(values, value_p, value_d, p, d, p < P, in_d).to(dtype)
+        logits = factor * dot(q, tl.trans(k), tl.zeros((q.shape[0], BP), ACC), PRECISION)
+        weights = softmax_block(logits, p < P, highest, total)
+        d_weights = dot(dout, tl.trans(v), tl.zeros((q.shape[0], BP), ACC), PRECISION)
+        if DROPOUT:
+            d_weights *= dropout_multiplier(seed, rows, first, BP, cut, 1, ACC)
+        dlogits = tl.where(inside[:, None], weights * (d_weights - along[:, None]), 0.0)
+        result = gradient_dot(dlogits.to(small), k.to(small), result, dtype, PRECISION)
+    return result
 
 
 @triton.jit

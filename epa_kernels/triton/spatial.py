@@ -8,13 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import empty_gradient, temperature_gradient
+from ..ops import empty_gradient, per_head, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
 from . import configs
-from .configs import block, chunks, precision
+from .configs import PROJECTED_BLOCK, block, chunks, precision
 from .primitives import (
     LOG2E,
+    attend,
+    attend_backward,
     clamp_norm,
     dot,
     dropout_multiplier,
@@ -24,6 +26,7 @@ from .primitives import (
     load_rows,
     per_norm,
     softmax_backward,
+    softmax_block,
     store_rows,
 )
 
@@ -49,14 +52,15 @@ def square_sums(
 
 
 @triton.jit
-def scaled_logits(q, k, t, norm, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """t (q / norm) k^T. Without a norm q has no rounding to come, so t waits for the product."""
-    logits = tl.zeros((q.shape[0], k.shape[0]), norm.dtype)
+def scaled(q, t, norm, NORMALIZE: tl.constexpr):
+    """(q', t') such that t (q / norm) k^T = t' q' k^T.
+
+    Without a norm q has no rounding to come, so t waits for the product.
+    """
     if NORMALIZE:
-        q = (q.to(norm.dtype) * (t / norm)[None, :]).to(q.dtype)
-        return dot(q, tl.trans(k), logits, PRECISION)
+        return (q.to(norm.dtype) * (t / norm)[None, :]).to(q.dtype), 1.0
     else:
-        return t * dot(q, tl.trans(k), logits, PRECISION)
+        return q, t
 
 
 @triton.jit
@@ -69,10 +73,9 @@ def spatial_forward(
     """out (B, N, H, D) of one tile of a head; q_norm (B, H, D), ones where sums is absent."""
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    d, p = tl.arange(0, BD), tl.arange(0, BP)
-    in_n, in_d, in_p = n < N, d < D, p < P
+    d = tl.arange(0, BD)
+    in_n, in_d = n < N, d < D
     head = b * H + h
-    dtype: tl.constexpr = q.dtype.element_ty
     norm = tl.full((BD,), 1.0, ACC)
     if sums is not None:
         square = tl.zeros((BD,), ACC)
@@ -83,13 +86,11 @@ def spatial_forward(
         tl.store(q_norm + head * D + d, norm, mask=in_d)
     t = tl.load(temperature + h * temperature_h).to(ACC) * LOG2E
     tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
-    k = load_rows(k_proj + b * k_b + h * k_h, k_p, k_d, p, d, in_p, in_d)
-    v = load_rows(v_proj + b * v_b + h * v_h, v_p, v_d, p, d, in_p, in_d)
-    logits = scaled_logits(tile, k, t, norm, sums is not None, PRECISION)
-    weights, total = exp2_rows(logits, in_p)
-    if DROPOUT:
-        weights *= dropout_multiplier(seed, head * N + n, BP, cut, 1, ACC)
-    result = dot((weights / total[:, None]).to(dtype), v, tl.zeros((T, BD), ACC), PRECISION)
+    tile, factor = scaled(tile, t, norm, sums is not None)
+    result, _, _ = attend(
+        tile, factor, k_proj + b * k_b + h * k_h, k_p, k_d, v_proj + b * v_b + h * v_h, v_p, v_d,
+        seed, head * N + n, cut, tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
+    )  # fmt: skip
     store_rows(out + b * N * H * D + h * D, H * D, 1, n, d, in_n, in_d, result)
 
 
@@ -102,18 +103,25 @@ def spatial_backward(
     BD: tl.constexpr, BP: tl.constexpr, NORMALIZE: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head over one chunk: dq without the norm's part; sums (B, H, chunks, 2, P, D)."""
-    chunks, index, h = tl.num_programs(0), tl.program_id(0), tl.program_id(1)
+    """One head over one chunk: dq without the norm's part; sums (B, H, chunks, 2, P, D).
+
+    A program has one block of projected tokens.
+    """
+    P_BLOCKS: tl.constexpr = (P + BP - 1) // BP
+    chunks, index = tl.num_programs(0), tl.program_id(0)
+    h, block = tl.program_id(1) // P_BLOCKS, tl.program_id(1) % P_BLOCKS
     b = tl.program_id(2).to(tl.int64)
-    d, p = tl.arange(0, BD), tl.arange(0, BP)
+    d, p = tl.arange(0, BD), block * BP + tl.arange(0, BP)
     in_d, in_p = d < D, p < P
     head = b * H + h
     dtype: tl.constexpr = q.dtype.element_ty
     small: tl.constexpr = gradient_dtype(dtype, ACC)
     norm = tl.load(q_norm + head * D + d, mask=in_d, other=1.0)
     t = tl.load(temperature + h * temperature_h).to(ACC)
-    k = load_rows(k_proj + b * k_b + h * k_h, k_p, k_d, p, d, in_p, in_d)
-    v = load_rows(v_proj + b * v_b + h * v_h, v_p, v_d, p, d, in_p, in_d)
+    k_proj += b * k_b + h * k_h
+    v_proj += b * v_b + h * v_h
+    k = load_rows(k_proj, k_p, k_d, p, d, in_p, in_d)
+    v = load_rows(v_proj, v_p, v_d, p, d, in_p, in_d)
     dkeys, dv_proj = tl.zeros((BP, BD), ACC), tl.zeros((BP, BD), ACC)
     first = index.to(tl.int64) * chunk
     stop = tl.minimum(first + chunk, N)
@@ -121,21 +129,44 @@ def spatial_backward(
         n = start + tl.arange(0, T)
         in_n = n < stop
         tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
-        logits = scaled_logits(tile, k, t * LOG2E, norm, NORMALIZE, PRECISION)
-        weights, total = exp2_rows(logits, in_p)
-        weights /= total[:, None]
+        query, factor = scaled(tile, t * LOG2E, norm, NORMALIZE)
+        logits = factor * dot(query, tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
+        number = head * N + n
+        if P_BLOCKS == 1:
+            weights, total = exp2_rows(logits, in_p)
+            weights /= total[:, None]
+        else:
+            out, highest, total = attend(
+                query, factor, k_proj, k_p, k_d, v_proj, v_p, v_d, seed, number, cut,
+                tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
+            )  # fmt: skip
+            weights = softmax_block(logits, in_p, highest, total)
         attention = weights
         if DROPOUT:
-            multiplier = dropout_multiplier(seed, head * N + n, BP, cut, 1, ACC)
+            multiplier = dropout_multiplier(seed, number, block * BP, BP, cut, 1, ACC)
             attention = weights * multiplier
         gradient = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
         dattention = dot(gradient, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
         if DROPOUT:
             dattention *= multiplier
-        dlogits = tl.where(in_n[:, None], softmax_backward(weights, dattention), 0.0).to(small)
-        dq_tile = gradient_dot(dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION)
-        dq_tile *= (t / norm)[None, :]
-        store_rows(dq + b * d_b + h * d_h, d_n, d_d, n, d, in_n, in_d, dq_tile)
+        if P_BLOCKS == 1:
+            dlogits = softmax_backward(weights, dattention)
+        else:
+            dlogits = weights * (dattention - tl.sum(out * gradient.to(ACC), 1)[:, None])
+        dlogits = tl.where(in_n[:, None], dlogits, 0.0).to(small)
+        if block == 0:
+            if P_BLOCKS == 1:
+                dq_tile = gradient_dot(
+                    dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION
+                )
+            else:
+                dq_tile = attend_backward(
+                    query, factor, gradient, out, highest, total, in_n,
+                    k_proj, k_p, k_d, v_proj, v_p, v_d, seed, number, cut,
+                    D, P, BP, DROPOUT, PRECISION,
+                )  # fmt: skip
+            dq_tile *= (t / norm)[None, :]
+            store_rows(dq + b * d_b + h * d_h, d_n, d_d, n, d, in_n, in_d, dq_tile)
         dkeys = gradient_dot(tl.trans(dlogits), tile.to(small), dkeys, dtype, PRECISION)
         dv_proj = dot(tl.trans(attention.to(dtype)), gradient, dv_proj, PRECISION)
     sums += (head * chunks + index) * 2 * P * D
@@ -211,12 +242,6 @@ def pick(kernel, q, projected=0):
     }  # fmt: skip
 
 
-def per_head(temperature):
-    """Pointer and stride over heads of a temperature of H elements or one."""
-    temperature = temperature.flatten()
-    return temperature, temperature.stride(0) if temperature.numel() > 1 else 0
-
-
 def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
@@ -234,7 +259,8 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     spatial_forward[(triton.cdiv(N, T), H, B)](
         q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(), *per_head(temperature),
         sums, count, seed, out, q_norm, N, threshold(dropout_p),
-        P=P, T=T, BP=block(P), DROPOUT=dropout_p > 0, PRECISION=precision(q), **common,
+        P=P, T=T, BP=block(P, PROJECTED_BLOCK), DROPOUT=dropout_p > 0, PRECISION=precision(q),
+        **common,
     )  # fmt: skip
     return out, q_norm
 
@@ -248,10 +274,11 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
     launch, common = pick("spatial_backward", q, P)
     count, size = chunks(N, launch)
     sums = q_norm.new_empty(B, H, count, 2, P, D)
-    spatial_backward[(count, H, B)](
+    BP = block(P, PROJECTED_BLOCK)
+    spatial_backward[(count, H * triton.cdiv(P, BP), B)](
         dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
         *per_head(temperature), q_norm, seed, dq, *dq.stride(), sums, N, size,
-        threshold(dropout_p), P=P, T=launch.rows, BP=block(P), NORMALIZE=normalize,
+        threshold(dropout_p), P=P, T=launch.rows, BP=BP, NORMALIZE=normalize,
         DROPOUT=dropout_p > 0, PRECISION=precision(q, "spatial_backward"), **common,
     )  # fmt: skip
     dtemperature, dnorm = q_norm.new_empty(B, H), torch.empty_like(q_norm)
