@@ -121,6 +121,11 @@ def run(call, layer, case, dtype, *, gradients):
     return found
 
 
+# Gradients of one or two numbers, sums of thousands of terms that cancel: in float32 the
+# specification itself is up to 2e-5 off, by the processor. In float64 they are held like all.
+CANCELLING = {("epa_c24_p64", "temperature"), ("epa_c48_p64", "temperature2")}
+
+
 def check(found, case, arrays, limit):
     """Compare with everything that is stored: arrays, and statistics of each gradient."""
     stride = case["stored"]["subsample_stride"]
@@ -140,10 +145,8 @@ def check(found, case, arrays, limit):
     largest = max(expected["l2"] for expected in stored["param_grads"].values())
     for key, expected in stored["param_grads"].items():
         gradient = found[f"grad.{key}"]
-        # In float32 it is H numbers, sums of thousands of terms that cancel: the specification
-        # itself is off by 2e-5. In float64 it is held like the others.
-        is_scalar = "temperature" in key and gradient.dtype == torch.float32
-        allowed, gradient = 5e-5 if is_scalar else limit, gradient.double()
+        is_cancelling = (case["case"], key) in CANCELLING and gradient.dtype == torch.float32
+        allowed, gradient = 5e-5 if is_cancelling else limit, gradient.double()
         if expected["l2"] < 1e-9 * largest:
             # Zero but for rounding: a bias in front of a norm, attention to a single key.
             assert gradient.norm().item() <= limit * largest, key
