@@ -170,20 +170,20 @@ BUGS = (
         "a.mean[b * a.C + c] = mean[c];\n  }",
     ),
     (
-        "barrier-before-paired-map-is-overwritten", "thread", "paired_mma", "paired_mma.cuh",
+        "barrier-before-paired-map-is-overwritten", "thread", "paired_mma_wide", "paired_mma.cuh",
         "add_products<T, D>(dvalues, maps, gradients);\n    __syncthreads();",
         "add_products<T, D>(dvalues, maps, gradients);",
     ),
     (
-        "scale-of-logit-gradients", "values", "paired_mma", "paired_mma.cuh",
+        "scale-of-logit-gradients", "values", "paired_mma_wide", "paired_mma.cuh",
         "dkeys[c][i] += down * part[c][i]", "dkeys[c][i] += part[c][i]",
     ),
     (
-        "token-mask-of-a-span", "address", "paired_mma", "paired_mma.cuh",
+        "token-mask-of-a-span", "address", "paired_mma_wide", "paired_mma.cuh",
         "if (n + token < a.N)", "if (n + token >= 0)",
     ),
     (
-        "scale-of-slices", "values", "paired_mma", "paired_mma_gradients.cuh",
+        "scale-of-slices", "values", "paired_mma_wide", "paired_mma_gradients.cuh",
         "*inverse = 1 / scale", "*inverse = 1",
     ),
     (
@@ -192,15 +192,16 @@ BUGS = (
         "__syncwarp();\n      add_scaled",
     ),
     (
-        "barrier-before-rows-are-overwritten", "values", "paired_mma", "paired_mma_product.cuh",
+        "barrier-before-rows-are-overwritten",
+        "values", "paired_mma_wide", "paired_mma_product.cuh",
         "      __syncthreads();\n    }\n#pragma unroll", "    }\n#pragma unroll",
     ),
     (
-        "row-mask-of-projected-tokens", "address", "paired_mma", "paired_mma_product.cuh",
+        "row-mask-of-projected-tokens", "address", "paired_mma_wide", "paired_mma_product.cuh",
         "if (row >= tokens) continue;", "",
     ),
     (
-        "column-mask-of-weight", "address", "paired_mma", "paired_mma_product.cuh",
+        "column-mask-of-weight", "address", "paired_mma_wide", "paired_mma_product.cuh",
         "column < columns && k < depth", "k < depth",
     ),
     (
