@@ -12,7 +12,7 @@ compiled is left out, and a sentence says so; an error in the sources is an erro
                           modules keep their symbols
     CUDA_HOME             the toolkit of nvcc; else that on the PATH, else /usr/local/cuda
     TORCH_CUDA_ARCH_LIST  compute capabilities to compile for, as PyTorch has it; those that nvcc
-                          knows are taken, and of the highest PTX too. Default "8.0 9.0 10.0 12.0"
+                          knows are taken, and PTX for what comes after. Default "8.0 9.0 10.0 12.0"
 """
 
 import os
@@ -24,6 +24,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,12 +130,19 @@ def cuda_objects() -> dict[str, tuple[Path, str]]:
         raise RuntimeError(
             f"the compiler {shlex.split(NVCC)[0]} has no headers of the CUDA runtime"
         )
-    binaries = " ".join(f"-gencode=arch=compute_{n},code=sm_{n}" for n in chosen)
-    ptx = "-gencode=arch=compute_{0},code=compute_{0}".format(chosen[-1])
-    compiler = f"{NVCC} {binaries} {ptx} {through_nvcc(f'{shlex.join(OPTIONS)} {FLAGS}')}"
+    # One PTX serves several: nvcc makes the same up to 9.0, and again from 10.0 on.
+    groups = [list(group) for _, group in groupby(chosen, lambda number: number >= 100)]
+    pairs = [(group[0], f"sm_{number}") for group in groups for number in group]
+    ptx = groups[-1][0]
+    binaries = " ".join(
+        f"-gencode=arch=compute_{first},code={code}"
+        for first, code in (*pairs, (ptx, f"compute_{ptx}"))
+    )
+    parallel = f"--threads={len(chosen)}"
+    compiler = f"{NVCC} {binaries} {parallel} {through_nvcc(f'{shlex.join(OPTIONS)} {FLAGS}')}"
     folder, numbers = Path("csrc/cuda"), ",".join(map(str, chosen))
     objects = {f"{source.stem}.cuda": (source, compiler) for source in sorted(folder.glob("*.cu"))}
-    facts = f"-DEPA_ARCHITECTURES={numbers} -DEPA_CUDA_VERSION={version[1]}"
+    facts = f"-DEPA_ARCHITECTURES={numbers} -DEPA_PTX={ptx} -DEPA_CUDA_VERSION={version[1]}"
     command = f"{CXX} {LANGUAGE} {FLAGS} {facts} {CXXFLAGS}"
     objects["bind_cuda"] = folder / "bind_cuda.cpp", command
     return objects

@@ -26,7 +26,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.csv"
-FLAGS = "-std=c++17 -cubin --keep -Xptxas -v -Werror all-warnings"
+FLAGS = "-std=c++17 -fatbin --keep -Xptxas -v -Werror all-warnings"
+# The PTX that an architecture is compiled from, as in setup.py.
+PTX = {True: "compute_100", False: "compute_80"}
 DTYPES = {"float": "float32", "double": "float64", "__nv_bfloat16": "bfloat16", "__half": "float16"}
 
 
@@ -79,7 +81,7 @@ def files_of(source: Path, seen: set[Path] | None = None) -> list[Path]:
 def key(source: Path) -> str:
     """Stands for a source and all that it includes, but for their comments."""
     code = [re.sub(r"\s+", " ", re.sub("//.*", "", f.read_text())) for f in files_of(source)]
-    return hashlib.sha256("\n".join([FLAGS, *code]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join([FLAGS, *PTX.values(), *code]).encode()).hexdigest()[:12]
 
 
 def version() -> str:
@@ -96,27 +98,28 @@ def parameters(source: Path) -> dict[str, list[str]]:
     return {kernel: [name.split()[-1] for name in names.split(",")] for names, kernel in heads}
 
 
-def compile_kernels(architecture: str, source: Path) -> list[dict[str, str | int]]:
+def compile_kernels(source: Path, architectures=ARCHITECTURES) -> list[dict[str, str | int]]:
     """Rows of all kernels of a source; a subprocess.CalledProcessError holds what nvcc says."""
+    codes = [f"-gencode=arch={PTX[int(name[3:]) >= 100]},code={name}" for name in architectures]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *shlex.split(FLAGS), "-arch", architecture, source]
+        command = ["nvcc", *shlex.split(FLAGS), *codes, source]
         said = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, check=True
         ).stderr
-        ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
+        ptx = next(Path(folder).glob("*.ptx")).read_text()  # of all the same launch bounds
     found = re.findall(
-        r"Compiling entry function '(\w+)'(?:.*\n)+?.* (\d+) bytes stack frame, (\d+) bytes spill "
-        r"stores, (\d+) bytes spill loads\n.*Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        r"Compiling entry function '(\w+)' for '(\w+)'(?:.*\n)+?.* (\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers(?:.*?(\d+) bytes smem)?",
         said,
     )
     threads = dict(re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", ptx))
-    assert found and len(found) == len(threads), said
+    assert found and len(found) == len(threads) * len(architectures), said
     filtered = subprocess.run(
         ["c++filt"], input="\n".join(name for name, *_ in found),
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     names, rows = parameters(source), []
-    for (mangled, *sizes), name in zip(found, filtered.splitlines(), strict=True):
+    for (mangled, architecture, *sizes), name in zip(found, filtered.splitlines(), strict=True):
         kernel, arguments = re.search(r"(\w+)<(.*?)>\(", name).groups()
         dtype, *arguments = arguments.split(", ")
         stack, stores, loads, registers, shared = (int(size or 0) for size in sizes)
@@ -143,7 +146,11 @@ def compile_kernels(architecture: str, source: Path) -> list[dict[str, str | int
             }
         )
     return sorted(
-        rows, key=lambda row: (row["kernel"], row["dtype"], len(row["arguments"]), row["arguments"])
+        rows,
+        key=lambda row: (
+            architectures.index(row["architecture"]),
+            *(row["kernel"], row["dtype"], len(row["arguments"]), row["arguments"]),
+        ),
     )
 
 
@@ -167,10 +174,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compile nothing, compare the keys")
     if parser.parse_args().check:
         return check()
-    tasks = list(product(ARCHITECTURES, SOURCES))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(compile_kernels, *zip(*tasks, strict=True))
-        rows = [row for part in parts for row in part]
+        rows = [row for part in pool.map(compile_kernels, SOURCES) for row in part]
+    rows.sort(key=lambda row: ARCHITECTURES.index(row["architecture"]))
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()

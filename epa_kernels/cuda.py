@@ -57,7 +57,7 @@ def describe() -> str:
     if module.missing is not None:
         return f"none: {module.missing}"
     names = ", ".join(f"sm_{number}" for number in module.architectures)
-    return f"{names} and PTX of the last, compiled with CUDA {_version(module.cuda_version)}"
+    return f"{names} and PTX of sm_{module.ptx}, compiled with CUDA {_version(module.cuda_version)}"
 
 
 def _version(number: int) -> str:
@@ -103,7 +103,7 @@ def _why_not_on(index: int | None) -> list[str]:
         return []
     reasons, driver = [], torch._C._cuda_getDriverVersion()
     runs = any(n // 10 == major and n <= number for n in module.architectures)
-    if not runs and number < max(module.architectures):
+    if not runs and number < module.ptx:
         reasons.append(f"compute capability {major}.{minor}, the extension has {describe()}")
     # Any driver of the same major version runs binaries; PTX takes one as new as nvcc.
     needed = module.cuda_version // 1000 * 1000 if runs else module.cuda_version

@@ -28,7 +28,7 @@ def build_module(folder: Path):
     import pybind11
 
     binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O0"]
-    binding += ["-DEPA_ARCHITECTURES=", "-DEPA_CUDA_VERSION=0"]
+    binding += ["-DEPA_ARCHITECTURES=", "-DEPA_PTX=0", "-DEPA_CUDA_VERSION=0"]
     objects = [
         compile_object(EMULATOR / "emulator.cpp", folder / "emulator.o"),
         compile_object(SOURCES / "cuda/bind_cuda.cpp", folder / "bind_cuda.o", *binding),

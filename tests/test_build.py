@@ -70,6 +70,7 @@ PyMODINIT_FUNC PyInit__C_cuda() {
   PyObject *result = PyModule_Create(&definition);
   PyModule_AddStringConstant(result, "error", launch());
   PyModule_AddIntConstant(result, "cuda_version", EPA_CUDA_VERSION);
+  PyModule_AddIntConstant(result, "ptx", EPA_PTX);
   PyObject *numbers = PyList_New(0);
   for (int number : {EPA_ARCHITECTURES}) PyList_Append(numbers, PyLong_FromLong(number));
   PyModule_AddObject(result, "architectures", numbers);
@@ -88,7 +89,7 @@ NO_NVCC = {"CUDA_HOME": "/nonexistent"}
 # Of CUDA 12.4, as far as the build asks; it compiles nothing.
 FAKE_NVCC = """#!/bin/sh
 case "$*" in
-  *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+  *--list-gpu-arch*) printf 'compute_%s\\n' 75 80 90 100 ;;
   *-E*) echo '#define CUDART_VERSION 12040' ;;
   *-c*.cu*) echo "a kernel is wrong" >&2; exit 1 ;;
 esac
@@ -272,15 +273,16 @@ def test_nvcc_gets_the_compiler_without_what_stands_in_front(tree, toolkit):
 @pytest.mark.parametrize(
     "asked, expected",
     (
-        ("", ["sm_80", "sm_90", "compute_90"]),
-        ("7.5;8.0 9.0a+PTX,12.0", ["sm_80", "sm_90", "compute_90"]),
-        ("8.0", ["sm_80", "compute_80"]),
+        ("", ["80,sm_80", "80,sm_90", "100,sm_100", "100,compute_100"]),
+        ("7.5;8.0 9.0a+PTX,12.0", ["80,sm_80", "80,sm_90", "80,compute_80"]),
+        ("9.0", ["90,sm_90", "90,compute_90"]),
     ),
 )
 def test_an_nvcc_gets_the_architectures_that_it_knows(asked, expected, tree, toolkit):
     home = toolkit(FAKE_NVCC)
     result = build(tree, EPA_KERNELS_CPU="0", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
-    assert re.findall(r",code=(\w+)", (tree / "t/build.ninja").read_text()) == expected
+    pairs = re.findall(r"arch=compute_(\d+),code=(\w+)", (tree / "t/build.ninja").read_text())
+    assert [",".join(pair) for pair in pairs] == expected
     # An error in the sources is an error here, too.
     assert result.returncode != 0 and "a kernel is wrong" in result.stdout, result.stdout
     assert "EPA_KERNELS_CUDA=0 leaves it out" in result.stdout

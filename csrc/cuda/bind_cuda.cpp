@@ -96,8 +96,9 @@ template <class Op, class Init> py::class_<Op> op(py::module_ &m, const char *na
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "Kernels of epa_kernels for NVIDIA GPUs; epa_kernels/cuda.py is their caller.";
-  // Compute capabilities, 80 for 8.0; of the highest there is PTX, too.
+  // Compute capabilities, 80 for 8.0, and that of the PTX for what comes after.
   m.attr("architectures") = std::vector<int>{EPA_ARCHITECTURES};
+  m.attr("ptx") = EPA_PTX;
   m.attr("cuda_version") = EPA_CUDA_VERSION; // as CUDART_VERSION
   op<PairedAttention>(m, "PairedAttention", &paired)
       .def("fwd_workspace", &paired_attention_fwd_workspace)
