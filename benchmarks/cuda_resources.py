@@ -109,7 +109,8 @@ def compile_kernels(source: Path, architectures=ARCHITECTURES) -> list[dict[str,
         ptx = next(Path(folder).glob("*.ptx")).read_text()  # of all the same launch bounds
     found = re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'(?:.*\n)+?.* (\d+) bytes stack frame, "
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*Used (\d+) registers(?:.*?(\d+) bytes smem)?",
         said,
     )
     threads = dict(re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", ptx))
