@@ -70,7 +70,7 @@ def test_nothing_is_touched_outside_the_other_ops(name, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", MEMORY_SHAPES.values(), ids=MEMORY_SHAPES)
 def test_programs_may_run_in_any_order(shape, monkeypatch):
     """On a GPU they do: no program may read what another one of its launch writes."""
     layer = make_layer(shape, dropout=0.2)

@@ -15,8 +15,6 @@ from ..ops import float32_is_exact
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # And up to FEW_TOKENS where that launch would be one too many.
 ONE_CHUNK, FEW_TOKENS = 128, 512
-# Projected tokens that a tile of tokens meets at a time: of more, maps find no registers.
-PROJECTED_BLOCK = 64
 # Their factors in three parts each find no registers: float32 tokens multiply in float32.
 IN_FLOAT32 = ("output_backward", "spatial_backward")
 
@@ -68,11 +66,19 @@ def block(size: int, largest: int = 2**30) -> int:
     return min(max(16, 1 << (size - 1).bit_length()), largest)
 
 
+def projected_block(head_dim: int, projected: int) -> int:
+    """Projected tokens that a tile of tokens meets at a time: of more, maps find no registers.
+
+    Of several blocks wide heads take smaller ones: 99 KB of shared memory hold no larger.
+    """
+    return block(projected, 32 if head_dim > 64 and projected > 64 else 64)
+
+
 def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str) -> Launch:
     """Launch shape for any shape: of those that do not spill, the one with the fewest machine
     instructions a token on sm_90, where they were counted (docs/triton_kernels.md)."""
     wide, exact, in_parts = numbers != "half", numbers == "ieee", numbers == "tf32x3"
-    C, D, P = block(channels), block(head_dim), block(projected, PROJECTED_BLOCK)
+    C, D, P = block(channels), block(head_dim), projected_block(head_dim, projected)
     few = 4 if D <= 16 else 8  # warps
     mixing = 16 if D > 64 else few
     tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
@@ -98,7 +104,7 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
         output, summary = Launch(16, 32, 8), Launch(32, 32, 4, 2, 64)
         summary_backward, channel_backward = Launch(32, 64, 8, 2), Launch(32, 16)
     spatial_backward = Launch(max(16, tokens // 4) if wide else tokens, warps=8, chunks=64)
-    if projected > PROJECTED_BLOCK:
+    if projected > P:  # in several blocks
         output_backward = output_backward._replace(rows=16, warps=8)
         spatial_backward = spatial_backward._replace(rows=16)
     return {

@@ -13,7 +13,7 @@ from ..reference import accumulate_dtype
 from ..rng import threshold
 from . import configs
 from . import paired_kernels as kernels
-from .configs import PROJECTED_BLOCK, block, chunks, precision
+from .configs import block, chunks, precision, projected_block
 
 # Up to so many channels out_s is projected on the spot; beyond, registers do not suffice.
 SPOT_CHANNELS, SPOT_CHANNELS_BACKWARD = 128, 32
@@ -61,7 +61,7 @@ class _Layer:
             self.row_sums = self.empty(self.J, P)
             for row, projection in zip(self.row_sums, (proj_k_weight, proj_v_weight), strict=False):
                 torch.sum(projection, 1, dtype=self.dtype, out=row)
-        self.BD, self.BP, self.BO = block(self.D), block(P, PROJECTED_BLOCK), block(self.O)
+        self.BD, self.BP, self.BO = block(self.D), projected_block(self.D, P), block(self.O)
         self.ROWS = -(-self.O // H)  # of the channel branch's matrix, a head
         self.whole_rows = C == block(C) and N % C == 0  # C tokens make up rows of out_s'
         self.layout = layout
@@ -112,7 +112,7 @@ def _summary(layer):
     """First pass: mean (B,C), centred gram (B,C,C), projected (B,J,P,C)."""
     B, N, C, P, J = layer.B, layer.N, layer.C, layer.P, layer.J
     launch, common = layer.pick("summary")
-    T, BC, BP = launch.rows, block(C, launch.columns), layer.BP
+    T, BC, BP = launch.rows, block(C, launch.columns), block(P, 64)
     # The direct plan comes here twice, and mode flat has a product at the end of forward.
     spare = plan(N, C) == "direct" or layer.mode(SPOT_CHANNELS).startswith("flat")
     count, size = chunks(N, launch, spare_launch=spare)
@@ -296,7 +296,7 @@ def backward(dy, *tensors, **options):
     dx, dproj_k = empty_gradient(inputs[0], layer.x), empty_gradient(inputs[3], layer.x)
     dproj_v = empty_gradient(inputs[5], layer.x)
     launch, common = layer.pick("summary_backward")
-    T, BC, BP = launch.rows, block(C, launch.columns), layer.BP
+    T, BC, BP = launch.rows, block(C, launch.columns), block(P, 64)
     grid = triton.cdiv(N, T), B + 1, max(triton.cdiv(C, BC), J * triton.cdiv(P, BP))
     kernels.summary_backward[grid](
         layer.x, *layer.x.stride(), dq, dy, *layer.projections(), layer.qkvv_weight, mean, dgram,

@@ -12,7 +12,7 @@ from ..ops import empty_gradient, per_head, temperature_gradient
 from ..reference import accumulate_dtype
 from ..rng import threshold
 from . import configs
-from .configs import PROJECTED_BLOCK, block, chunks, precision
+from .configs import block, chunks, precision, projected_block
 from .primitives import (
     LOG2E,
     attend,
@@ -259,7 +259,7 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     spatial_forward[(triton.cdiv(N, T), H, B)](
         q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(), *per_head(temperature),
         sums, count, seed, out, q_norm, N, threshold(dropout_p),
-        P=P, T=T, BP=block(P, PROJECTED_BLOCK), DROPOUT=dropout_p > 0, PRECISION=precision(q),
+        P=P, T=T, BP=projected_block(D, P), DROPOUT=dropout_p > 0, PRECISION=precision(q),
         **common,
     )  # fmt: skip
     return out, q_norm
@@ -274,7 +274,7 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
     launch, common = pick("spatial_backward", q, P)
     count, size = chunks(N, launch)
     sums = q_norm.new_empty(B, H, count, 2, P, D)
-    BP = block(P, PROJECTED_BLOCK)
+    BP = projected_block(q.shape[3], P)
     spatial_backward[(count, H * triton.cdiv(P, BP), B)](
         dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
         *per_head(temperature), q_norm, seed, dq, *dq.stride(), sums, N, size,

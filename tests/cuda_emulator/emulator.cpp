@@ -32,8 +32,12 @@ struct Barrier {
   char order[2];  // addresses that ThreadSanitizer orders by, generation by generation
 };
 
+// Where a stack stands. swapcontext would ask the kernel for the signal mask each time.
+using Place = void *[5];
+
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context; // to begin with
+  Place place;
   std::unique_ptr<char[]> stack;
   uint3 index;
   int number = 0;
@@ -65,7 +69,7 @@ struct Block {
   size_t shared_bytes = 0;
   const char *error = nullptr;
   Fiber *current = nullptr;
-  ucontext_t scheduler;
+  Place scheduler;
   void *scheduler_tsan = nullptr, *scheduler_fake_stack = nullptr;
   const void *scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
@@ -75,6 +79,8 @@ struct Block {
 uint64_t seed = 0;
 std::string launched;
 thread_local Block *running = nullptr;
+
+[[noreturn]] __attribute__((noinline)) void go_to(Place place) { __builtin_longjmp(place, 1); }
 
 void suspend() {
   Block *block = running;
@@ -86,7 +92,7 @@ void suspend() {
 #ifdef EMULATOR_TSAN
   __tsan_switch_to_fiber(block->scheduler_tsan, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&fiber->context, &block->scheduler);
+  if (!__builtin_setjmp(fiber->place)) go_to(block->scheduler);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fiber->fake_stack, &block->scheduler_stack,
                                   &block->scheduler_stack_size);
@@ -179,8 +185,12 @@ void resume(Block &block, Fiber &fiber) {
   __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
   if (!fiber.started) __tsan_acquire(&block.begin);
 #endif
+  const bool begins = !fiber.started;
   fiber.started = true;
-  swapcontext(&block.scheduler, &fiber.context);
+  if (!__builtin_setjmp(block.scheduler)) {
+    if (begins) setcontext(&fiber.context);
+    go_to(fiber.place);
+  }
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
 #endif
