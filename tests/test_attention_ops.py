@@ -18,7 +18,7 @@ import epa_kernels
 from epa_kernels import channel_attention, spatial_attention, two_pass
 
 # B, N, P, H, D
-SHAPES = ((2, 1, 3, 2, 1), (1, 65, 33, 3, 8), (2, 513, 1, 1, 20), (1, 300, 150, 2, 65))
+SHAPES = ((2, 1, 3, 2, 1), (1, 65, 33, 3, 8), (2, 513, 1, 1, 20), (1, 300, 27, 2, 65))
 
 
 def shape_id(shape):
