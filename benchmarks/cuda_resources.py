@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.csv"
 FLAGS = "-std=c++17 -fatbin --keep -Xptxas -v -Werror all-warnings"
-# The PTX that an architecture is compiled from, as in setup.py.
-PTX = {True: "compute_100", False: "compute_80"}
+# The PTX that architectures from 10.0 on and those before are compiled from, as in setup.py.
+NEWER, OLDER = "compute_100", "compute_80"
 DTYPES = {"float": "float32", "double": "float64", "__nv_bfloat16": "bfloat16", "__half": "float16"}
 
 
@@ -81,7 +81,7 @@ def files_of(source: Path, seen: set[Path] | None = None) -> list[Path]:
 def key(source: Path) -> str:
     """Stands for a source and all that it includes, but for their comments."""
     code = [re.sub(r"\s+", " ", re.sub("//.*", "", f.read_text())) for f in files_of(source)]
-    return hashlib.sha256("\n".join([FLAGS, *PTX.values(), *code]).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join([FLAGS, NEWER, OLDER, *code]).encode()).hexdigest()[:12]
 
 
 def version() -> str:
@@ -100,7 +100,10 @@ def parameters(source: Path) -> dict[str, list[str]]:
 
 def compile_kernels(source: Path, architectures=ARCHITECTURES) -> list[dict[str, str | int]]:
     """Rows of all kernels of a source; a subprocess.CalledProcessError holds what nvcc says."""
-    codes = [f"-gencode=arch={PTX[int(name[3:]) >= 100]},code={name}" for name in architectures]
+    codes = [
+        f"-gencode=arch={NEWER if int(name[3:]) >= 100 else OLDER},code={name}"
+        for name in architectures
+    ]
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", *shlex.split(FLAGS), *codes, source]
         said = subprocess.run(
@@ -149,7 +152,7 @@ def compile_kernels(source: Path, architectures=ARCHITECTURES) -> list[dict[str,
     return sorted(
         rows,
         key=lambda row: (
-            architectures.index(row["architecture"]),
+            ARCHITECTURES.index(row["architecture"]),
             *(row["kernel"], row["dtype"], len(row["arguments"]), row["arguments"]),
         ),
     )

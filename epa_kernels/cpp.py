@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .arguments import KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, view
-from .ops import (
-    ParameterGradients,
-    empty_gradient,
-    mean_dtype,
-    plan,
-    temperature_gradient,
-    unknown_dtype,
-)
+from .arguments import KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, unknown_dtype, view
+from .ops import ParameterGradients, empty_gradient, mean_dtype, plan, temperature_gradient
 from .reference import accumulate_dtype
 from .rng import threshold
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .arguments import DTYPES, KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, view
+from .arguments import DTYPES, KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, unknown_dtype, view
 from .ops import (
     OPS,
     ParameterGradients,
@@ -19,7 +19,6 @@ from .ops import (
     per_head,
     plan,
     temperature_gradient,
-    unknown_dtype,
 )
 from .reference import accumulate_dtype
 from .rng import threshold

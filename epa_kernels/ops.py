@@ -43,12 +43,6 @@ def float32_is_exact() -> bool:
         return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
-def unknown_dtype(x: Tensor) -> list[str]:
-    """The reason why kernels cannot run on x, if its dtype is one."""
-    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    return [] if x.dtype in known else [f"dtype {x.dtype} is none of {', '.join(map(str, known))}"]
-
-
 class Op(NamedTuple):
     inputs: str  # differentiable, in the order of reference.<op>
     options: str

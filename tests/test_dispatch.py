@@ -224,6 +224,14 @@ SMALL = on_gpu(2, 64, 4, 16)
         ),
         (
             SMALL,
+            {"capability": (9, 0), "architectures": (80, 120), "ptx": 120},
+            [
+                "compute capability 9.0, the extension has sm_80, sm_120 and PTX of sm_120, "
+                "compiled with CUDA 13.0"
+            ],
+        ),
+        (
+            SMALL,
             {"capability": (9, 0), "driver": 12080},
             ["a driver of CUDA 12.8, the extension is of CUDA 13.0"],
         ),
