@@ -33,7 +33,8 @@ SHARED_LIMITS = {
     "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
 ARCHITECTURES = tuple(SHARED_LIMITS)
-DTYPES = ("bfloat16", "float16", "float32", "tf32")  # tf32: see `multiplying`
+DTYPES = ("bfloat16", "float16", "float32", "tf32", "float64")  # tf32: see `multiplying`
+BLOCKS = ("T", "BM", "BC", "BP", "num_warps", "num_stages")
 TABLE = Path(__file__).parent / "results" / "triton_resources.csv"
 TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|v_mfma"
 
@@ -65,12 +66,16 @@ LAYERS = {
     "heads/stage1": Layer(32768, 32, 4, 64, "heads"),
     "heads/stage3": Layer(512, 128, 4, 64, "heads"),
     "heads/stage4": Layer(64, 256, 4, 32, "heads"),
+    "segformer3d/stage1": Layer(32768, 32, 1, 512, "unnormalised"),
+    "segformer3d/stage4": Layer(64, 256, 8, 64, "unnormalised"),
     "D15": Layer(4096, 60, 4, 64, "shared"),
     "D24": Layer(4096, 96, 4, 64, "shared"),
     "D128": Layer(4096, 512, 4, 64, "shared"),
     "P512": Layer(4096, 32, 4, 512, "shared"),
     "D64-P512": Layer(4096, 256, 4, 512, "shared"),
-    "heads-P512": Layer(4096, 128, 4, 512, "heads"),
+    "D128-P512": Layer(4096, 512, 4, 512, "shared"),
+    "heads-D128": Layer(4096, 512, 4, 64, "heads"),
+    "heads-D128-P512": Layer(4096, 512, 4, 512, "heads"),
 }
 
 
@@ -181,7 +186,8 @@ def multiplying(dtype: str) -> Iterator[Any]:
 def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) -> list[Launch]:
     """Every launch of forward and backward of a layer, with dropout, B = 2 and no qkvv bias.
 
-    Of kind "heads": of the two other ops, on heads of that shape.
+    Of kind "heads": of the two other ops, on heads of that shape. Of kind "unnormalised": of
+    spatial attention as siblings of UNETR++ have it, without a norm of q and dropout.
     """
     import torch
     from triton.runtime.jit import JITFunction
@@ -206,14 +212,18 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
     patch = mock.patch.object(JITFunction, "run", record)
     with device(architecture), multiplying(dtype) as tokens_dtype, patch:
         x = size(2, N, C, dtype=tokens_dtype)
-        if kind == "heads":
+        if kind in ("heads", "unnormalised"):
+            normalize = kind == "heads"
             q, t = x.view(2, N, H, C // H), size(H, 1, 1)
             k_proj = q.new_empty(2, P, H, C // H)
-            _, q_norm = spatial.forward(q, k_proj, k_proj, t, seed, normalize=True, dropout_p=0.1)
-            _, *norms = channel.forward(q, q, q, t, seed, dropout_p=0.1)
+            rate = {"dropout_p": dropout if normalize else 0.0}
+            _, q_norm = spatial.forward(q, k_proj, k_proj, t, seed, normalize=normalize, **rate)
+            if normalize:
+                _, *norms = channel.forward(q, q, q, t, seed, **rate)
             direction = "backward"
-            spatial.backward(q, q, k_proj, k_proj, t, q_norm, seed, normalize=True, dropout_p=0.1)
-            channel.backward(q, q, q, q, t, *norms, seed, dropout_p=0.1)
+            spatial.backward(q, q, k_proj, k_proj, t, q_norm, seed, normalize=normalize, **rate)
+            if normalize:
+                channel.backward(q, q, q, q, t, *norms, seed, **rate)
             return found
         y, *kept = paired.forward(x, *weights, seed, **options)
         direction = "backward"
@@ -256,22 +266,26 @@ def resources(binary) -> dict[str, int]:
     }
 
 
+def is_needed(architecture: str, layer: str, dtype: str) -> bool:
+    """Published layers on all architectures; else the H100, and those with the least memory."""
+    if dtype == "float64":  # where it hardly fits
+        return architecture == "sm_90" and "D128" in layer
+    # float16 has the size of bfloat16: the stages of one network are enough.
+    if "/" in layer and (dtype != "float16" or layer.startswith("synapse/")):
+        return True
+    return architecture in ("sm_90", "sm_86", "gfx942")
+
+
 def needed(architectures=ARCHITECTURES, layers=tuple(LAYERS), dtypes=DTYPES) -> dict[str, Any]:
     """{key: (row without resources, launch)} of every launch that differs from those before it."""
     found = {}
     for architecture in architectures:
         for layer in layers:
             for dtype in dtypes:
-                # float16 has the size of bfloat16, and shapes that no network has show what bounds
-                # the kernels: one architecture is enough, but for the stages of one network.
-                is_usual = "/" in layer and (dtype != "float16" or layer.startswith("synapse/"))
-                if not is_usual and architecture != "sm_90":
+                if not is_needed(architecture, layer, dtype):
                     continue
                 for launch in launches(architecture, LAYERS[layer], dtype):
-                    blocks = {
-                        name: launch.constants.get(name, "")
-                        for name in ("T", "BM", "BC", "BP", "num_warps", "num_stages")
-                    }
+                    blocks = {name: launch.constants.get(name, "") for name in BLOCKS}
                     row = {
                         "architecture": architecture, "layer": layer, "dtype": dtype,
                         "pass": launch.direction, "kernel": launch.kernel.__name__, **blocks,
@@ -300,7 +314,8 @@ def check() -> None:
 def rows_of(architecture: str, old: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
     """The table's rows of one architecture; only what is not in `old` is compiled."""
     return [
-        old.get(key) or row | resources(launch.compile(architecture)) | {"key": key}
+        # An old row may be of another layer.
+        (old.get(key) or resources(launch.compile(architecture)) | {"key": key}) | row
         for key, (row, launch) in needed([architecture]).items()
     ]
 
@@ -318,7 +333,9 @@ def main() -> None:
     with ProcessPoolExecutor() as pool:
         rows = [row for part in pool.map(rows_of, ARCHITECTURES, repeat(old)) for row in part]
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        columns = ["architecture", "layer", "dtype", "pass", "kernel", *BLOCKS]
+        columns += ["registers", "spilled", "shared", "tensor_core", "key"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not torch.cuda.is_available() and not interpreted:
             sys.exit("tune: no GPU is available; --compile-only chooses without one.")
         where = "cuda" if torch.cuda.is_available() else "cpu"
-        if heads := [name for name in names if LAYERS[name].kind == "heads"]:
+        if heads := [n for n in names if LAYERS[n].kind in ("heads", "unnormalised")]:
             sys.exit(f"tune: {', '.join(heads)} can be chosen by --compile-only alone.")
         for name in names:
             for dtype in args.dtype:

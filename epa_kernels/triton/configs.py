@@ -15,8 +15,10 @@ from ..ops import float32_is_exact
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # And up to FEW_TOKENS where that launch would be one too many.
 ONE_CHUNK, FEW_TOKENS = 128, 512
+# Projected tokens of a block in float32 and float64, of several, where D > 16.
+WIDE_PROJECTED = 16
 # Their factors in three parts each find no registers: float32 tokens multiply in float32.
-IN_FLOAT32 = ("output_backward", "spatial_backward")
+IN_FLOAT32 = ("output_backward", "spatial_backward", "spatial_query_backward")
 
 
 class Launch(NamedTuple):
@@ -42,13 +44,17 @@ TABLE: dict[tuple[str, str, int, int, str], Launch] = {
     ("sm_80", "output", 32, 64, "half"): Launch(128, 32, 8, 1, 0),
     ("sm_80", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_80", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
+    ("sm_80", "spatial_backward", 32, 512, "half"): Launch(64, 0, 4, 1, 64),
     ("sm_80", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
     ("sm_80", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
+    ("sm_86", "gather", 15, 64, "half"): Launch(16, 32, 8, 1, 0),
+    ("sm_86", "gather", 15, 64, "tf32x3"): Launch(16, 32, 8, 1, 0),
     ("sm_86", "output", 32, 64, "half"): Launch(128, 32, 8, 1, 0),
     ("sm_86", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_86", "output_backward", 16, 64, "half"): Launch(32, 64, 8, 1, 64),
     ("sm_86", "output_backward", 64, 32, "ieee"): Launch(32, 16, 8, 1, 64),
     ("sm_86", "summary", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
+    ("sm_86", "summary_backward", 15, 64, "tf32x3"): Launch(32, 32, 8, 2, 0),
     ("sm_86", "summary_backward", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
     ("sm_89", "output", 32, 64, "half"): Launch(128, 32, 8, 1, 0),
     ("sm_89", "output_backward", 8, 64, "half"): Launch(32, 64, 8, 1, 64),
@@ -66,19 +72,22 @@ def block(size: int, largest: int = 2**30) -> int:
     return min(max(16, 1 << (size - 1).bit_length()), largest)
 
 
-def projected_block(head_dim: int, projected: int) -> int:
-    """Projected tokens that a tile of tokens meets at a time: of more, maps find no registers.
+def projected_block(head_dim: int, projected: int, element_size: int) -> int:
+    """Projected tokens that a tile of tokens meets at a time.
 
-    Of several blocks wide heads take smaller ones: 99 KB of shared memory hold no larger.
+    Of more, output_backward would spill or not fit 99 KB of shared memory.
     """
-    return block(projected, 32 if head_dim > 64 and projected > 64 else 64)
+    if projected <= 64 and head_dim <= 64 and element_size <= 4:
+        return block(projected)
+    return block(projected, WIDE_PROJECTED if element_size > 2 and head_dim > 16 else 32)
 
 
 def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str) -> Launch:
     """Launch shape for any shape: of those that do not spill, the one with the fewest machine
     instructions a token on sm_90, where they were counted (docs/triton_kernels.md)."""
     wide, exact, in_parts = numbers != "half", numbers == "ieee", numbers == "tf32x3"
-    C, D, P = block(channels), block(head_dim), projected_block(head_dim, projected)
+    C, D = block(channels), block(head_dim)
+    P = projected_block(head_dim, projected, 4 if wide else 2)  # float64 as float32
     few = 4 if D <= 16 else 8  # warps
     mixing = 16 if D > 64 else few
     tokens = max(16, min(128, 8192 // P, 16384 // min(C, 256)))
@@ -99,18 +108,18 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
         )
         summary = Launch(128 if C <= 32 else 64, 64, 4 if C <= 32 else 8, 2, 128)
         summary_backward = Launch(128 if C <= 32 else 64, 64, 4)
-        channel_backward = Launch(64, 32)
+        channel_backward = Launch(64, 32, 8 if D > 64 else 4)
     if in_parts:  # each factor is two
         output, summary = Launch(16, 32, 8), Launch(32, 32, 4, 2, 64)
         summary_backward, channel_backward = Launch(32, 64, 8, 2), Launch(32, 16)
-    spatial_backward = Launch(max(16, tokens // 4) if wide else tokens, warps=8, chunks=64)
     if projected > P:  # in several blocks
         output_backward = output_backward._replace(rows=16, warps=8)
-        spatial_backward = spatial_backward._replace(rows=16)
     return {
         "summary": summary,
         "merge": Launch(128),
-        "mix": Launch(32, 16 if D > 32 else 32, max(8, mixing) if wide else mixing),
+        "mix": Launch(
+            16 if D > 64 else 32, 16 if D > 32 else 32, max(8, mixing) if wide else mixing
+        ),
         "output": output,
         "product": Launch(64, 32 if in_parts else 64),
         "output_backward": output_backward,
@@ -118,15 +127,18 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
         "mix_backward": Launch(32, 32, max(8, mixing) if in_parts else mixing, 1, 16),
         "gather": Launch(16, 16 if exact and D > 32 else 32, 4 if exact else few),
         "summary_backward": summary_backward,
-        "square_sums": Launch(128, chunks=64),
+        "square_sums": Launch(64 if D > 64 else 128, chunks=64),
         "spatial_forward": Launch(max(16, tokens // 2) if wide else tokens, warps=8),
-        "spatial_backward": spatial_backward,
-        "spatial_merge": Launch(64),
-        "spatial_norm_backward": Launch(128),
-        "channel_gram": Launch(32 if wide else 64, warps=8 if wide else 4, chunks=64),
+        "spatial_query_backward": Launch(16 if wide else min(tokens, 64), warps=8),
+        "spatial_backward": Launch(
+            max(16, tokens // 4) if wide else min(tokens, 64), warps=8, chunks=64
+        ),
+        "spatial_merge": Launch(32),
+        "spatial_norm_backward": Launch(64 if D > 64 else 128),
+        "channel_gram": Launch(32 if wide else 64, warps=8 if wide or D > 64 else 4, chunks=64),
         "channel_mix": Launch(0, warps=4 if D <= 32 else 8),
         "channel_forward": Launch(64, 16 if wide else 64),
-        "channel_mix_backward": Launch(0, warps=4 if D <= 32 else 8),
+        "channel_mix_backward": Launch(0, warps=mixing if D > 32 else 4),
         "channel_backward": channel_backward,
     }[kernel]
 

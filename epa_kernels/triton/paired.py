@@ -61,11 +61,14 @@ class _Layer:
             self.row_sums = self.empty(self.J, P)
             for row, projection in zip(self.row_sums, (proj_k_weight, proj_v_weight), strict=False):
                 torch.sum(projection, 1, dtype=self.dtype, out=row)
-        self.BD, self.BP, self.BO = block(self.D), projected_block(self.D, P), block(self.O)
+        self.BD, self.BO = block(self.D), block(self.O)
+        self.BP = projected_block(self.D, P, x.element_size())
         self.ROWS = -(-self.O // H)  # of the channel branch's matrix, a head
         self.whole_rows = C == block(C) and N % C == 0  # C tokens make up rows of out_s'
         self.layout = layout
         self.precision = precision(x)
+        # The parts of a wide head's map do not fit shared memory.
+        self.mix_precision = "ieee" if self.D > 64 else self.precision
 
     def mode(self, spot_channels):
         """MODE of an output pass that projects out_s on the spot up to so many channels."""
@@ -150,7 +153,7 @@ def _mix(layer, mean, gram, projected, dout=None, dy=None):
         layer.proj_k_bias, layer.proj_v_bias, layer.temperature, layer.temperature2, layer.seed,
         *mixed, dy, N * C, layer.out_proj_weight, dout, N, layer.channel_cut,
         C=C, H=H, P=P, J=layer.J, O=layer.O, BC=BC, BD=layer.BD, BP=block(P, launch.rows), T=T,
-        BM=BM, DROPOUT=layer.channel_dropout, KEEP=dy is not None, PRECISION=layer.precision,
+        BM=BM, DROPOUT=layer.channel_dropout, KEEP=dy is not None, PRECISION=layer.mix_precision,
         **common,
     )  # fmt: skip
     return mixed
@@ -266,7 +269,7 @@ def backward(dy, *tensors, **options):
         dkv, dkv_sums, dy, out_s, *chunk_out_proj, N, chunk, layer.channel_cut,
         C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, SUM=layer.is_sum, T=launch.rows,
         BC=block(C, launch.columns), BD=layer.BD, BP=block(P, launch.rows),
-        BO=block(O, launch.rows), DROPOUT=layer.channel_dropout, PRECISION=layer.precision,
+        BO=block(O, launch.rows), DROPOUT=layer.channel_dropout, PRECISION=layer.mix_precision,
         **common,
     )  # fmt: skip
 

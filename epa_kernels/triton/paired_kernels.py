@@ -422,8 +422,8 @@ def output(
                 q += tl.load(qkvv_bias + h * D + d, mask=in_d, other=0.0).to(ACC)[None, :]
             q *= (tl.load(scale + b * C + h * D + d, mask=in_d, other=0.0) * LOG2E)[None, :]
             head = (b * H + h) * P * D
-            out, _, _ = attend(
-                q.to(dtype), 1.0, k_proj + head, D, 1, v_proj + head, D, 1,
+            out, _, _, _ = attend(
+                q.to(dtype), 1.0, None, k_proj + head, D, 1, v_proj + head, D, 1,
                 seed, (b * H + h) * N + n, cut, tl.zeros((T, BD), ACC),
                 D, P, BP, DROPOUT, PRECISION,
             )  # fmt: skip
@@ -497,6 +497,8 @@ def output_backward(
     COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
     P_BLOCKS: tl.constexpr = (P + BP - 1) // BP
     BLOCKS: tl.constexpr = COLUMN_BLOCKS if COLUMN_BLOCKS > P_BLOCKS else P_BLOCKS
+    IS_FLAT: tl.constexpr = MODE == "flat" or MODE == "flat_tokens"
+    NEEDS_OUT: tl.constexpr = IS_FLAT or MODE == "rows" or MODE == "tokens"
     index, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     h, block = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
     first_token = index.to(tl.int64) * chunk
@@ -555,22 +557,6 @@ def output_backward(
             tile = tl.where(in_n[:, None], tile - own_mean[None, :], 0.0).to(dtype)
         q = ((q_centred + centre[None, :]) * (scale * LOG2E)[None, :]).to(dtype)
         logits = dot(q, tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
-        number = (b * H + h) * N + n
-        if P_BLOCKS == 1:
-            weights, total = exp2_rows(logits, in_p)
-            weights /= total[:, None]
-        else:
-            out, highest, total = attend(
-                q, 1.0, k_proj, D, 1, v_proj, D, 1, seed, number, cut,
-                tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
-            )  # fmt: skip
-            weights = softmax_block(logits, in_p, highest, total)
-        attention = weights
-        if DROPOUT:
-            multiplier = dropout_multiplier(seed, number, first_p, BP, cut, 1, ACC)
-            attention = weights * multiplier
-        attention = attention.to(dtype)
-
         if MODE == "rows":
             row, in_row = rows_of(start, h, N, C, H, BD, M)
             dy_s = load_rows(dy, C, 1, row, o, in_row, in_o)
@@ -578,21 +564,10 @@ def output_backward(
             weight = load_rows(out_proj_weight, C, 1, o, channels, in_o, channels < C).to(dtype)
             drows = dot(dy_s, weight, tl.zeros((BD * M, C), ACC), PRECISION)
             dout_s = tl.trans(tl.reshape(drows.to(dtype), (BD, T)))
-            if P_BLOCKS == 1:
-                out = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION)
-            rows = tl.reshape(tl.trans(out.to(dtype)), (BD * M, C))
-            dbias += tl.sum(dy_s.to(ACC), 0)
-            if COLUMN_BLOCKS > 1:
-                dy_s = load_rows(dy, C, 1, row, w, in_row, w < O)
-            dweight = dot(tl.trans(dy_s), rows, dweight, PRECISION)
         elif MODE == "tokens":
             dy_s = load_rows(dy, C, 1, n, o, in_n, in_o)
             weight = load_rows(out_proj_weight + h * D, C, 1, o, d, in_o, in_d).to(dtype)
             dout_s = dot(dy_s, weight, tl.zeros((T, BD), ACC), PRECISION).to(dtype)
-            if P_BLOCKS == 1:
-                out = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION)
-            dweight = dot(tl.trans(dy_s), out.to(dtype), dweight, PRECISION)
-            dbias += tl.sum(dy_s.to(ACC), 0)
         elif MODE == "add":
             dout_s = load_rows(dy + h * D, C, 1, n, d, in_n, in_d)
         else:
@@ -602,11 +577,37 @@ def output_backward(
                 f = (d[None, :] * H + h).to(tl.int64) * N + n[:, None]
             mask = in_n[:, None] & in_d[None, :]
             dout_s = tl.load(dout + b * N * C + f, mask=mask, other=0.0)
-            if MODE == "flat" or MODE == "flat_tokens":
-                if block == 0:
-                    if P_BLOCKS == 1:
-                        out = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION)
-                    tl.store(out_s + b * N * C + f, out.to(dtype), mask=mask)
+
+        number = (b * H + h) * N + n
+        if P_BLOCKS == 1:
+            weights, total = exp2_rows(logits, in_p)
+            weights /= total[:, None]
+        else:
+            out, highest, total, along = attend(
+                q, 1.0, dout_s, k_proj, D, 1, v_proj, D, 1, seed, number, cut,
+                tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION, NEEDS_OUT,
+            )  # fmt: skip
+            weights = softmax_block(logits, in_p, highest, total)
+        attention = weights
+        if DROPOUT:
+            multiplier = dropout_multiplier(seed, number, first_p, BP, cut, 1, ACC)
+            attention = weights * multiplier
+        attention = attention.to(dtype)
+
+        if NEEDS_OUT and P_BLOCKS == 1:
+            out = dot(attention, v, tl.zeros((T, BD), ACC), PRECISION)
+        if MODE == "rows":
+            rows = tl.reshape(tl.trans(out.to(dtype)), (BD * M, C))
+            dbias += tl.sum(dy_s.to(ACC), 0)
+            if COLUMN_BLOCKS > 1:
+                dy_s = load_rows(dy, C, 1, row, w, in_row, w < O)
+            dweight = dot(tl.trans(dy_s), rows, dweight, PRECISION)
+        elif MODE == "tokens":
+            dweight = dot(tl.trans(dy_s), out.to(dtype), dweight, PRECISION)
+            dbias += tl.sum(dy_s.to(ACC), 0)
+        elif IS_FLAT:
+            if block == 0:
+                tl.store(out_s + b * N * C + f, out.to(dtype), mask=mask)
 
         dattention = dot(dout_s, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
         if DROPOUT:
@@ -614,17 +615,17 @@ def output_backward(
         if P_BLOCKS == 1:
             dlogits = softmax_backward(weights, dattention)
         else:
-            along = tl.sum(out * dout_s.to(ACC), 1)
             dlogits = weights * (dattention - along[:, None])
         dlogits = tl.where(in_n[:, None], dlogits, 0.0)
         dlogits_sum += tl.sum(dlogits, 0)
         dlogits = dlogits.to(small)
+        dq_tile = tl.zeros((T, BD), ACC)
         if P_BLOCKS == 1:
-            dq_tile = gradient_dot(dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION)
-        else:
+            dq_tile = gradient_dot(dlogits, k.to(small), dq_tile, dtype, PRECISION)
+        elif block < COLUMN_BLOCKS:  # the others need none
             dq_tile = attend_backward(
-                q, 1.0, dout_s, out, highest, total, in_n, k_proj, D, 1, v_proj, D, 1,
-                seed, number, cut, D, P, BP, DROPOUT, PRECISION,
+                q, 1.0, dout_s, highest, total, along, k_proj, D, 1, v_proj, D, 1,
+                seed, number, cut, dq_tile, D, P, BP, DROPOUT, PRECISION,
             )  # fmt: skip
         dq_tile = (dq_tile * scale[None, :]).to(dtype)
         dkeys = gradient_dot(

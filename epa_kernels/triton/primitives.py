@@ -95,77 +95,89 @@ def softmax_block(logits, inside, highest, total):
 
 
 @triton.jit
+def projected_rows(
+    pointer, row_stride, column_stride, first, q,
+    D: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """BP of the P projected tokens, from `first` on, in q's dtype and width."""
+    p, d = first + tl.arange(0, BP), tl.arange(0, q.shape[1])
+    return load_rows(pointer, row_stride, column_stride, p, d, p < P, d < D).to(q.dtype)
+
+
+@triton.jit
 def attend(
-    q, factor, keys, key_p, key_d, values, value_p, value_d, seed, rows, cut, acc,
+    q, factor, dout, keys, key_p, key_d, values, value_p, value_d, seed, rows, cut, acc,
     D: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OUT: tl.constexpr = True,
 ):  # fmt: skip
     """acc + dropout(softmax) values, the softmax of base 2 and of factor q keys^T; acc is 0.
 
-    keys and values (P, D) are walked in blocks of BP. Where there are several, the maxima of the
-    rows of logits and their sums of exp2 come, too.
+    keys and values (P, D) are walked in blocks of BP. Where there are several, what backward needs
+    of the rows comes, too: maxima of the logits, sums of exp2 and, where dout is the gradient of
+    the result, sums of the softmax times its gradient. Without OUT that alone.
     """
     dtype: tl.constexpr = q.dtype
     ACC: tl.constexpr = acc.dtype
-    d = tl.arange(0, q.shape[1])
-    in_d = d < D
-    # The lowest number, not infinity: of two of those, no difference is a number.
-    highest = tl.full((q.shape[0],), -3.0e38, ACC)
-    total = tl.zeros((q.shape[0],), ACC)
+    # Lower than any logit, but not infinite: of two infinities, no difference is a number.
+    LOWEST: tl.constexpr = -1.0e308 if ACC == tl.float64 else -3.4e38
+    highest = tl.full((q.shape[0],), LOWEST, ACC)
+    total, along = tl.zeros((q.shape[0],), ACC), tl.zeros((q.shape[0],), ACC)
     if BP >= P:
-        p = tl.arange(0, BP)
-        k = load_rows(keys, key_p, key_d, p, d, p < P, in_d).to(dtype)
-        v = load_rows(values, value_p, value_d, p, d, p < P, in_d).to(dtype)
+        k = projected_rows(keys, key_p, key_d, 0, q, D, P, BP)
+        v = projected_rows(values, value_p, value_d, 0, q, D, P, BP)
         logits = factor * dot(q, tl.trans(k), tl.zeros((q.shape[0], BP), ACC), PRECISION)
-        weights, total = exp2_rows(logits, p < P)
+        weights, total = exp2_rows(logits, tl.arange(0, BP) < P)
         if DROPOUT:
             weights *= dropout_multiplier(seed, rows, 0, BP, cut, 1, ACC)
         # Divided before the cast: float16 would not hold the sum of a row.
         acc = dot((weights / total[:, None]).to(dtype), v, acc, PRECISION)
     else:
         for first in range(0, P, BP):
-            p = first + tl.arange(0, BP)
-            k = load_rows(keys, key_p, key_d, p, d, p < P, in_d).to(dtype)
-            v = load_rows(values, value_p, value_d, p, d, p < P, in_d).to(dtype)
+            k = projected_rows(keys, key_p, key_d, first, q, D, P, BP)
+            v = projected_rows(values, value_p, value_d, first, q, D, P, BP)
             logits = factor * dot(q, tl.trans(k), tl.zeros((q.shape[0], BP), ACC), PRECISION)
-            logits = tl.where((p < P)[None, :], logits, float("-inf"))
+            inside = first + tl.arange(0, BP) < P
+            logits = tl.where(inside[None, :], logits, float("-inf"))
             before, highest = highest, tl.maximum(highest, tl.max(logits, 1))
             weights, shrink = tl.exp2(logits - highest[:, None]), tl.exp2(before - highest)
             total = total * shrink + tl.sum(weights, 1)
             if DROPOUT:
                 weights *= dropout_multiplier(seed, rows, first, BP, cut, 1, ACC)
-            acc = dot(weights.to(dtype), v, acc * shrink[:, None], PRECISION)
-        acc /= total[:, None]
-    return acc, highest, total
+            if dout is not None:
+                # Of the same numbers as the gradients of the logits, where it has to cancel:
+                # dout . out, which is the same, has other roundings.
+                d_weights = dot(dout, tl.trans(v), tl.zeros((q.shape[0], BP), ACC), PRECISION)
+                along = along * shrink + tl.sum(weights * d_weights, 1)
+            if OUT:
+                acc = dot(weights.to(dtype), v, acc * shrink[:, None], PRECISION)
+        along /= total
+        if OUT:
+            acc /= total[:, None]
+    return acc, highest, total, along
 
 
 @triton.jit
 def attend_backward(
-    q, factor, dout, out, highest, total, inside,
-    keys, key_p, key_d, values, value_p, value_d, seed, rows, cut,
+    q, factor, dout, highest, total, along,
+    keys, key_p, key_d, values, value_p, value_d, seed, rows, cut, acc,
     D: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits, natural ones, times keys, of what `attend` gave; 0 outside."""
+    """acc + gradient of the logits, natural ones, times keys, of what `attend` gave."""
     dtype: tl.constexpr = q.dtype
-    ACC: tl.constexpr = out.dtype
+    ACC: tl.constexpr = acc.dtype
     small: tl.constexpr = gradient_dtype(dtype, ACC)
-    d = tl.arange(0, q.shape[1])
-    in_d = d < D
-    along = tl.sum(out * dout.to(ACC), 1)
-    result = tl.zeros(q.shape, ACC)
     for first in range(0, P, BP):
-        p = first + tl.arange(0, BP)
-        k = load_rows(keys, key_p, key_d, p, d, p < P, in_d).to(dtype)
-        v = load_rows(values, value_p, value_d, p, d, p < P, in_d).to(dtype)
+        k = projected_rows(keys, key_p, key_d, first, q, D, P, BP)
+        v = projected_rows(values, value_p, value_d, first, q, D, P, BP)
         logits = factor * dot(q, tl.trans(k), tl.zeros((q.shape[0], BP), ACC), PRECISION)
-        weights = softmax_block(logits, p < P, highest, total)
+        weights = softmax_block(logits, first + tl.arange(0, BP) < P, highest, total)
         d_weights = dot(dout, tl.trans(v), tl.zeros((q.shape[0], BP), ACC), PRECISION)
         if DROPOUT:
             d_weights *= dropout_multiplier(seed, rows, first, BP, cut, 1, ACC)
-        dlogits = tl.where(inside[:, None], weights * (d_weights - along[:, None]), 0.0)
-        result = gradient_dot(dlogits.to(small), k.to(small), result, dtype, PRECISION)
-    return result
+        dlogits = weights * (d_weights - along[:, None])
+        acc = gradient_dot(dlogits.to(small), k.to(small), acc, dtype, PRECISION)
+    return acc
 
 
 @triton.jit

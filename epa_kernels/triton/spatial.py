@@ -1,7 +1,8 @@
 """Spatial attention: kernels and launches.
 
 forward   [square_sums where q is normalised], spatial_forward
-backward  spatial_backward, spatial_merge, [spatial_norm_backward where q is normalised]
+backward  [spatial_query_backward where P is in several blocks], spatial_backward, spatial_merge,
+          [spatial_norm_backward where q is normalised]
 """
 
 import torch
@@ -87,25 +88,70 @@ def spatial_forward(
     t = tl.load(temperature + h * temperature_h).to(ACC) * LOG2E
     tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
     tile, factor = scaled(tile, t, norm, sums is not None)
-    result, _, _ = attend(
-        tile, factor, k_proj + b * k_b + h * k_h, k_p, k_d, v_proj + b * v_b + h * v_h, v_p, v_d,
+    result, _, _, _ = attend(
+        tile, factor, None, k_proj + b * k_b + h * k_h, k_p, k_d,
+        v_proj + b * v_b + h * v_h, v_p, v_d,
         seed, head * N + n, cut, tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
     )  # fmt: skip
     store_rows(out + b * N * H * D + h * D, H * D, 1, n, d, in_n, in_d, result)
 
 
 @triton.jit
+def spatial_query_backward(
+    dout, g_b, g_n, g_h, g_d, q, q_b, q_n, q_h, q_d, k_proj, k_b, k_p, k_h, k_d,
+    v_proj, v_b, v_p, v_h, v_d, temperature, temperature_h, q_norm, seed,
+    dq, d_b, d_n, d_h, d_d, rows, N, cut,
+    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
+    BD: tl.constexpr, BP: tl.constexpr, NORMALIZE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of a head: dq without the norm's part, and rows (B, H, 3, N) of `attend`."""
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    d = tl.arange(0, BD)
+    in_n, in_d = n < N, d < D
+    head = b * H + h
+    norm = tl.load(q_norm + head * D + d, mask=in_d, other=1.0)
+    t = tl.load(temperature + h * temperature_h).to(ACC)
+    k_proj += b * k_b + h * k_h
+    v_proj += b * v_b + h * v_h
+    tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
+    tile, factor = scaled(tile, t * LOG2E, norm, NORMALIZE)
+    gradient = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
+    zero = tl.zeros((T, BD), ACC)
+    _, highest, total, along = attend(
+        tile, factor, gradient, k_proj, k_p, k_d, v_proj, v_p, v_d, seed, head * N + n, cut, zero,
+        D, P, BP, DROPOUT, PRECISION, OUT=False,
+    )  # fmt: skip
+    rows += head * 3 * N + n
+    tl.store(rows, highest, mask=in_n)
+    rows += N
+    tl.store(rows, total, mask=in_n)
+    rows += N
+    tl.store(rows, along, mask=in_n)
+    result = attend_backward(
+        tile, factor, gradient, highest, total, along,
+        k_proj, k_p, k_d, v_proj, v_p, v_d, seed, head * N + n, cut, zero,
+        D, P, BP, DROPOUT, PRECISION,
+    )  # fmt: skip
+    result *= (t / norm)[None, :]
+    store_rows(dq + b * d_b + h * d_h, d_n, d_d, n, d, in_n, in_d, result)
+
+
+@triton.jit
 def spatial_backward(
     dout, g_b, g_n, g_h, g_d, q, q_b, q_n, q_h, q_d, k_proj, k_b, k_p, k_h, k_d,
     v_proj, v_b, v_p, v_h, v_d, temperature, temperature_h, q_norm, seed,
-    dq, d_b, d_n, d_h, d_d, sums, N, chunk, cut,
+    dq, d_b, d_n, d_h, d_d, rows, sums, temperature_sums, N, chunk, cut,
     H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
     BD: tl.constexpr, BP: tl.constexpr, NORMALIZE: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head over one chunk: dq without the norm's part; sums (B, H, chunks, 2, P, D).
 
-    A program has one block of projected tokens.
+    A program has one block of projected tokens; of several, `spatial_query_backward` has made dq
+    and rows. Without a norm temperature_sums (B, H, chunks, blocks) are its gradient, of factors
+    that no cast has rounded: it may cancel to little.
     """
     P_BLOCKS: tl.constexpr = (P + BP - 1) // BP
     chunks, index = tl.num_programs(0), tl.program_id(0)
@@ -123,48 +169,47 @@ def spatial_backward(
     k = load_rows(k_proj, k_p, k_d, p, d, in_p, in_d)
     v = load_rows(v_proj, v_p, v_d, p, d, in_p, in_d)
     dkeys, dv_proj = tl.zeros((BP, BD), ACC), tl.zeros((BP, BD), ACC)
+    dtemperature = tl.zeros((T,), ACC)
     first = index.to(tl.int64) * chunk
     stop = tl.minimum(first + chunk, N)
-    for start in range(first, stop, T):
+    # Hoisted addresses would take the registers that the sums need.
+    for start in tl.range(first, stop, T, disable_licm=True):
         n = start + tl.arange(0, T)
         in_n = n < stop
         tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, in_n, in_d)
         query, factor = scaled(tile, t * LOG2E, norm, NORMALIZE)
-        logits = factor * dot(query, tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
+        products = dot(query, tl.trans(k), tl.zeros((T, BP), ACC), PRECISION)
+        logits = factor * products
         number = head * N + n
+        gradient = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
         if P_BLOCKS == 1:
             weights, total = exp2_rows(logits, in_p)
             weights /= total[:, None]
         else:
-            out, highest, total = attend(
-                query, factor, k_proj, k_p, k_d, v_proj, v_p, v_d, seed, number, cut,
-                tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
-            )  # fmt: skip
+            row = rows + head * 3 * N + n
+            highest = tl.load(row, mask=in_n, other=0.0)
+            row += N
+            total = tl.load(row, mask=in_n, other=1.0)
+            row += N
+            along = tl.load(row, mask=in_n, other=0.0)
             weights = softmax_block(logits, in_p, highest, total)
         attention = weights
         if DROPOUT:
             multiplier = dropout_multiplier(seed, number, block * BP, BP, cut, 1, ACC)
             attention = weights * multiplier
-        gradient = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
         dattention = dot(gradient, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
         if DROPOUT:
             dattention *= multiplier
         if P_BLOCKS == 1:
             dlogits = softmax_backward(weights, dattention)
         else:
-            dlogits = weights * (dattention - tl.sum(out * gradient.to(ACC), 1)[:, None])
-        dlogits = tl.where(in_n[:, None], dlogits, 0.0).to(small)
-        if block == 0:
-            if P_BLOCKS == 1:
-                dq_tile = gradient_dot(
-                    dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION
-                )
-            else:
-                dq_tile = attend_backward(
-                    query, factor, gradient, out, highest, total, in_n,
-                    k_proj, k_p, k_d, v_proj, v_p, v_d, seed, number, cut,
-                    D, P, BP, DROPOUT, PRECISION,
-                )  # fmt: skip
+            dlogits = weights * (dattention - along[:, None])
+        dlogits = tl.where(in_n[:, None], dlogits, 0.0)
+        if not NORMALIZE:
+            dtemperature += tl.sum(dlogits * products, 1)
+        dlogits = dlogits.to(small)
+        if P_BLOCKS == 1:
+            dq_tile = gradient_dot(dlogits, k.to(small), tl.zeros((T, BD), ACC), dtype, PRECISION)
             dq_tile *= (t / norm)[None, :]
             store_rows(dq + b * d_b + h * d_h, d_n, d_d, n, d, in_n, in_d, dq_tile)
         dkeys = gradient_dot(tl.trans(dlogits), tile.to(small), dkeys, dtype, PRECISION)
@@ -172,14 +217,18 @@ def spatial_backward(
     sums += (head * chunks + index) * 2 * P * D
     store_rows(sums, D, 1, p, d, in_p, in_d, dkeys)
     store_rows(sums + P * D, D, 1, p, d, in_p, in_d, dv_proj)
+    if not NORMALIZE:
+        target = temperature_sums + (head * chunks + index) * P_BLOCKS + block
+        tl.store(target, tl.sum(dtemperature, 0))
 
 
 @triton.jit
 def spatial_merge(
-    sums, count, k_proj, k_b, k_p, k_h, k_d, temperature, temperature_h, q_norm,
-    dk_proj, dk_b, dk_p, dk_h, dk_d, dv_proj, dv_b, dv_p, dv_h, dv_d, dtemperature, dnorm,
+    sums, count, temperature_sums, parts, k_proj, k_b, k_p, k_h, k_d,
+    temperature, temperature_h, q_norm, dk_proj, dk_b, dk_p, dk_h, dk_d,
+    dv_proj, dv_b, dv_p, dv_h, dv_d, dtemperature, dnorm,
     H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
-    BP: tl.constexpr,
+    BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Of one head: gradients of k_proj, v_proj and temperature (B, H), d|q|/|q| (B, H, D)."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -205,7 +254,14 @@ def spatial_merge(
         target = dk_proj + b * dk_b + h * dk_h
         store_rows(target, dk_p, dk_d, p, d, in_p, in_d, dkeys * (t / norm)[None, :])
         store_rows(dv_proj + b * dv_b + h * dv_h, dv_p, dv_d, p, d, in_p, in_d, dv)
-    tl.store(dtemperature + head, tl.sum(total, 0))
+    value = tl.sum(total, 0)
+    if temperature_sums is not None:
+        terms = tl.zeros((BT,), ACC)
+        for first in range(0, parts, BT):
+            i = first + tl.arange(0, BT)
+            terms += tl.load(temperature_sums + head * parts + i, mask=i < parts, other=0.0)
+        value = tl.sum(terms, 0)
+    tl.store(dtemperature + head, value)
     tl.store(dnorm + head * D + d, per_norm(along, norm), mask=in_d)
 
 
@@ -259,8 +315,8 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     spatial_forward[(triton.cdiv(N, T), H, B)](
         q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(), *per_head(temperature),
         sums, count, seed, out, q_norm, N, threshold(dropout_p),
-        P=P, T=T, BP=projected_block(D, P), DROPOUT=dropout_p > 0, PRECISION=precision(q),
-        **common,
+        P=P, T=T, BP=projected_block(D, P, q.element_size()), DROPOUT=dropout_p > 0,
+        PRECISION=precision(q), **common,
     )  # fmt: skip
     return out, q_norm
 
@@ -271,22 +327,36 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
     P = k_proj.shape[1]
     check(P, q, dout, k_proj.unsqueeze(1), v_proj.unsqueeze(1))
     dq, dk_proj, dv_proj = (empty_gradient(t, q) for t in (q, k_proj, v_proj))
+    tensors = (
+        dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
+        *per_head(temperature), q_norm, seed, dq, *dq.stride(),
+    )  # fmt: skip
+    cut, BP = threshold(dropout_p), projected_block(D, P, q.element_size())
+    options = {
+        "P": P, "BP": BP, "NORMALIZE": normalize, "DROPOUT": dropout_p > 0,
+        "PRECISION": precision(q, "spatial_backward"),
+    }  # fmt: skip
+    blocks, rows = triton.cdiv(P, BP), None
+    if blocks > 1:
+        rows = q_norm.new_empty(B, H, 3, N)
+        launch, common = pick("spatial_query_backward", q, P)
+        spatial_query_backward[(triton.cdiv(N, launch.rows), H, B)](
+            *tensors, rows, N, cut, T=launch.rows, **options, **common
+        )
     launch, common = pick("spatial_backward", q, P)
     count, size = chunks(N, launch)
     sums = q_norm.new_empty(B, H, count, 2, P, D)
-    BP = projected_block(q.shape[3], P)
-    spatial_backward[(count, H * triton.cdiv(P, BP), B)](
-        dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
-        *per_head(temperature), q_norm, seed, dq, *dq.stride(), sums, N, size,
-        threshold(dropout_p), P=P, T=launch.rows, BP=BP, NORMALIZE=normalize,
-        DROPOUT=dropout_p > 0, PRECISION=precision(q, "spatial_backward"), **common,
-    )  # fmt: skip
+    temperature_sums = None if normalize else q_norm.new_empty(B, H, count, blocks)
+    spatial_backward[(count, H * blocks, B)](
+        *tensors, rows, sums, temperature_sums, N, size, cut, T=launch.rows, **options, **common
+    )
     dtemperature, dnorm = q_norm.new_empty(B, H), torch.empty_like(q_norm)
     launch, common = pick("spatial_merge", q, P)
     spatial_merge[(H, B)](
-        sums, count, k_proj, *k_proj.stride(), *per_head(temperature), q_norm,
+        sums, count, temperature_sums, count * blocks,
+        k_proj, *k_proj.stride(), *per_head(temperature), q_norm,
         dk_proj, *dk_proj.stride(), dv_proj, *dv_proj.stride(), dtemperature, dnorm,
-        P=P, BP=block(P, launch.rows), **common,
+        P=P, BP=block(P, launch.rows), BT=64, **common,
     )  # fmt: skip
     if normalize:
         launch, common = pick("spatial_norm_backward", q, P)
