@@ -93,10 +93,7 @@ def speed_up() -> None:
 
 
 def enlarge_blocks() -> None:
-    """Few large blocks, since a program costs milliseconds, but several chunks of several tiles.
-
-    And float32 in the blocks of P that 16 bits have.
-    """
+    """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
     from epa_kernels.triton import configs
 
     pick, rows = configs.pick, {"merge": 4096, "gather": 64, "sum_chunks": 8192}
@@ -106,4 +103,4 @@ def enlarge_blocks() -> None:
         return launch._replace(rows=rows.get(kernel, launch.rows), chunks=2)
 
     configs.pick, configs.ONE_CHUNK, configs.FEW_TOKENS = enlarged, 40, 100
-    configs.WIDE_PROJECTED = 32
+    configs.SEVERAL_PROJECTED, configs.WIDE_PROJECTED = 64, 64

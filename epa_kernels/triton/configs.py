@@ -15,8 +15,8 @@ from ..ops import float32_is_exact
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # And up to FEW_TOKENS where that launch would be one too many.
 ONE_CHUNK, FEW_TOKENS = 128, 512
-# Projected tokens of a block in float32 and float64, of several, where D > 16.
-WIDE_PROJECTED = 16
+# Projected tokens of a block, of several; in float32 and float64, where D > 16.
+SEVERAL_PROJECTED, WIDE_PROJECTED = 32, 16
 # Their factors in three parts each find no registers: float32 tokens multiply in float32.
 IN_FLOAT32 = ("output_backward", "spatial_backward", "spatial_query_backward")
 
@@ -79,7 +79,8 @@ def projected_block(head_dim: int, projected: int, element_size: int) -> int:
     """
     if projected <= 64 and head_dim <= 64 and element_size <= 4:
         return block(projected)
-    return block(projected, WIDE_PROJECTED if element_size > 2 and head_dim > 16 else 32)
+    is_wide = element_size > 2 and head_dim > 16
+    return block(projected, WIDE_PROJECTED if is_wide else SEVERAL_PROJECTED)
 
 
 def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str) -> Launch:
