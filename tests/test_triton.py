@@ -62,11 +62,11 @@ OTHER_OPS = (
 
 
 def run_op(name, tensors, options):
-    """Output and gradients of one of the two other ops: dout, q, k, v -> out, dq, dk, dv, dt."""
+    """One of the two other ops: dout, q, k, v -> out, dq, dk, dv, dtemperature, what is kept."""
     temperature, seed = torch.ones(2, dtype=tensors[0].dtype), torch.tensor(3)
     out, *kept = getattr(backend, name)(*tensors[1:], temperature, seed, **options)
     backward = getattr(backend, f"{name}_bwd")
-    return out, *backward(*tensors, temperature, *kept, seed, **options)
+    return out, *backward(*tensors, temperature, *kept, seed, **options), *kept
 
 
 @pytest.mark.parametrize("name, options", OTHER_OPS)
