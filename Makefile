@@ -1,5 +1,6 @@
 # make demo   environment, install, the demo: learn one half of a brain, predict the other
-# make test   environment, install, all tests
+# make test   environment, install, the daily tests
+# make test-all  the same and every exhaustive test
 # make bench  environment, install, the benchmarks
 # make lint   environment, style checks
 # make sanitize  the C++ kernels alone, compiled to report undefined behaviour and every access out of
@@ -14,7 +15,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test test-all bench lint sanitize clean
 
 demo: $(VENV)
 	$(PIP) ".[demo]"
@@ -22,6 +23,10 @@ demo: $(VENV)
 
 # Not `python -m pytest`: the installed package is tested, not the working tree.
 test: $(VENV)
+	$(PIP) ".[test]"
+	$(RUN)/pytest --numprocesses 2 -m "not exhaustive" tests
+
+test-all: $(VENV)
 	$(PIP) ".[test]"
 	$(RUN)/pytest --numprocesses 2 tests
 

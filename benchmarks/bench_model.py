@@ -7,11 +7,11 @@ with attention scores in memory and the decoder in the published order (`publish
 
 import pytest
 import torch
-from cases import kept_for_backward
-from published import published_order
-from report import REFERENCE
 
+from benchmarks.published import published_order
+from benchmarks.report import REFERENCE
 from epa_kernels import dispatch, use_backend
+from epa_kernels.testing import kept_for_backward
 from unetrpp import UNETRPP, create_model
 from unetrpp.losses import deep_supervision_loss
 

@@ -11,14 +11,14 @@ import functools
 import itertools
 from typing import NamedTuple
 
-import floor
 import pytest
 import torch
-from cases import assert_as_accurate, kept_for_backward, make_layer, run_layer
-from report import COMPILED, REFERENCE
 from torch._dynamo.exc import TorchDynamoException
 
+from benchmarks import floor
+from benchmarks.report import COMPILED, REFERENCE
 from epa_kernels import dispatch
+from epa_kernels.testing import assert_as_accurate, kept_for_backward, make_layer, run_layer
 
 PROVIDERS = (REFERENCE, COMPILED, *(name for name in dispatch.BACKENDS if name != REFERENCE))
 

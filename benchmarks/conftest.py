@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import floor
-import report
 import torch
 
 import epa_kernels
+from benchmarks import floor, report
 
 RESULTS = Path(__file__).parent / "results"
 

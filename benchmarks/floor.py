@@ -5,8 +5,8 @@
 
 A CPU's vector unit that multiplies also computes exponentials, so these two add up; a GPU has units
 for each. Memory overlaps. Counted are the matrix products, exponentials and memory of the form in
-`epa_kernels.two_pass`; the softmax's divisions, dropout's bits and all else that is elementwise
-come on top.
+`epa_kernels.backends.two_pass`; the softmax's divisions, dropout's bits and all else that is
+elementwise come on top.
 
 Axes: B batch, N tokens, C channels, H heads, D = C/H, P projected tokens.
 """

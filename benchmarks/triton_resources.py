@@ -163,7 +163,7 @@ def device(architecture: str) -> Iterator[None]:
     """Kernels are compiled for an architecture, and the launches are shaped for it."""
     import triton
 
-    from epa_kernels.triton import configs
+    from epa_kernels.backends.triton import configs
 
     triton.runtime.driver.set_active(_Driver(architecture))
     with mock.patch.object(configs, "architecture", lambda _: architecture):
@@ -192,7 +192,7 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
     import torch
     from triton.runtime.jit import JITFunction
 
-    from epa_kernels.triton import channel, paired, spatial
+    from epa_kernels.backends.triton import channel, paired, spatial
 
     N, C, H, P, kind, layout = layer
     size, split, concat = torch.empty, kind == "split", kind != "sum"

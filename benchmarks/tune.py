@@ -1,4 +1,4 @@
-"""Re-derive the table of launch shapes in epa_kernels/triton/configs.py.
+"""Re-derive the table of launch shapes in epa_kernels/backends/triton/configs.py.
 
     python -m benchmarks.tune                  on a GPU: the fastest for it
     python -m benchmarks.tune --compile-only   with no GPU: the nearest that fits, on --architecture
@@ -21,9 +21,8 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from triton_resources import (  # noqa: E402
+from benchmarks.triton_resources import (  # noqa: E402
     ARCHITECTURES,
     LAYERS,
     SHARED_LIMITS,
@@ -58,7 +57,7 @@ def candidates(launch) -> Iterator:
 
 def kernels(architecture: str, layer: Layer, dtype: str) -> dict:
     """{table key: launch shape by the rule} of every kernel of a layer."""
-    from epa_kernels.triton import configs
+    from epa_kernels.backends.triton import configs
 
     found, pick = {}, configs.pick
 
@@ -87,7 +86,7 @@ def misfit(architecture: str, layer: Layer, dtype: str, kernel: str) -> str | No
 
 def fitting(architecture: str, layers: list[Layer], dtype: str, only: list[str] = ()) -> dict:
     """{key: launch shape} where the rule's does not fit every layer."""
-    from epa_kernels.triton import configs
+    from epa_kernels.backends.triton import configs
 
     rules = {}
     for layer in layers:
@@ -119,10 +118,10 @@ def fastest(
     """{key: launch shape} for the GPU at hand, where another one than the rule's is faster."""
     os.environ["EPA_KERNELS_TEST_DEVICE"] = where  # before cases is imported
     import torch
-    from cases import assert_as_accurate, make_layer, run_layer
-    from gpu_check import device
 
-    from epa_kernels.triton import configs
+    from benchmarks.gpu_check import device
+    from epa_kernels.backends.triton import configs
+    from epa_kernels.testing import assert_as_accurate, make_layer, run_layer
 
     gpu, batch = device.get(where), 2
     shape = (batch, layer.tokens, layer.channels, layer.heads, layer.projected)
@@ -217,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from epa_kernels.triton import configs
+    from epa_kernels.backends.triton import configs
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     table = dict(configs.TABLE)

@@ -5,7 +5,8 @@ import platform
 
 import torch
 
-from . import __version__, cuda, dispatch, native
+from . import __version__, dispatch
+from .backends import cpu, cuda
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
         f"epa-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
     print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads")
-    print(f"CPU kernels: {native.describe()}")
+    print(f"CPU kernels: {cpu.describe()}")
     print(f"CUDA kernels: {cuda.describe()}")
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):

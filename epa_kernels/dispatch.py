@@ -1,6 +1,6 @@
 """Which backend runs: one table, one order, every reason.
 
-    CPU tensor                  cpp, where it was built; else two_pass
+    CPU tensor                  cpu, where it was built; else two_pass
     CUDA and any other tensor   two_pass; on CUDA, cuda or triton where it is forced
     under export                reference, since a graph of plain operators runs anywhere
 
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpp, cuda, ops, reference, triton
+from . import ops, reference
+from .backends import cpu, cuda, triton
 
 OPS = ("paired_attention", "spatial_attention", "channel_attention")
 
@@ -50,7 +51,7 @@ def _untried() -> list[str]:
 
 
 BACKENDS = {
-    "cpp": Backend(ops.register("cpp", "CPU"), cpp.why_not, _exporting),
+    "cpu": Backend(ops.register("cpu", "CPU"), cpu.why_not, _exporting),
     "cuda": Backend(ops.register("cuda", "CUDA"), cuda.why_not, _untried),
     "triton": Backend(ops.register("triton"), triton.why_not, _untried),
     "two_pass": Backend(ops.register("two_pass"), _no_reason, _exporting),
@@ -58,17 +59,23 @@ BACKENDS = {
 }
 # First that can run wins; a device type that is not listed takes the last row.
 ORDER = {
-    "cpu": ("cpp", "two_pass", "reference"),
+    "cpu": ("cpu", "two_pass", "reference"),
     "cuda": ("cuda", "triton", "two_pass", "reference"),
     "other": ("two_pass", "reference"),
 }
 
+# Earlier releases' names, still accepted.
+FORMER_NAMES = {"cpp": "cpu"}
+
 _forced: str | None = os.environ.get("EPA_KERNELS_BACKEND") or None
 
 
-def check_backend(caller: str, name: str) -> None:
+def check_backend(caller: str, name: str) -> str:
+    """The name of a backend as this package writes it; ValueError if there is none of that name."""
+    name = FORMER_NAMES.get(name, name)
     if name not in BACKENDS:
         raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)}, got {name!r}.")
+    return name
 
 
 class use_backend:
@@ -78,7 +85,7 @@ class use_backend:
     block. The setting is one per process, shared by its threads.
 
     Args:
-        name: "cpp", "cuda", "triton", "two_pass", "reference", or None for automatic choice.
+        name: "cpu", "cuda", "triton", "two_pass", "reference", or None for automatic choice.
 
     Raises:
         ValueError: no such backend.
@@ -87,7 +94,7 @@ class use_backend:
     def __init__(self, name: str | None) -> None:
         global _forced
         if name is not None:
-            check_backend("use_backend", name)
+            name = check_backend("use_backend", name)
         self._name, self._previous = name, _forced
         _forced = name
 
@@ -124,7 +131,7 @@ def select(op: str, x: Tensor, backend: str | None = None) -> str:
             if not BACKENDS[name].why_not_chosen() and not BACKENDS[name].why_not(op, x):
                 return name
         raise AssertionError("reference runs on every tensor")
-    check_backend(op if backend else "EPA_KERNELS_BACKEND", forced)
+    forced = check_backend(op if backend else "EPA_KERNELS_BACKEND", forced)
     reasons = BACKENDS[forced].why_not(op, x)
     if reasons:
         able = [name for name in _order(x) if not BACKENDS[name].why_not(op, x)]
@@ -148,19 +155,18 @@ def explain(op: str, x: Tensor) -> None:
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}.")
     print(f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}")
-    if _forced is not None:
-        check_backend("EPA_KERNELS_BACKEND", _forced)
-    chosen = _forced
-    for name in dict.fromkeys([*_order(x), *([_forced] if _forced else [])]):
+    forced = _forced and check_backend("EPA_KERNELS_BACKEND", _forced)
+    chosen = forced
+    for name in dict.fromkeys([*_order(x), *([forced] if forced else [])]):
         backend = BACKENDS[name]
         reasons = backend.why_not(op, x)
-        if _forced is None:
+        if forced is None:
             reasons = reasons + backend.why_not_chosen()
             chosen = chosen or (None if reasons else name)
         if reasons:
             verdict = "cannot run: " + "; ".join(reasons)
         elif name == chosen:
-            verdict = "runs" if _forced is None else "runs (forced)"
+            verdict = "runs" if forced is None else "runs (forced)"
         else:
             verdict = "can run"
         print(f"  {name:<10} {verdict}")

@@ -24,7 +24,7 @@ class EfficientPairedAttention(nn.Module):
             are added and there are no output projections).
         layout: order of the spatial branch's result. "official" is the published one, which
             checkpoints need; "tokens" keeps each token's channels together, as the paper describes.
-        backend: "reference", "two_pass", "cpp", "triton"; None takes the one of
+        backend: "reference", "two_pass", "cpu", "cuda", "triton"; None takes the one of
             `epa_kernels.use_backend`, or the fastest that can run.
 
     Shapes: x (B, N, C) -> (B, N, C), dtype of x (the autocast dtype under autocast).

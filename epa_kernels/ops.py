@@ -244,14 +244,14 @@ def register(
     """Register every op of a backend.
 
     Args:
-        backend: name of the backend and of the module in this package that implements it with a
+        backend: name of the backend and of the module in `backends` that implements it with a
             function for each schema, named like it.
         dispatch_key: where the implementation runs; the default is every device.
 
     Returns:
         op name -> function with the signature of `reference.<op>`.
     """
-    implementation = importlib.import_module(f".{backend}", __package__)
+    implementation = importlib.import_module(f".backends.{backend}", __package__)
     library = torch.library.Library(f"epa_kernels_{backend}", "DEF")
     _libraries.append(library)
     functions = {}

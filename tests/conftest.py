@@ -59,10 +59,10 @@ def cuda_module(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def emulated_cuda(cuda_module):
-    """Lets `epa_kernels.cuda` run on CPU tensors; a function: kernels since it was called last."""
+    """Lets `backends.cuda` run on CPU tensors; a function: kernels since it was called last."""
     import ctypes
 
-    from epa_kernels import cuda
+    from epa_kernels.backends import cuda
 
     library = ctypes.CDLL(cuda_module.__file__)
     library.emulator_launched.restype = ctypes.c_char_p

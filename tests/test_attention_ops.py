@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from cases import (
-    BACKENDS,
-    COMPILED_BACKENDS,
-    DEVICE,
-    DRAWS,
-    FUSED_BACKENDS,
-    Errors,
-    draws,
-    relative_l2,
-    strided,
-)
+from cases import BACKENDS, COMPILED_BACKENDS, DRAWS, FUSED_BACKENDS, draws
 
 import epa_kernels
-from epa_kernels import channel_attention, spatial_attention, two_pass
+from epa_kernels import channel_attention, spatial_attention
+from epa_kernels.backends import two_pass
+from epa_kernels.testing import DEVICE, Errors, relative_l2, strided
 
 # B, N, P, H, D
 SHAPES = ((2, 1, 3, 2, 1), (1, 65, 33, 3, 8), (2, 513, 1, 1, 20), (1, 90, 70, 2, 65))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import Errors
+
+from epa_kernels.testing import Errors
 
 
 def gathered(change, size=200, draws=24):

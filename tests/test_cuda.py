@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import Errors, assert_as_accurate, relative_l2, strided
 
-from epa_kernels import cuda, reference
+from epa_kernels import reference
+from epa_kernels.backends import cuda
+from epa_kernels.testing import Errors, assert_as_accurate, relative_l2, strided
 
 NAMES = ("out", "q", "k", "v", "temperature")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

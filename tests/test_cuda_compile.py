@@ -5,9 +5,10 @@ import shutil
 import subprocess
 from itertools import product
 
-import cuda_resources
 import pytest
-from cuda_resources import ARCHITECTURES, MULTIPROCESSORS, SOURCES
+
+from benchmarks import cuda_resources
+from benchmarks.cuda_resources import ARCHITECTURES, MULTIPROCESSORS, SOURCES
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
 TABLE = cuda_resources.read()

@@ -5,19 +5,19 @@ import math
 
 import pytest
 import torch
-from cases import (
-    KINDS,
-    LAYOUTS,
+from cases import KINDS, LAYOUTS, shape_id
+
+from epa_kernels import reference
+from epa_kernels.backends import cuda, two_pass
+from epa_kernels.ops import OPS
+from epa_kernels.testing import (
     Errors,
+    Guards,
     assert_as_accurate,
+    op_arguments,
     relative_l2,
-    shape_id,
     strided,
 )
-from paired_op import Guards, ops_arguments
-
-from epa_kernels import cuda, reference, two_pass
-from epa_kernels.ops import OPS
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -81,7 +81,7 @@ def assert_close(found, exact, tolerance=1e-11):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_matches_spec_in_float64(shape, kind, layout):
-    tensors, options = ops_arguments(shape, kind, layout, torch.float64)
+    tensors, options = op_arguments(shape, kind, layout, torch.float64)
     dy = output_gradient(shape)
     assert_close(run_cuda(tensors, dy, **options), run_spec(tensors, dy, **options))
 
@@ -89,7 +89,7 @@ def test_matches_spec_in_float64(shape, kind, layout):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", (SHAPES[0], SHAPES[4]), ids=shape_id)
 def test_matches_spec_without_biases_and_dropout(shape, kind):
-    tensors, options = ops_arguments(shape, kind, "official", torch.float64, bias=False)
+    tensors, options = op_arguments(shape, kind, "official", torch.float64, bias=False)
     options |= NO_DROPOUT
     # Steps of no kind: x a slice, dy transposed, projections as columns.
     generator = torch.Generator().manual_seed(1)
@@ -119,7 +119,7 @@ def test_low_precision_is_as_accurate_as_spec(shape, dtype, parameter_dtype):
     layers = list(itertools.product(KINDS, LAYOUTS))
     # The largest error in float32 has heavy tails, see `Errors`.
     for draw, (kind, layout) in enumerate(layers * (3 if dtype == torch.float32 else 1)):
-        tensors, options = ops_arguments(shape, kind, layout, torch.float64, seed=draw)
+        tensors, options = op_arguments(shape, kind, layout, torch.float64, seed=draw)
         dy = output_gradient(shape, seed=draw)
         low = cast(tensors, dtype, parameter_dtype)
         exact = run_spec(cast(low, torch.float64), dy.to(dtype).double(), **options)
@@ -152,7 +152,7 @@ def test_three_products_in_tf32_are_as_accurate_as_float32(
     errors = Errors()
     emulated_cuda()
     for draw in range(3):
-        tensors, options = ops_arguments(shape, kind, layout, torch.float64, seed=draw)
+        tensors, options = op_arguments(shape, kind, layout, torch.float64, seed=draw)
         dy = output_gradient(shape, torch.float32, seed=draw)
         low = cast(tensors, torch.float32)
         exact = run_spec(cast(low, torch.float64), dy.double(), **options)
@@ -173,7 +173,7 @@ def test_three_products_in_tf32_are_as_accurate_as_float32(
 
 def results(shape, kind, dtype, scale=1.0, draw=0):
     """Of the kernels, of the spec in the same dtype and in float64; parameters in float32."""
-    tensors, options = ops_arguments(shape, kind, "official", torch.float64, seed=draw)
+    tensors, options = op_arguments(shape, kind, "official", torch.float64, seed=draw)
     low = cast(tensors, dtype, torch.float32)
     dy = (scale * output_gradient(shape, seed=2 + draw)).to(dtype)
     exact = run_spec(cast(low, torch.float64), dy.double(), **options)
@@ -202,7 +202,7 @@ def test_small_gradients_keep_their_digits_in_float16(kind):
 
 def test_blocks_have_whole_rows_of_many_tokens():
     """C = 192 does not divide the 256 tokens that a block has of layers with other C."""
-    tensors, options = ops_arguments((1, 4224, 192, 6, 8), "shared", "official", torch.bfloat16)
+    tensors, options = op_arguments((1, 4224, 192, 6, 8), "shared", "official", torch.bfloat16)
     truth = reference.paired_attention(*cast(tensors, torch.float32), seed=SEED, **options)
     found, *_ = cuda.paired_attention(*tensors, SEED, **options)
     assert relative_l2(found, truth) <= 1e-2  # of the definition in bfloat16 5e-3
@@ -222,7 +222,7 @@ def check_nearly_constant_tokens(shape, eps):
     """x = v + eps noise: the float32 error, RMS over draws, is at most twice the definition's."""
     squares = {}
     for draw in range(6):
-        tensors, options = ops_arguments(shape, "shared", "official", torch.float64, seed=draw)
+        tensors, options = op_arguments(shape, "shared", "official", torch.float64, seed=draw)
         generator = torch.Generator().manual_seed(draw)
         x = torch.randn(1, 1, shape[2], generator=generator)
         tensors[0] = (x + eps * torch.randn(shape[:3], generator=generator)).double()
@@ -256,7 +256,7 @@ def test_nothing_is_touched_outside_and_everything_written(
     shape, kind, layout, dtype, monkeypatch, tf32
 ):
     """Reads outside would bring NaN into a result, and what is not written would be NaN."""
-    tensors, options = ops_arguments(shape, kind, layout, dtype)
+    tensors, options = op_arguments(shape, kind, layout, dtype)
     dy = output_gradient(shape, dtype)
     expected = run_cuda(tensors, dy, **options)
     with monkeypatch.context() as patch:
@@ -282,7 +282,7 @@ def test_nothing_is_touched_outside_and_everything_written(
     ),
 )
 def test_launches(emulated_cuda, shape, kind, layout, bias, dtype, expected):
-    tensors, options = ops_arguments(shape, kind, layout, dtype, bias=bias)
+    tensors, options = op_arguments(shape, kind, layout, dtype, bias=bias)
     emulated_cuda()
     y, *kept = cuda.paired_attention(*tensors, SEED, **options)
     forward = len(emulated_cuda())
@@ -305,7 +305,7 @@ def test_launches(emulated_cuda, shape, kind, layout, bias, dtype, expected):
     ids=lambda value: shape_id(value) if isinstance(value, tuple) else "",
 )
 def test_workspace_stays_small(shape, forward, backward):
-    tensors, options = ops_arguments(shape, "shared", "official", torch.float32)
+    tensors, options = op_arguments(shape, "shared", "official", torch.float32)
     tensors = cast(tensors, torch.bfloat16, torch.float32)
     _, *kept = OPS["paired_attention"].fake(*tensors)
     op, _, _alive = cuda._paired(tensors, SEED, kept, **options)
@@ -316,7 +316,7 @@ def test_workspace_stays_small(shape, forward, backward):
 def test_zero_channel_is_finite_and_equal():
     """|q| = 0 is clamped to 1e-12: output and gradients are those of the spec."""
     for shape in (SHAPES[0], SHAPES[4]):
-        tensors, options = ops_arguments(shape, "shared", "official", torch.float64, bias=False)
+        tensors, options = op_arguments(shape, "shared", "official", torch.float64, bias=False)
         tensors[1][1] = 0  # a query channel
         tensors[1][shape[2] + 2] = 0  # a key channel
         dy = output_gradient(shape)
@@ -330,10 +330,10 @@ def test_zero_channel_is_finite_and_equal():
 
 def test_sizes_beyond_the_limits_are_refused():
     """What only other tensors than the first tell, before anything is launched."""
-    tensors, options = ops_arguments((1, 3, 8, 2, 513), "shared", "official")
+    tensors, options = op_arguments((1, 3, 8, 2, 513), "shared", "official")
     with pytest.raises(NotImplementedError, match="P 513 > 512; use backend 'two_pass'"):
         cuda.paired_attention(*tensors, SEED, **options)
-    tensors, options = ops_arguments((1, 3, 1026, 2, 1), "shared", "official")
+    tensors, options = op_arguments((1, 3, 1026, 2, 1), "shared", "official")
     with pytest.raises(NotImplementedError, match="channels 1026 > 1024, head dim 513 > 512"):
         cuda.paired_attention(*tensors, SEED, **options)
     q, k = torch.ones(1, 3, 1, 2), torch.ones(1, 513, 1, 2)

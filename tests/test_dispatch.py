@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import epa_kernels
-from epa_kernels import cuda, dispatch, native
+from epa_kernels import dispatch
+from epa_kernels.backends import cpu, cuda
 
-needs_module = pytest.mark.skipif(native.module is None, reason=str(native.missing))
+needs_module = pytest.mark.skipif(cpu.module is None, reason=str(cpu.missing))
 needs_cuda_module = pytest.mark.skipif(
     cuda.module.missing is not None, reason=str(cuda.module.missing)
 )
@@ -34,8 +35,8 @@ def picky(monkeypatch):
 @pytest.fixture
 def no_module(monkeypatch):
     """As where nothing could be compiled."""
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "missing", "the extension is not there (no compiler)")
+    monkeypatch.setattr(cpu, "module", None)
+    monkeypatch.setattr(cpu, "missing", "the extension is not there (no compiler)")
 
 
 def run_python(code, **environment):
@@ -45,7 +46,7 @@ def run_python(code, **environment):
 
 
 X = torch.zeros(1, 8, 4)
-FASTEST = "two_pass" if native.module is None else "cpp"
+FASTEST = "two_pass" if cpu.module is None else "cpu"
 
 
 def test_fastest_that_can_run_is_chosen(picky):
@@ -108,7 +109,7 @@ def test_use_backend_holds_in_its_block_or_from_now_on():
 )
 def test_unknown_backend_is_refused_with_the_names(call):
     with pytest.raises(
-        ValueError, match="must be one of cpp, cuda, triton, two_pass, reference, got 'cudnn'"
+        ValueError, match="must be one of cpu, cuda, triton, two_pass, reference, got 'cudnn'"
     ):
         call()
     assert dispatch.select("paired_attention", X) == FASTEST
@@ -138,15 +139,15 @@ def test_without_the_module_the_next_backend_is_chosen_and_the_reason_printed(no
     assert dispatch.select("paired_attention", X) == "two_pass"
     epa_kernels.explain("paired_attention", X)
     printed = capsys.readouterr().out
-    assert "cpp        cannot run: the extension is not there (no compiler)" in printed
+    assert "cpu        cannot run: the extension is not there (no compiler)" in printed
     assert "two_pass   runs" in printed
-    with pytest.raises(RuntimeError, match="'cpp' was forced but cannot run: the extension is not"):
-        dispatch.select("paired_attention", X, backend="cpp")
+    with pytest.raises(RuntimeError, match="'cpu' was forced but cannot run: the extension is not"):
+        dispatch.select("paired_attention", X, backend="cpu")
 
 
-def test_cpp_gives_every_reason_at_once(no_module):
+def test_cpu_gives_every_reason_at_once(no_module):
     with pytest.raises(RuntimeError) as error:
-        dispatch.select("paired_attention", X.to("meta", torch.int32), backend="cpp")
+        dispatch.select("paired_attention", X.to("meta", torch.int32), backend="cpu")
     for part in ("not there", "x is on meta", "dtype torch.int32 is none of torch.float32"):
         assert part in str(error.value)
 
@@ -160,7 +161,7 @@ def test_kernels_are_there_where_they_are_demanded(switch):
     """Else all their tests would be skipped, and nobody would know."""
     if os.environ.get(switch) != "1":
         pytest.skip("kernels are not demanded")
-    missing = {"EPA_KERNELS_CPU": native.missing, "EPA_KERNELS_CUDA": cuda.module.missing}
+    missing = {"EPA_KERNELS_CPU": cpu.missing, "EPA_KERNELS_CUDA": cuda.module.missing}
     assert missing[switch] is None
 
 
@@ -294,7 +295,8 @@ def test_cuda_is_asked_without_a_graph_break():
 def test_cuda_module_is_not_loaded_by_the_import():
     code = (
         "import sys, torch, epa_kernels; x = torch.zeros(2, 9, 2, 4)\n"
-        "epa_kernels.spatial_attention(x, x, x, torch.ones(1)); from epa_kernels import cuda\n"
+        "epa_kernels.spatial_attention(x, x, x, torch.ones(1))\n"
+        "from epa_kernels.backends import cuda\n"
         "assert 'epa_kernels._C_cuda' not in sys.modules; cuda.why_not('spatial_attention', x)\n"
         "print(('epa_kernels._C_cuda' in sys.modules) == (cuda.module.missing is None))"
     )
@@ -316,14 +318,14 @@ def test_a_launch_without_a_driver_names_kernel_shape_and_reason():
 
 @needs_module
 def test_environment_variable_chooses_the_instruction_set():
-    code = "from epa_kernels import native; print(native.isa)"
-    isas = native.module.isas().split(",")
+    code = "from epa_kernels.backends import cpu; print(cpu.isa)"
+    isas = cpu.module.isas().split(",")
     for isa in isas:
         result = run_python(code, EPA_KERNELS_ISA=isa)
         assert result.stdout.strip() == isa, result.stderr
     assert run_python(code, EPA_KERNELS_ISA="").stdout.strip() == isas[0]
     result = run_python(code, EPA_KERNELS_ISA="mmx")
-    rule = f"ValueError: EPA_KERNELS_ISA must be one of {native.module.isas()} on this processor"
+    rule = f"ValueError: EPA_KERNELS_ISA must be one of {cpu.module.isas()} on this processor"
     assert rule in result.stderr and "'mmx'" in result.stderr
 
 
@@ -345,8 +347,8 @@ def test_reason_for_no_module_tells_sources_from_an_install(tmp_path, monkeypatc
     # Without the finder of an editable install, which would find the extension.
     code = (
         "import sys; own = [f for f in sys.meta_path if f.__module__.startswith('_frozen')];"
-        "sys.meta_path = own; from epa_kernels import cuda, native; "
-        "print(native.missing, cuda.module.missing, sep='\\n')"
+        "sys.meta_path = own; from epa_kernels.backends import cpu, cuda; "
+        "print(cpu.missing, cuda.module.missing, sep='\\n')"
     )
     missing = run_python(code).stdout.splitlines()
     for name, switch, reason in zip(("_C", "_C_cuda"), ("CPU", "CUDA"), missing, strict=True):

@@ -1,12 +1,14 @@
 """The benchmarks' floor: its counts against the design's numbers and against code that runs."""
 
-import floor
 import pytest
 import torch
-from cases import KINDS, make_layer
+from cases import KINDS
 from torch.utils.flop_counter import FlopCounterMode
 
-from epa_kernels import dispatch, two_pass
+from benchmarks import floor
+from epa_kernels import dispatch
+from epa_kernels.backends import two_pass
+from epa_kernels.testing import make_layer
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,12 @@ import os
 
 import pytest
 import torch
-from cases import (
-    BACKENDS,
-    COMPILED_BACKENDS,
-    DEVICE,
-    FUSED_BACKENDS,
-    kept_for_backward,
-    make_layer,
-    relative_l2,
-)
-from gpu_check import device as devices
+from cases import BACKENDS, COMPILED_BACKENDS, FUSED_BACKENDS
 from torch.nn import functional
 
 import epa_kernels
+from benchmarks.gpu_check import device as devices
+from epa_kernels.testing import DEVICE, kept_for_backward, make_layer, relative_l2
 from unetrpp import UNETRPP
 
 DRY_RUN = "EPA_KERNELS_DRY_RUN" in os.environ

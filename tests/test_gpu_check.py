@@ -7,25 +7,24 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from cases import KINDS, LAYOUTS, make_layer
-from gpu_check import __main__ as driver
-from gpu_check import device, lines, network, ops, processes, report, sanitizer, steps
+from cases import CHILD_ENVIRONMENT, KINDS, LAYOUTS, ROOT
 
+from benchmarks.gpu_check import __main__ as driver
+from benchmarks.gpu_check import device, lines, network, ops, processes, report, sanitizer, steps
 from epa_kernels import dispatch
+from epa_kernels.testing import make_layer
 
-ROOT = Path(__file__).parents[1]
 SOURCES = [*(ROOT / "benchmarks" / "gpu_check").glob("*.py"), ROOT / "tests" / "test_gpu.py"]
 
 # Does with each item what its name says, and plays dead where it is called as such.
 WORKER = """
 import os, sys, time
-from gpu_check import lines
+from benchmarks.gpu_check import lines
 file, deadline, items = sys.argv[1], float(sys.argv[2]), sys.argv[3:]
 if items == ["dead"]:
     sys.exit("no such module")
@@ -47,7 +46,6 @@ for item in items:
         time.sleep(0.4)
     writer.end(item, "failed" if kind == "raise" else "ok", "ValueError" * (kind == "raise"))
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
 
 
 def fake_step(*items, name="fake", item_seconds=20):
@@ -58,7 +56,7 @@ def fake_step(*items, name="fake", item_seconds=20):
 
 
 def run(step, folder, seconds=60):
-    processes.run(step, folder, ENVIRONMENT, time.time() + seconds)
+    processes.run(step, folder, CHILD_ENVIRONMENT, time.time() + seconds)
     return processes.outcome(step, folder)
 
 
@@ -123,7 +121,7 @@ def fake_driver(monkeypatch):
 
     monkeypatch.setattr(driver._Run, "identify", identify)
     monkeypatch.setattr(driver._Run, "step", step)
-    monkeypatch.setattr(driver._Run, "environment", lambda self, step=None: ENVIRONMENT)
+    monkeypatch.setattr(driver._Run, "environment", lambda self, step=None: CHILD_ENVIRONMENT)
     return plans
 
 
@@ -363,14 +361,13 @@ def test_tests_are_ordered_recorded_and_survive_a_crash(tmp_path):
 
     def command(file, deadline, worker, workers):
         options = ("--lines", file, "--deadline", deadline)
-        plugin = ("-p", "no:cacheprovider", "-p", "gpu_check.pytest_plugin")
+        plugin = ("-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.pytest_plugin")
         plugin += ("--continue-on-collection-errors",)
         files = tmp_path / "test_it.py", tmp_path / "test_broken.py"
         python = (sys.executable, "-m", "pytest", "-q", *plugin, *options, *files)
         return [str(argument) for argument in python]
 
-    environment = {**ENVIRONMENT, "TRITON_INTERPRET": "0"}
-    environment["PYTHONPATH"] += os.pathsep + str(Path(dispatch.__file__).parents[1])
+    environment = {**CHILD_ENVIRONMENT, "TRITON_INTERPRET": "0"}
     step = processes.Step("tests", command, 1, 60)
     processes.run(step, tmp_path, environment, time.time() + 60)
     outcome = processes.outcome(step, tmp_path)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, KINDS, make_layer
+from cases import BACKENDS, KINDS
 from torch import nn
 
 import epa_kernels
 from epa_kernels import EPA
+from epa_kernels.testing import DEVICE, make_layer
 
 KEYS = {
     "shared": [

@@ -10,7 +10,6 @@ import torch
 from cases import (
     BACKENDS,
     COMPILED_BACKENDS,
-    DEVICE,
     DRAWS,
     FUSED_BACKENDS,
     INTERPRETED,
@@ -18,19 +17,23 @@ from cases import (
     KINDS,
     LAYOUTS,
     SHAPES,
-    Errors,
     backend_shapes,
     draws,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import epa_kernels
+from epa_kernels import reference
+from epa_kernels.backends import two_pass
+from epa_kernels.testing import (
+    DEVICE,
+    Errors,
     kept_for_backward,
     make_layer,
     relative_l2,
     run_layer,
     strided,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import epa_kernels
-from epa_kernels import reference, two_pass
 
 GOLDEN = (
     "epa_shared_b1_n128_c64_h2_p16_bias",

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, FUSED_BACKENDS, INTERPRETED, KINDS, make_layer
+from cases import BACKENDS, FUSED_BACKENDS, INTERPRETED, KINDS
 from torch.library import opcheck
 
 import epa_kernels
+from epa_kernels.testing import DEVICE, make_layer
 
 
 def op_of(backend, name):

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import DEVICE, FUSED_BACKENDS
+from cases import FUSED_BACKENDS
 
 import epa_kernels
 from epa_kernels import rng
+from epa_kernels.testing import DEVICE
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = (
@@ -74,7 +75,7 @@ def test_mask_depends_on_position_only():
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_mask_of_a_backend_is_the_spec_s_bit_for_bit(backend, monkeypatch):
     """Uniform attention over one-hot values makes the output the mask itself."""
-    monkeypatch.setitem(epa_kernels.two_pass.TILE_ELEMENTS, DEVICE, 1)
+    monkeypatch.setitem(epa_kernels.backends.two_pass.TILE_ELEMENTS, DEVICE, 1)
     B, N, H, P, p, seed = 2, 300, 2, 13, 0.3, torch.tensor(2**40 + 7, device=DEVICE)
     q, k_proj = torch.zeros(B, N, H, P, device=DEVICE), torch.zeros(B, P, H, P, device=DEVICE)
     v_proj = torch.eye(P, device=DEVICE).view(1, P, 1, P).expand(B, P, H, P)

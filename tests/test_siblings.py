@@ -3,8 +3,8 @@
 import golden
 import pytest
 import torch
-from published import published_order
 
+from benchmarks.published import published_order
 from epa_kernels import EfficientPairedAttention, use_backend
 from unetrpp.models import (
     SegFormer3D,
@@ -181,7 +181,7 @@ def test_model_matches_golden(folder, name):
         check(run(model, model, case, torch.float64, gradients=True), case, arrays, 1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "two_pass", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "two_pass", "cpu"])
 @pytest.mark.parametrize(
     ("folder", "name"), [(folder, name) for folder in LAYERS for name in LAYERS[folder]]
 )

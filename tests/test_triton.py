@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import KINDS, LAYOUTS, make_layer, run_layer
-from paired_op import Guards, ops_arguments
+from cases import CHILD_ENVIRONMENT, KINDS, LAYOUTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import epa_kernels
 from epa_kernels import dispatch
-from epa_kernels import triton as backend
-from epa_kernels.triton import configs
+from epa_kernels.backends import triton as backend
+from epa_kernels.backends.triton import configs
+from epa_kernels.testing import Guards, make_layer, op_arguments, run_layer
 
 pytest.importorskip("triton", reason="needs the package triton")
 
@@ -39,7 +39,7 @@ MAY_SPILL = ("D128", "D64-P512", "D128-P512", "heads-D128", "heads-D128-P512")
 @pytest.mark.parametrize("shape", MEMORY_SHAPES.values(), ids=MEMORY_SHAPES)
 def test_nothing_is_touched_outside_and_everything_written(shape, kind, layout, monkeypatch):
     """Reads outside would bring NaN into a result, and what is not written would be NaN."""
-    tensors, options = ops_arguments(shape, kind, layout)
+    tensors, options = op_arguments(shape, kind, layout)
     seed = torch.tensor(3)
     expected = backend.paired_attention(*tensors, seed, **options)
     dy = torch.randn(shape[:3], generator=torch.Generator().manual_seed(2))
@@ -219,7 +219,7 @@ class CountLaunches(TorchDispatchMode):
 def test_number_of_launches(case, monkeypatch):
     name, kind, layout, bias = case
     shapes = SHAPES | {"few": (1, 90, 40, 2, 5), "one": (1, 32, 16, 2, 5)}
-    tensors, options = ops_arguments(shapes[name], kind, layout)
+    tensors, options = op_arguments(shapes[name], kind, layout)
     if not bias:
         tensors[2] = None
     seed = torch.tensor(3)
@@ -273,14 +273,14 @@ def test_a_training_step_waits_for_nothing():
 
 
 RESOURCES = Path(__file__).parents[1] / "benchmarks" / "triton_resources.py"
-COMPILING = os.environ | {"TRITON_INTERPRET": "0"}
+COMPILING = CHILD_ENVIRONMENT | {"TRITON_INTERPRET": "0"}
 
 
 def resources(code):
     """Run code with benchmarks/triton_resources.py as `r`, where Triton compiles."""
-    head = f"import sys, json; sys.path.insert(0, {str(RESOURCES.parent)!r})"
+    head = "import sys, json"
     return subprocess.run(
-        [sys.executable, "-c", f"{head}; import triton_resources as r; {code}"],
+        [sys.executable, "-c", f"{head}; from benchmarks import triton_resources as r; {code}"],
         env=COMPILING, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
 
@@ -364,7 +364,7 @@ print([c.kernel.__name__ for c in calls if c.kernel.__name__ in names and c.comp
 )
 def test_float32_products_follow_the_setting_of_torch(setting, expected):
     code = (
-        f"import torch; from epa_kernels.triton.configs import precision; {setting};"
+        f"import torch; from epa_kernels.backends.triton.configs import precision; {setting};"
         "x, y = torch.empty(0), torch.empty(0, dtype=torch.bfloat16);"
         "print((precision(x), precision(y), precision(x, 'output_backward')))"
     )
@@ -401,7 +401,7 @@ def test_offsets_beyond_32_bits_are_refused():
             backend.channel_attention(*tensors, temperature, None, dropout_p=0.0)
         with refused:
             backend.spatial_attention(*tensors, temperature, None, normalize=True, dropout_p=0.0)
-    tensors, options = ops_arguments((1, 1, 2, 1, 1), "shared", "official")
+    tensors, options = op_arguments((1, 1, 2, 1, 1), "shared", "official")
     tensors[0] = wide.view(1, 1, 2)
     with refused:
         backend.paired_attention(*tensors, None, **options)

@@ -1,6 +1,5 @@
 """The table of launch shapes: how it is chosen, written, and looked up."""
 
-import os
 import subprocess
 import sys
 from itertools import count
@@ -8,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CHILD_ENVIRONMENT
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from epa_kernels.triton import configs  # noqa: E402
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from epa_kernels.backends.triton import configs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def tune():
-    import tune
+    from benchmarks import tune
 
     return tune
 
@@ -76,18 +74,17 @@ def test_the_fastest_is_searched_behind_the_accuracy_gate(tune, monkeypatch, cap
 
 def test_without_a_gpu_the_nearest_that_fits_is_taken(tmp_path):
     """Half the registers a thread: the rule's launch shape spills, and another one is taken."""
-    code = f"""
-import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
-import tune
-from epa_kernels.triton import configs
+    code = """
+from benchmarks import tune
+from epa_kernels.backends.triton import configs
 layer = tune.Layer(4096, 32, 4, 64, "shared")
-tune.resources = lambda binary: {{"spilled": 8 * (binary.metadata.num_warps < 8), "shared": 0}}
-tune.kernels = lambda *_: {{("sm_90", "sum_chunks", 8, 64, "half"): configs.Launch(256)}}
+tune.resources = lambda binary: {"spilled": 8 * (binary.metadata.num_warps < 8), "shared": 0}
+tune.kernels = lambda *_: {("sm_90", "sum_chunks", 8, 64, "half"): configs.Launch(256)}
 print(tune.fitting("sm_90", [layer], "bfloat16"))
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=os.environ | {"TRITON_INTERPRET": "0"},
+        env=CHILD_ENVIRONMENT | {"TRITON_INTERPRET": "0"},
     )  # fmt: skip
     assert (
         "('sm_90', 'sum_chunks', 8, 64, 'half'): Launch(rows=256, columns=0, warps=8"

@@ -94,7 +94,7 @@ def speed_up() -> None:
 
 def enlarge_blocks() -> None:
     """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
-    from epa_kernels.triton import configs
+    from epa_kernels.backends.triton import configs
 
     pick, rows = configs.pick, {"merge": 4096, "gather": 64, "sum_chunks": 8192}
 

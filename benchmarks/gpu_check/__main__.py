@@ -64,7 +64,7 @@ class _Run:
 
     def environment(self, step=None):
         """Of child processes: the package that was built, this folder's modules, no settings."""
-        ours = (self.package_folder, ROOT / "tests", ROOT / "benchmarks")
+        ours = (self.package_folder, ROOT)
         theirs = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         theirs = [p for p in theirs if Path(p).resolve() != ROOT]
         dropped = ("TRITON_INTERPRET", "EPA_KERNELS_BACKEND", "EPA_KERNELS_DRY_RUN")
@@ -104,7 +104,7 @@ class _Run:
 
     def identify(self):
         """Describe the device; whether there is one."""
-        is_there, said = self.python("-m", "gpu_check.device", self.kind, seconds=180)
+        is_there, said = self.python("-m", "benchmarks.gpu_check.device", self.kind, seconds=180)
         lines = said.strip().splitlines() or ["torch says nothing"]
         if not is_there:
             last = lines[-1]
@@ -173,11 +173,17 @@ class _Run:
                 files = [ROOT / "tests" / f"test_{subject}.py" for subject in subjects]
                 arguments = (
                     "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-q",
-                    "-p", "no:cacheprovider", "-p", "gpu_check.pytest_plugin",
+                    "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.pytest_plugin",
                     "--continue-on-collection-errors", "--device", self.kind, *place, *most, *files,
                 )  # fmt: skip
             else:
-                arguments = ("gpu_check.steps", name, *place, "--package", self.package_folder)
+                arguments = (
+                    "benchmarks.gpu_check.steps",
+                    name,
+                    *place,
+                    "--package",
+                    self.package_folder,
+                )
                 arguments += ("--peaks", self.folder / "peaks.0.jsonl")
                 arguments += ("--dry-run",) if self.args.dry_run else ()
             return [sys.executable, "-m", *map(str, arguments)]

@@ -11,10 +11,10 @@ import statistics
 from importlib.util import find_spec
 
 import torch
-from bench_model import training_step
-from report import REFERENCE
 from torch.nn import functional as F
 
+from benchmarks.bench_model import training_step
+from benchmarks.report import REFERENCE
 from epa_kernels import EfficientPairedAttention
 from unetrpp import UNETRPP
 from unetrpp.losses import deep_supervision_loss

@@ -14,15 +14,15 @@ import functools
 import statistics
 from typing import NamedTuple
 
-import floor
 import torch
-from bench_ops import CASES, Case
-from cases import assert_as_accurate, kept_for_backward, make_layer, run_layer
-from report import COMPILED, REFERENCE
 from torch.nn import functional as F
 
 import epa_kernels
+from benchmarks import floor
+from benchmarks.bench_ops import CASES, Case
+from benchmarks.report import COMPILED, REFERENCE
 from epa_kernels import dispatch, reference
+from epa_kernels.testing import assert_as_accurate, kept_for_backward, make_layer, run_layer
 
 from . import device as devices
 from .steps import Refused

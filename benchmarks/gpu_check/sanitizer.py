@@ -4,7 +4,7 @@
     racecheck   accesses to shared memory that no barrier orders
     synccheck   barriers that not all threads reach
 
-Each checks one process, `python -m gpu_check.sanitizer DEVICE BACKEND`, that runs every op forward
+Each checks one process, `python -m benchmarks.gpu_check.sanitizer DEVICE BACKEND`, that runs every op forward
 and backward on small shapes. Kernels of others are left alone. In a dry run nothing checks it.
 """
 
@@ -15,10 +15,10 @@ import subprocess
 import sys
 
 import torch
-from cases import make_layer
 
 import epa_kernels
 from epa_kernels import dispatch
+from epa_kernels.testing import make_layer
 
 from .steps import Skipped
 
@@ -53,7 +53,7 @@ def check(name, kind, dry_run):
         command = [find_tool(), "--tool", name, "--error-exitcode", "1", "--kernel-regex", KERNELS]
     # Each tensor an allocation of its own, whose end is known.
     done = subprocess.run(
-        [*command, sys.executable, "-m", "gpu_check.sanitizer", kind, backend],
+        [*command, sys.executable, "-m", "benchmarks.gpu_check.sanitizer", kind, backend],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

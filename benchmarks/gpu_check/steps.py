@@ -1,6 +1,6 @@
 """A process of a step that measures: its items, one by one, each result in a line of its own.
 
-    python -m gpu_check.steps STEP --lines FILE --deadline TIME [--dry-run]
+    python -m benchmarks.gpu_check.steps STEP --lines FILE --deadline TIME [--dry-run]
 
 Items that FILE has a result of are passed over, so a process can be started again behind a crash.
 """

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import empty_gradient, per_head, temperature_gradient
-from ..reference import accumulate_dtype
-from ..rng import threshold
+from ...ops import empty_gradient, per_head, temperature_gradient
+from ...reference import accumulate_dtype
+from ...rng import threshold
 from .configs import block, chunks, precision
 from .primitives import (
     channel_map,

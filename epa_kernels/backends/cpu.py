@@ -4,25 +4,52 @@ Threads are torch's own (`torch.get_num_threads`); a result has the same bits fo
 them. The instruction set is the best that the processor has, or the one EPA_KERNELS_ISA names.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
-from . import native
-from .arguments import KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, unknown_dtype, view
-from .ops import ParameterGradients, empty_gradient, mean_dtype, plan, temperature_gradient
-from .reference import accumulate_dtype
-from .rng import threshold
+from ..ops import ParameterGradients, empty_gradient, mean_dtype, plan, temperature_gradient
+from ..reference import accumulate_dtype
+from ..rng import threshold
+from .compiled import (
+    KINDS,
+    LAYOUTS,
+    VIEWS,
+    WEIGHTS,
+    address,
+    dense,
+    load,
+    unknown_dtype,
+    view,
+)
+
+module, missing = load("_C", "EPA_KERNELS_CPU", "GCC or Clang")
+
+# The instruction set is one for the process, chosen before the first kernel runs.
+isa = None
+if module is not None:
+    isa = os.environ.get("EPA_KERNELS_ISA") or module.isas().split(",")[0]
+    module.use_isa(isa)
+
+
+def describe() -> str:
+    """The instruction set that runs, of those that could, or why there are no kernels."""
+    if module is None:
+        return f"none: {missing}"
+    threads = "torch's OpenMP threads" if module.has_openmp else "one thread, built without OpenMP"
+    return f"{isa} of {module.isas().replace(',', ', ')} (EPA_KERNELS_ISA), {threads}"
 
 
 def why_not(op: str, x: Tensor) -> list[str]:
     """Every reason why the kernels cannot run `op` on x."""
     reasons = []
-    if native.missing is not None:
-        reasons.append(native.missing)
+    if missing is not None:
+        reasons.append(missing)
     if x.device.type != "cpu":
         reasons.append(f"x is on {x.device.type}, the kernels run on the CPU")
     reasons += unknown_dtype(x)
-    if x.dtype == torch.float16 and native.module and not native.module.has_float16:
+    if x.dtype == torch.float16 and module and not module.has_float16:
         reasons.append("dtype torch.float16: the compiler of the extension has no _Float16")
     return reasons
 
@@ -71,7 +98,7 @@ def paired_attention(*tensors, **options):
             x.new_empty(B, projections, inputs[3].shape[0], C, dtype=dtype),
         )
     arguments, _alive = _paired_arguments(inputs, seed, kept, **options)
-    native.module.paired_attention_fwd(*arguments, view(y))
+    module.paired_attention_fwd(*arguments, view(y))
     return y, *kept
 
 
@@ -84,7 +111,7 @@ def paired_attention_bwd(dy, *tensors, **options):
     arguments, _alive = _paired_arguments(inputs, seed, kept, **options)
     views = {i: empty_gradient(inputs[i], x) for i in VIEWS}
     weights = ParameterGradients([inputs[i] for i in WEIGHTS], x, accumulate_dtype(x.dtype))
-    native.module.paired_attention_bwd(
+    module.paired_attention_bwd(
         *arguments,
         view(dy),
         tuple(None if inputs[i] is None else view(t) for i, t in views.items()),
@@ -119,7 +146,7 @@ def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropou
     dtype = accumulate_dtype(q.dtype)
     out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=dtype)
     per_head = _per_head(temperature, H, dtype)
-    native.module.spatial_attention_fwd(
+    module.spatial_attention_fwd(
         *_spatial_arguments(q, k_proj, v_proj, per_head, q_norm, seed, normalize, dropout_p),
         view(out),
     )
@@ -134,7 +161,7 @@ def spatial_attention_bwd(
     per_head = _per_head(temperature, q.shape[2], q_norm.dtype)
     gradients = tuple(empty_gradient(t, q) for t in (q, k_proj, v_proj))
     dtemperature = torch.empty_like(per_head)
-    native.module.spatial_attention_bwd(
+    module.spatial_attention_bwd(
         *_spatial_arguments(q, k_proj, v_proj, per_head, q_norm, seed, normalize, dropout_p),
         view(dout),
         tuple(map(view, gradients)),
@@ -167,7 +194,7 @@ def channel_attention(q, k, v, temperature, seed, *, dropout_p):
         q.new_empty(B, H, D, dtype=dtype),
     )
     per_head = _per_head(temperature, H, dtype)
-    native.module.channel_attention_fwd(
+    module.channel_attention_fwd(
         *_channel_arguments(q, k, v, per_head, kept, seed, dropout_p), view(out)
     )
     return out, *kept
@@ -179,7 +206,7 @@ def channel_attention_bwd(dout, q, k, v, temperature, gram, q_norm, k_norm, seed
     per_head = _per_head(temperature, q.shape[2], gram.dtype)
     gradients = tuple(empty_gradient(t, q) for t in (q, k, v))
     dtemperature = torch.empty_like(per_head)
-    native.module.channel_attention_bwd(
+    module.channel_attention_bwd(
         *_channel_arguments(q, k, v, per_head, (gram, q_norm, k_norm), seed, dropout_p),
         view(dout),
         tuple(map(view, gradients)),

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import WEIGHTS
-from ..ops import ParameterGradients, empty_gradient, mean_dtype, plan
-from ..reference import accumulate_dtype
-from ..rng import threshold
+from ...ops import ParameterGradients, empty_gradient, mean_dtype, plan
+from ...reference import accumulate_dtype
+from ...rng import threshold
+from ..compiled import WEIGHTS
 from . import configs
 from . import paired_kernels as kernels
 from .configs import block, chunks, precision, projected_block

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops import empty_gradient, per_head, temperature_gradient
-from ..reference import accumulate_dtype
-from ..rng import threshold
+from ...ops import empty_gradient, per_head, temperature_gradient
+from ...reference import accumulate_dtype
+from ...rng import threshold
 from . import configs
 from .configs import block, chunks, precision, projected_block
 from .primitives import (

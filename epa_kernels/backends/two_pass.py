@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import empty_gradient, mean_dtype, plan, temperature_gradient
-from .reference import NORM_EPS, accumulate_dtype, heads_view
-from .rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
+from ..ops import empty_gradient, mean_dtype, plan, temperature_gradient
+from ..reference import NORM_EPS, accumulate_dtype, heads_view
+from ..rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
 
 # Elements of a tile's (B, H, tile, P) map. On a CPU the few that live at once fit a second-level
 # cache; on an accelerator the tile only bounds memory.

@@ -9,9 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import native
-from .arguments import DTYPES, KINDS, LAYOUTS, VIEWS, WEIGHTS, address, dense, unknown_dtype, view
-from .ops import (
+from ..ops import (
     OPS,
     ParameterGradients,
     empty_gradient,
@@ -20,8 +18,20 @@ from .ops import (
     plan,
     temperature_gradient,
 )
-from .reference import accumulate_dtype
-from .rng import threshold
+from ..reference import accumulate_dtype
+from ..rng import threshold
+from .compiled import (
+    DTYPES,
+    KINDS,
+    LAYOUTS,
+    VIEWS,
+    WEIGHTS,
+    address,
+    dense,
+    load,
+    unknown_dtype,
+    view,
+)
 
 
 class _Module:
@@ -29,7 +39,7 @@ class _Module:
 
     @functools.cached_property
     def _loaded(self):
-        return native.load("_C_cuda", "EPA_KERNELS_CUDA", "nvcc")
+        return load("_C_cuda", "EPA_KERNELS_CUDA", "nvcc")
 
     @property
     def missing(self) -> str | None:

@@ -10,24 +10,23 @@ from threading import Barrier
 
 import pytest
 import torch
-from cases import (
-    KINDS,
-    LAYOUTS,
+from cases import KINDS, LAYOUTS, shape_id
+
+import epa_kernels
+from epa_kernels import rng
+from epa_kernels.backends import cpu
+from epa_kernels.testing import (
     Errors,
     kept_for_backward,
     make_layer,
     relative_l2,
     run_layer,
-    shape_id,
     strided,
 )
 
-import epa_kernels
-from epa_kernels import native, rng
+pytestmark = pytest.mark.skipif(cpu.module is None, reason=str(cpu.missing))
 
-pytestmark = pytest.mark.skipif(native.module is None, reason=str(native.missing))
-
-ISAS = native.module.isas().split(",") if native.module else ()
+ISAS = cpu.module.isas().split(",") if cpu.module else ()
 # B, N, C, H, P: N that C divides and not, N = 1, no whole vector, D = 1 and 128, P = 1 and 513,
 # and, where N < 2C, the direct plan.
 SHAPES = (
@@ -46,9 +45,9 @@ PLANS = pytest.mark.parametrize("N, C", ((64, 16), (48, 40)), ids=("two_pass", "
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    native.module.use_isa(request.param)
+    cpu.module.use_isa(request.param)
     yield request.param
-    native.module.use_isa(native.isa)
+    cpu.module.use_isa(cpu.isa)
 
 
 @contextlib.contextmanager
@@ -75,7 +74,7 @@ def assert_same_bits(found, expected):
 def run_branch(op, inputs, dout, **options):
     """Result and gradients of one branch, by name."""
     inputs = [t.detach().requires_grad_() for t in inputs]
-    out = op(*inputs, backend="cpp", **options)
+    out = op(*inputs, backend="cpu", **options)
     gradients = torch.autograd.grad(out, inputs, dout)
     return dict(zip(("out", "dq", "dk", "dv", "dtemperature"), (out, *gradients), strict=True))
 
@@ -89,7 +88,7 @@ def test_every_instruction_set_matches_spec_in_float64(isa, shape, kind, layout)
     x, gy = (strided(B, N, C, dtype=torch.float64, generator=generator) for _ in range(2))
     layer = make_layer(shape, kind, layout, bias=layout == "tokens", dropout=0.3)
     exact = run_layer(layer, x, gy, backend="reference", dtype=torch.float64)
-    found = run_layer(layer, x, gy, backend="cpp", dtype=torch.float64)
+    found = run_layer(layer, x, gy, backend="cpu", dtype=torch.float64)
     for name, truth in exact.items():
         # One token has unit norm in every channel, so |q| has no gradient: zero against rounding.
         scale = max(truth.abs().max().item(), 1e-3 * exact["y"].abs().max().item())
@@ -106,7 +105,7 @@ def test_every_instruction_set_is_as_accurate_as_spec(isa, shape, kind):
         layer = make_layer(shape, kind, seed=draw)
         exact = run_layer(layer, x, gy, backend="reference", dtype=torch.float64)
         same_dtype = run_layer(layer, x, gy, backend="reference", dtype=torch.float32)
-        errors.add(run_layer(layer, x, gy, backend="cpp", dtype=torch.float32), same_dtype, exact)
+        errors.add(run_layer(layer, x, gy, backend="cpu", dtype=torch.float32), same_dtype, exact)
     errors.check()
 
 
@@ -115,13 +114,13 @@ def test_every_instruction_set_is_as_accurate_as_spec(isa, shape, kind):
 @PLANS
 def test_half_precision_beside_float32_parameters(isa, N, C, dtype, kind):
     """Activations are rounded once; gradients of the parameters never."""
-    if dtype == torch.float16 and not native.module.has_float16:
+    if dtype == torch.float16 and not cpu.module.has_float16:
         pytest.skip("the compiler of the extension has no _Float16")
     layer = make_layer((2, N, C, 2, 9), kind)
     x, gy = (t.to(dtype) for t in normal(2, 2, N, C))
     exact = run_layer(layer, x, gy, backend="reference", dtype=torch.float64)
     layer.float().zero_grad()
-    layer.backend = "cpp"
+    layer.backend = "cpu"
     y = layer(x.requires_grad_())
     y.backward(gy)
     assert y.dtype == x.grad.dtype == dtype
@@ -149,7 +148,7 @@ def test_paired_attention_has_the_same_bits_for_any_number_of_threads(N, C, kind
     results = []
     for count in (1, 2, 3, 3):
         with threads(count):
-            results.append(run_layer(layer, x, gy, backend="cpp", dtype=dtype))
+            results.append(run_layer(layer, x, gy, backend="cpu", dtype=dtype))
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
@@ -203,7 +202,7 @@ def test_masks_of_forward_and_backward_are_the_spec_s_bit_for_bit(isa):
 def test_tokens_of_a_volume_give_the_bits_of_their_copy(N, C, kind, dtype):
     """x as networks have it, channels before space; dx comes back in the same order."""
     layer = make_layer((2, N, C, 2, 9), kind, dropout=0.2).to(dtype)
-    layer.backend = "cpp"
+    layer.backend = "cpu"
     x = normal(2, C, N // 4, 2, 2, dtype=dtype).flatten(2).transpose(1, 2)
     results = []
     for tokens in (x, x.contiguous()):
@@ -240,7 +239,7 @@ def test_projections_of_any_strides_give_the_bits_of_their_copy(N, C, laid_out):
         inputs = [t.detach().requires_grad_() for t in inputs]
         y = epa_kernels.paired_attention(
             *inputs, num_heads=H, kind="split", channel_dropout_p=0.2, spatial_dropout_p=0.2,
-            seed=torch.tensor(3), backend="cpp",
+            seed=torch.tensor(3), backend="cpu",
         )  # fmt: skip
         results.append(dict(enumerate((y, *torch.autograd.grad(y, inputs, gy)))))
     assert_same_bits(*results)
@@ -288,7 +287,7 @@ def surrounded(values):
 def test_memory_outside_of_the_tensors_does_not_matter(isa, shape, dtype, kind, poisoned):
     B, N, C, H, P = shape
     layer = make_layer(shape, kind, dropout=0.2).to(dtype)
-    layer.backend = "cpp"
+    layer.backend = "cpu"
     x, gy = normal(2, B, N, C, dtype=dtype)
     projections = ("EF",) if kind == "sum" else ("E.weight", "F.weight")[: 1 + (kind == "split")]
     results, larger = [], []
@@ -342,7 +341,7 @@ def test_a_nan_with_a_payload_propagates(isa, N, C, kind, bits):
     x, gy = normal(2, 2, N, C)
     x[1, N // 2, 3] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0]
     expected, found = (
-        run_layer(layer, x, gy, backend=name, dtype=torch.float32) for name in ("reference", "cpp")
+        run_layer(layer, x, gy, backend=name, dtype=torch.float32) for name in ("reference", "cpu")
     )
     assert expected["y"][1].isnan().any() and expected["y"][0].isfinite().all()
     for name, value in expected.items():
@@ -353,7 +352,7 @@ def test_python_threads_run_at_once_and_get_the_same_bits():
     shapes = ((1, 1031, 32, 4, 17), (2, 63, 40, 2, 5), (1, 513, 64, 4, 64), (2, 300, 24, 24, 9))
     layers = [make_layer(shape, dropout=0.2).float() for shape in shapes]
     for layer in layers:
-        layer.backend = "cpp"
+        layer.backend = "cpu"
 
     def run(index):
         (B, N, C, _, _), layer = shapes[index], layers[index]
@@ -364,7 +363,7 @@ def test_python_threads_run_at_once_and_get_the_same_bits():
             x, layer.qkvv.weight, layer.qkvv.bias, layer.E.weight, layer.E.bias, None, None,
             layer.temperature, layer.temperature2, layer.out_proj.weight, layer.out_proj.bias,
             layer.out_proj2.weight, layer.out_proj2.bias, num_heads=shapes[index][3],
-            channel_dropout_p=0.2, spatial_dropout_p=0.2, seed=seed, backend="cpp",
+            channel_dropout_p=0.2, spatial_dropout_p=0.2, seed=seed, backend="cpu",
         )  # fmt: skip
         return dict(enumerate((y.detach(), *torch.autograd.grad(y, inputs, gy))))
 
@@ -383,7 +382,7 @@ def test_python_threads_run_at_once_and_get_the_same_bits():
 
 def test_keeps_x_and_little_else_for_backward():
     """Stage 1 of Synapse, dropout on."""
-    layer = epa_kernels.EPA(32768, 32, 64, 4, False, 0.15, 0.15, backend="cpp")
+    layer = epa_kernels.EPA(32768, 32, 64, 4, False, 0.15, 0.15, backend="cpu")
     x = torch.randn(1, 32768, 32, requires_grad=True)
     assert x.nbytes <= kept_for_backward(layer, x) <= x.nbytes + 2**20
 
@@ -396,11 +395,11 @@ def test_memory_that_cannot_be_had_is_an_exception(threads):
 import resource, torch, epa_kernels
 torch.set_num_threads({threads})
 q, k = torch.zeros(1, 64, 1, 64), torch.zeros(1, 10**6, 1, 64)
-epa_kernels.spatial_attention(q, k[:, :4], k[:, :4], torch.ones(1), backend="cpp")
+epa_kernels.spatial_attention(q, k[:, :4], k[:, :4], torch.ones(1), backend="cpu")
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
 try:
-    epa_kernels.spatial_attention(q, k, k, torch.ones(1), backend="cpp")
+    epa_kernels.spatial_attention(q, k, k, torch.ones(1), backend="cpu")
 except MemoryError as error:
     print("caught")
 """
@@ -409,7 +408,7 @@ except MemoryError as error:
 
 
 def test_kept_tensors_may_have_any_strides():
-    op = torch.ops.epa_kernels_cpp
+    op = torch.ops.epa_kernels_cpu
     q, k, v, dout = torch.randn(4, 1, 50, 2, 8, generator=torch.Generator().manual_seed(3))
     temperature = torch.ones(2)
     out, *kept = op.channel_attention(q, k, v, temperature, None, dropout_p=0.0)

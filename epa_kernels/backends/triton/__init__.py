@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..arguments import unknown_dtype
+from ..compiled import unknown_dtype
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""The implementations of the ops, a module or a folder each; `dispatch` chooses among them."""

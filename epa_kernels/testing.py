@@ -1,0 +1,174 @@
+"""What tests and benchmarks of an attention op share, for kernels of your own as well.
+
+make_layer, strided, op_arguments   layers and inputs whose attention is not uniform
+run_layer                           output and every gradient of a layer on a backend
+Errors, assert_as_accurate          the tolerance rule, two anchors: see `Errors`
+Guards                              memory whose surroundings are watched
+kept_for_backward                   bytes that autograd saves
+"""
+
+import math
+import os
+
+import torch
+
+from .dispatch import use_backend
+from .modules import EfficientPairedAttention
+
+# Where layers and inputs lie; `pytest --device cuda` of the project's own tests sets it.
+DEVICE = os.environ.get("EPA_KERNELS_TEST_DEVICE", "cpu")
+GUARD = 64  # elements of NaN on each side of a guarded buffer
+
+
+def strided(*shape, dtype, generator):
+    """Normal numbers as a slice of a larger tensor, so that no stride is trivial."""
+    larger = torch.randn(*(n + 1 for n in shape), generator=generator, dtype=torch.float64)
+    # Moved before it is cut, since a cut tensor would arrive dense.
+    return larger.to(DEVICE)[tuple(slice(1, None) for _ in shape)].to(dtype)
+
+
+def make_layer(shape, kind="shared", layout="official", *, bias=True, dropout=0.0, seed=0):
+    """A layer in float64 whose values are float32 numbers and whose attention is not uniform."""
+    _, N, C, H, P = shape
+    torch.manual_seed(seed)
+    layer = EfficientPairedAttention(
+        N, C, P, H, bias, dropout, dropout, kind=kind, layout=layout
+    ).double()
+    with torch.no_grad():
+        layer.temperature.copy_(4 * (1 + torch.rand(H, 1, 1) / 2))
+        layer.temperature2.copy_(2 * math.sqrt(N * H / C) * (1 + torch.rand(H, 1, 1) / 2))
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.float())
+    return layer.to(DEVICE)
+
+
+def run_layer(layer, x, gy, *, backend, dtype, parameter_dtype=None, seed=0):
+    """Output and every gradient of a run in `dtype`: {"y", "x", parameter names}."""
+    layer.to(DEVICE, parameter_dtype or dtype).zero_grad()
+    x = x.detach().to(DEVICE, dtype).requires_grad_()
+    torch.manual_seed(seed)
+    with use_backend(backend):
+        y = layer(x)
+        y.backward(gy.to(DEVICE, dtype))
+    gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+def relative_l2(value, expected):
+    value, expected = value.double(), expected.double()
+    return ((value - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+class Errors:
+    """Errors of a kernel and of `reference` in the same dtype, both against `reference` in float64.
+
+    Gathered over draws, because the error of a handful of numbers in a single one, and the largest
+    of errors with heavy tails, is luck: within 2 of the reference's over many draws, 3.5 in one.
+    """
+
+    FEWEST = 16  # numbers whose error is a statistic
+
+    def __init__(self):
+        self.draws = {}  # tensor's name -> list of (kernel's, same dtype's, exact), flat
+
+    def add(self, kernel, same_dtype, exact):
+        for name, truth in exact.items():
+            draw = tuple(t.detach().flatten() for t in (kernel[name], same_dtype[name], truth))
+            self.draws.setdefault(name, []).append(draw)
+
+    def check(self):
+        """error(kernel) <= 2 error(reference) + 4 ulp of the largest value: max and RMS, by tensor.
+
+        Fewer than FEWEST numbers are held by the cosine alone. It keeps a missing term of a
+        gradient from hiding in a large tolerance.
+        """
+        for name, draws in self.draws.items():
+            kernel, same_dtype, truth = (torch.cat(column) for column in zip(*draws, strict=True))
+            ulp = torch.finfo(kernel.dtype).eps * truth.abs().max().double()
+            error, allowed = ((t.double() - truth).abs() for t in (kernel, same_dtype))
+            if truth.numel() >= self.FEWEST:
+                worst = allowed.max()
+                assert error.max() <= 2 * worst + 4 * ulp, (name, error.max(), worst)
+                rms, allowed_rms = (t.square().mean().sqrt() for t in (error, allowed))
+                assert rms <= 2 * allowed_rms + 4 * ulp, (name, rms, allowed_rms)
+            cosine = torch.cosine_similarity(kernel.double(), truth, dim=0, eps=1e-300)
+            assert cosine >= 0.9999 or not truth.any(), (name, cosine)
+
+
+def assert_as_accurate(kernel, same_dtype, exact):
+    """`Errors` of a single draw."""
+    errors = Errors()
+    errors.add(kernel, same_dtype, exact)
+    errors.check()
+
+
+def kept_for_backward(layer, x):
+    """Bytes of the storages that autograd saves in one forward pass, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x.requires_grad_())
+    return sum(kept.values())
+
+
+def op_arguments(shape, kind, layout, dtype=torch.float32, *, bias=True, seed=0):
+    """Inputs of the op, without a seed of dropout, and its options."""
+    B, N, C, H, _ = shape
+    layer = make_layer(shape, kind, layout, bias=bias, seed=seed).to(dtype)
+    weights = dict(layer.named_parameters())
+
+    def pair(name):
+        return weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+
+    projection = (layer.EF.t(), None) if kind == "sum" else pair("E")
+    x = torch.randn(B, N, C, dtype=dtype, generator=torch.Generator().manual_seed(seed + 1))
+    tensors = (x, *pair("qkvv"), *projection, *pair("F"), layer.temperature, layer.temperature2,
+               *pair("out_proj"), *pair("out_proj2"))  # fmt: skip
+    options = {"num_heads": H, "kind": kind, "layout": layout,
+               "channel_dropout_p": 0.1, "spatial_dropout_p": 0.2}  # fmt: skip
+    return [None if t is None else t.detach() for t in tensors], options
+
+
+class Guards:
+    """Allocate every tensor filled with NaN and between NaN, and see that those stay."""
+
+    def __init__(self, monkeypatch):
+        self.buffers = []
+        self._empty = torch.empty
+        monkeypatch.setattr(torch, "empty", self.empty)
+        monkeypatch.setattr(torch, "empty_like", lambda t, **_: self.like(t))
+        monkeypatch.setattr(
+            torch.Tensor, "new_empty", lambda t, *a, **k: self.new_empty(t, *a, **k)
+        )
+
+    def empty(self, *shape, dtype=torch.float32, device=None):
+        shape = shape[0] if shape and isinstance(shape[0], (tuple, list, torch.Size)) else shape
+        return self._take(shape, torch.Size(shape).numel(), dtype)
+
+    def new_empty(self, t, *shape, dtype=None, device=None):
+        return self.empty(*shape, dtype=dtype or t.dtype)
+
+    def like(self, t):
+        return self._take(t.shape, t.numel(), t.dtype).as_strided(t.shape, t.stride())
+
+    def copy(self, t):
+        return None if t is None else self.like(t).copy_(t)
+
+    def _take(self, shape, count, dtype):
+        if not count or not dtype.is_floating_point:  # the interpreter's own
+            return self._empty(shape, dtype=dtype)
+        buffer = self._empty(count + 2 * GUARD, dtype=dtype).fill_(float("nan"))
+        self.buffers.append(buffer)
+        return buffer[GUARD : GUARD + count].view(shape)
+
+    def check(self):
+        assert self.buffers
+        for buffer in self.buffers:
+            assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
