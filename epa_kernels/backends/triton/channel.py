@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ...ops import empty_gradient, per_head, temperature_gradient
-from ...reference import accumulate_dtype
+from ...contract import accumulate_dtype
 from ...rng import threshold
-from .configs import block, chunks, precision
+from ..gradients import empty_gradient, per_head, temperature_gradient
+from .configs import block, chunks, precision, within_reach
 from .primitives import (
     channel_map,
     clamp_norm,
@@ -22,7 +22,7 @@ from .primitives import (
     softmax_backward,
     store_rows,
 )
-from .spatial import check, pick
+from .spatial import pick
 
 
 @triton.jit
@@ -184,7 +184,6 @@ def channel_backward(
 def forward(q, k, v, temperature, seed, *, dropout_p):
     """Op `channel_attention`, see `ops`."""
     B, N, H, D = q.shape
-    check(0, q, k, v)
     dtype = accumulate_dtype(q.dtype)
     launch, common = pick("channel_gram", q)
     count, size = chunks(N, launch)
@@ -212,7 +211,7 @@ def forward(q, k, v, temperature, seed, *, dropout_p):
 def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_p):
     """Op `channel_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
-    check(0, q, k, v, dout)
+    dout = within_reach(dout)
     launch, common = pick("channel_gram", q)
     count, size = chunks(N, launch)
     sums = gram.new_empty(B, H, count, D, D)

@@ -4,13 +4,17 @@ A block is a power of two of at least 16, the least that a matrix product takes.
 """
 
 import functools
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...ops import float32_is_exact
+from ...contract import Call
+from ..compiled import float32_is_exact
+
+# What was compiled and looked at: beyond it there are no registers, or too few bits for an offset.
+LIMITS = {"B": 65535, "D": 128, "P": 512}
+LARGEST_OFFSET = 2**31 - 1  # of a channel within a token, in elements
 
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # And up to FEW_TOKENS where that launch would be one too many.
@@ -194,20 +198,21 @@ def numbers(x: Tensor, kernel: str) -> str:
     return "half" if x.element_size() == 2 else precision(x, kernel)
 
 
-def check(op: str, batch: int, head_dim: int, projected: int, tensors: Iterable[Tensor]) -> None:
-    """Refuse what was never compiled, for which there are no registers.
+def offset(t: Tensor, axes: int) -> int:
+    """Largest offset that the last axes of a tensor span, in elements."""
+    steps = zip(t.shape[-axes:], t.stride()[-axes:], strict=True)
+    return sum((n - 1) * step for n, step in steps)
 
-    tensors: (B, N, ...), whose offsets within a token the kernels hold in 32 bits
-    """
-    limits = {"batch": (batch, 65535), "head dim": (head_dim, 128)}
-    offsets = (
-        sum((n - 1) * step for n, step in zip(t.shape[2:], t.stride()[2:], strict=True))
-        for t in tensors
-    )
-    limits["offset of a channel of a token"] = max(offsets), 2**31 - 1
-    limits["number of projected tokens"] = projected, 512
-    broken = [f"{name} {n} > {most}" for name, (n, most) in limits.items() if n > most]
-    if broken:
-        raise NotImplementedError(
-            f"{op}: backend 'triton' cannot run: {', '.join(broken)}; use backend 'two_pass'."
-        )
+
+def largest_offset(call: Call) -> int:
+    """Of a channel within a token, or within the projected tokens, of a call's activations."""
+    # Kernels walk projected tokens as they walk channels.
+    axes = [1 if t.dim() == 3 else 2 for t in call.activations]
+    if call.op == "spatial_attention":
+        axes[1:] = [3, 3]
+    return max((offset(t, n) for t, n in zip(call.activations, axes, strict=False)), default=0)
+
+
+def within_reach(t: Tensor) -> Tensor:
+    """t (B, N, H, D), dense if an offset of a channel within a token would not fit 32 bits."""
+    return t if offset(t, 2) <= LARGEST_OFFSET else t.contiguous()

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...ops import empty_gradient, per_head, temperature_gradient
-from ...reference import accumulate_dtype
+from ...contract import accumulate_dtype
 from ...rng import threshold
+from ..gradients import empty_gradient, per_head, temperature_gradient
 from . import configs
-from .configs import block, chunks, precision, projected_block
+from .configs import block, chunks, precision, projected_block, within_reach
 from .primitives import (
     LOG2E,
     attend,
@@ -282,11 +282,6 @@ def spatial_norm_backward(
     store_rows(target, d_n, d_d, n, d, in_n, in_d, value)
 
 
-def check(projected, q, *others):
-    op = "spatial_attention" if projected else "channel_attention"
-    configs.check(op, q.shape[0], q.shape[3], projected, (q, *others))
-
-
 def pick(kernel, q, projected=0):
     """Launch shape of a kernel on q (B, N, H, D), and the arguments that every kernel takes."""
     H, D = q.shape[2:]
@@ -302,7 +297,6 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
     P, dtype = k_proj.shape[1], accumulate_dtype(q.dtype)
-    check(P, q, k_proj.unsqueeze(1), v_proj.unsqueeze(1))
     sums, count = None, 0
     if normalize:
         launch, common = pick("square_sums", q, P)
@@ -325,7 +319,7 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
     """Op `spatial_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
     P = k_proj.shape[1]
-    check(P, q, dout, k_proj.unsqueeze(1), v_proj.unsqueeze(1))
+    dout = within_reach(dout)
     dq, dk_proj, dv_proj = (empty_gradient(t, q) for t in (q, k_proj, v_proj))
     tensors = (
         dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
