@@ -124,7 +124,10 @@ def test_bad_input_is_refused_with_the_rule(call, message):
         ),
         ({"out_proj2_weight": None}, "kind 'shared' needs out_proj2_weight"),
         ({"proj_v_bias": torch.ones(5)}, "kind 'shared' takes no proj_v_bias, as kind split does"),
-        ({"proj_k_weight": torch.ones(0, 20)}, "at least one row"),
+        (
+            {"proj_k_weight": torch.ones(0, 20)},
+            "must have at least one projected token",
+        ),
         ({"num_heads": 3}, "num_heads must divide the 8 channels"),
         ({"temperature": torch.ones(4)}, "temperature must have shape"),
         ({"channel_dropout_p": -0.1}, r"channel_dropout_p must be in \[0, 1\)"),

@@ -318,13 +318,13 @@ def test_official_layout_is_the_published_order():
     B, N, H, D = 2, 10, 2, 3
     C = H * D
     out = torch.arange(B * N * H * D).view(B, N, H, D)
-    stored = layout.from_heads(out, "official")
+    stored = from_heads(out, "official")
     for h in range(H):
         for n in range(N):
             for d in range(D):
                 f = (d * H + h) * N + n
                 assert torch.equal(stored[:, f // C, f % C], out[:, n, h, d])
-    assert torch.equal(layout.heads_view(stored, H, "official"), out)
+    assert torch.equal(heads_view(stored, H, "official"), out)
 
 
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
