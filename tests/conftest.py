@@ -40,11 +40,11 @@ def pytest_configure(config):
 def interpreter(pytestconfig):
     """The interpreter that the tests of the Triton kernels need on a CPU."""
     if pytestconfig.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
-        import triton_interpreter
+        from epa_kernels.backends.triton import interpreter
 
-        triton_interpreter.repair()
-        triton_interpreter.speed_up()
-        triton_interpreter.enlarge_blocks()
+        interpreter.repair()
+        interpreter.speed_up()
+        interpreter.enlarge_blocks()
 
 
 @pytest.fixture(scope="session")

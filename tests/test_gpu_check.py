@@ -308,7 +308,9 @@ def test_a_report_of_the_sanitizer_is_a_failure(errors, tmp_path, monkeypatch):
             sanitizer.check("racecheck", "cpu", dry_run=False)
     else:
         found = sanitizer.check("racecheck", "cpu", dry_run=False)
-        assert found == {"ran": ["gpu_check.sanitizer cpu cuda, spatial_attention, float32"]}
+        assert found == {
+            "ran": ["benchmarks.gpu_check.sanitizer cpu cuda, spatial_attention, float32"]
+        }
 
 
 def test_without_the_sanitizer_or_the_kernels_its_checks_are_skipped(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@
     racecheck   accesses to shared memory that no barrier orders
     synccheck   barriers that not all threads reach
 
-Each checks one process, `python -m benchmarks.gpu_check.sanitizer DEVICE BACKEND`, that runs every op forward
-and backward on small shapes. Kernels of others are left alone. In a dry run nothing checks it.
+Each checks one process, `python -m benchmarks.gpu_check.sanitizer DEVICE BACKEND`. The process runs
+every op forward and backward on small shapes. Kernels of others are left alone. A dry run runs the
+process without a check.
 """
 
 import functools

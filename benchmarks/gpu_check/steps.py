@@ -91,11 +91,11 @@ def main():
     if not found.samefile(args.package):
         raise SystemExit(f"epa_kernels was imported from {found} instead of {args.package}")
     if args.dry_run and os.environ.get("TRITON_INTERPRET") == "1":
-        import triton_interpreter
+        from epa_kernels.backends.triton import interpreter
 
-        triton_interpreter.repair()
-        triton_interpreter.speed_up()
-        triton_interpreter.enlarge_blocks()
+        interpreter.repair()
+        interpreter.speed_up()
+        interpreter.enlarge_blocks()
     torch.manual_seed(0)
     gpu = device.get("cpu" if args.dry_run else "cuda")
     peaks = lines.Progress(args.peaks).results if args.peaks else {}
