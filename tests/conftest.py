@@ -1,8 +1,14 @@
 import importlib.util
 import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
+
+# The tests of the benchmarks import them from the folder above. It comes last, so that the
+# installed packages are tested and not the sources beside it.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # One thread a worker under pytest-xdist, in its child processes too: threads that wait for each
 # other on busy cores cost more than they compute. Set before torch is imported.
