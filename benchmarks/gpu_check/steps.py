@@ -19,14 +19,6 @@ from . import device, lines
 STEPS = ("peaks", "compile", "ops", "network", "sanitizer", "network compiled", "ops compiled")
 
 
-class Refused(Exception):
-    """The result is not accurate enough to be timed."""
-
-
-class Skipped(Exception):
-    """The machine has not what it takes."""
-
-
 def items(step, gpu, dry_run, peaks):
     """(key, function -> what it found) of each item of a step, the most important first."""
     if step == "peaks":
@@ -59,9 +51,9 @@ def run(gpu, share, writer, knows, deadline):
         start = time.perf_counter()
         try:
             found, status, reason = function(), "ok", None
-        except Refused as error:
+        except lines.Refused as error:
             found, status, reason = {}, "refused", str(error)
-        except Skipped as error:
+        except lines.Skipped as error:
             found, status, reason = {}, "skipped", str(error)
         except Exception as error:
             found, status, reason = {}, "failed", f"{type(error).__name__}: {error}"[:2000]
