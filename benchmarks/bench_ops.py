@@ -1,9 +1,9 @@
 """Time of paired attention, forward and forward + backward, for every backend.
 
-A backend's row is refused if it is not as accurate there as the spec (tests/cases.py). Beside the
-time stand the bytes kept for backward, the floor, and the ratios to the reference of the same run,
-eager and compiled. The compiled reference is a peer, not a backend: it is timed as torch.compile
-makes it.
+A backend is timed only where it is as accurate as the reference (epa_kernels.testing.Errors).
+Beside the time stand the bytes kept for backward, the floor, and the ratios to the reference of the
+same run, eager and compiled. The compiled reference is a peer, not a backend: it is timed as
+torch.compile makes it.
 """
 
 import copy
@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import floor
 from benchmarks.report import COMPILED, REFERENCE
@@ -51,7 +50,7 @@ class Setting(NamedTuple):
     x: torch.Tensor
     gy: torch.Tensor
     exact: dict[str, torch.Tensor]
-    definition: dict[str, torch.Tensor]
+    same_dtype: dict[str, torch.Tensor]
     floor_ms: dict[str, float]  # by direction
 
 
@@ -61,11 +60,11 @@ def make_setting(case, batch, dropout):
     layer = make_layer(shape, case.kind, bias=False, dropout=dropout)
     generator = torch.Generator().manual_seed(0)
     x, gy = (torch.randn(batch, *shape[1:3], generator=generator) for _ in range(2))
-    definition = run_layer(layer, x, gy, backend=REFERENCE, dtype=torch.float32)
+    same_dtype = run_layer(layer, x, gy, backend=REFERENCE, dtype=torch.float32)
     exact = run_layer(layer, x, gy, backend=REFERENCE, dtype=torch.float64)
     forward, backward = (floor.seconds(work) * 1e3 for work in floor.work(shape, case.kind))
     floor_ms = {"forward": forward, "forward+backward": forward + backward}
-    return Setting(layer, x.requires_grad_(), gy, exact, definition, floor_ms)
+    return Setting(layer, x.requires_grad_(), gy, exact, same_dtype, floor_ms)
 
 
 @pytest.fixture(
@@ -89,10 +88,12 @@ def provided(request):
         found = run_layer(layer, setting.x, setting.gy, backend=layer.backend, dtype=torch.float32)
         with torch.no_grad():
             layer(setting.x)
-    except TorchDynamoException as error:
+    except RuntimeError as error:
+        if provider != COMPILED:
+            raise
         pytest.skip(str(error).splitlines()[0])
     if provider != COMPILED:
-        assert_as_accurate(found, setting.definition, setting.exact)
+        assert_as_accurate(found, setting.same_dtype, setting.exact)
     return case, setting, provider, layer
 
 

@@ -81,7 +81,7 @@ def write_csv(rows, path):
         "processor": processor(),
         "torch": torch.__version__,
     }
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow((*Row._fields, *machine))
         for row in rows:

@@ -5,8 +5,10 @@ run_layer                           output and every gradient of a layer on a ba
 Errors, assert_as_accurate          the tolerance rule, two anchors: see `Errors`
 Guards                              memory whose surroundings are watched
 kept_for_backward                   bytes that autograd saves
+Gpu, Cpu                            CUDA graphs, streams and waiting, or their stand-in
 """
 
+import contextlib
 import math
 import os
 
@@ -18,6 +20,7 @@ from .modules import EfficientPairedAttention
 # Where layers and inputs lie; `pytest --device cuda` of the project's own tests sets it.
 DEVICE = os.environ.get("EPA_KERNELS_TEST_DEVICE", "cpu")
 GUARD = 64  # elements of NaN on each side of a guarded buffer
+WARM_UP = 3  # calls before a capture, as torch's notes on CUDA graphs recommend
 
 
 def strided(*shape, dtype, generator):
@@ -172,3 +175,72 @@ class Guards:
         assert self.buffers
         for buffer in self.buffers:
             assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
+
+
+class Gpu:
+    """The current CUDA device."""
+
+    kind = "cuda"
+
+    def capture(self, function):
+        """(replay, result): a CUDA graph of a call, and the tensors that each replay writes."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function()
+        return graph.replay, result
+
+    def allocated_bytes(self):
+        return torch.cuda.memory_allocated()
+
+    @contextlib.contextmanager
+    def no_synchronization(self):
+        """Inside, a call that waits for the device raises."""
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def on_busy_stream(self, function):
+        """Result of a call on another stream that is busy with something else for 20 ms first."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(40_000_000)  # clock cycles
+            result = function()
+        side.synchronize()
+        return result
+
+
+class Cpu:
+    """Answers the calls of `Gpu` on a CPU, so that a dry run walks the same code."""
+
+    kind = "cpu"
+
+    def capture(self, function):
+        result = function()
+
+        def replay():
+            again = function()
+            with torch.no_grad():
+                for old, new in zip(result or (), again or (), strict=True):
+                    old.copy_(new)
+
+        return replay, result
+
+    def allocated_bytes(self):
+        return None
+
+    @contextlib.contextmanager
+    def no_synchronization(self):
+        yield
+
+    def on_busy_stream(self, function):
+        return function()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import epa_kernels
+from epa_kernels import contract
 from epa_kernels.testing import DEVICE
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +23,7 @@ BACKENDS = ("reference", *FUSED_BACKENDS)
 INTERPRETED = ("triton",) if DEVICE == "cpu" else ()
 # For tests of a hundred calls or large shapes.
 COMPILED_BACKENDS = tuple(name for name in BACKENDS if name not in INTERPRETED)
-KINDS = ("shared", "split", "sum")
-LAYOUTS = ("official", "tokens")
+KINDS, LAYOUTS = contract.KINDS, contract.LAYOUTS
 
 # B, N, C, H, P. Odd and prime on purpose: N that C does not divide, rows of P and D that fill no
 # vector, D = 1, P = 1, N = 1, N beyond one tile, and both plans (N < 2C is "direct").

@@ -1,8 +1,14 @@
 import importlib.util
 import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
+
+# The tests of the benchmarks import them from the folder above. It comes last, so that the
+# installed packages are tested and not the sources beside it.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # One thread a worker under pytest-xdist, in its child processes too: threads that wait for each
 # other on busy cores cost more than they compute. Set before torch is imported.
@@ -40,11 +46,11 @@ def pytest_configure(config):
 def interpreter(pytestconfig):
     """The interpreter that the tests of the Triton kernels need on a CPU."""
     if pytestconfig.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
-        import triton_interpreter
+        from epa_kernels.backends.triton import interpreter
 
-        triton_interpreter.repair()
-        triton_interpreter.speed_up()
-        triton_interpreter.enlarge_blocks()
+        interpreter.repair()
+        interpreter.speed_up()
+        interpreter.enlarge_blocks()
 
 
 @pytest.fixture(scope="session")

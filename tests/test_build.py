@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ pytest.importorskip("ninja")
 ROOT = Path(__file__).parents[1]
 PACKAGE = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 PACKAGE += ("epa_kernels", "unetrpp")
+COMMANDS = Path("csrc/compile_commands.py")
 # What the real sources are, in small. `width` differs with the flags, and the linker keeps one.
 SOURCES = {
     "width.h": """
@@ -112,8 +114,8 @@ def tree(tmp_path):
     for name, text in SOURCES.items():
         path = folder / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    copy(PACKAGE, folder)
+        path.write_text(text, encoding="utf-8")
+    copy((*PACKAGE, COMMANDS), folder)
     return folder
 
 
@@ -156,11 +158,57 @@ def toolkit(tmp_path):
     def make(script):
         nvcc = tmp_path / "cuda 12/bin/nvcc"
         nvcc.parent.mkdir(parents=True)
-        nvcc.write_text(script)
+        nvcc.write_text(script, encoding="utf-8")
         nvcc.chmod(0o755)
         return str(nvcc.parents[1])
 
     return make
+
+
+@needs_compiler
+def test_metadata_and_a_source_distribution_ask_no_compiler(tree, toolkit, tmp_path):
+    """A build of the same compilers does ask them."""
+    asked = tmp_path / "asked"
+    script = f'#!/bin/sh\necho "$0" >> {shlex.quote(str(asked))}\nexit 1\n'
+    home = toolkit(script)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(script, encoding="utf-8")
+    compiler.chmod(0o755)
+    hooks = """
+import os
+from setuptools import build_meta
+for name in ("wheel", "editable", "sdist"):
+    getattr(build_meta, f"get_requires_for_build_{name}")()
+os.mkdir("out")
+for name in ("wheel", "editable"):
+    build_meta.__dict__[f"prepare_metadata_for_build_{name}"]("out")
+build_meta.build_sdist("out")
+"""
+    variables = {"CXX": str(compiler), "CUDA_HOME": home}
+    result = run(["-c", hooks], tree, **variables)
+    assert result.returncode == 0 and "is built without" not in result.stdout, result.stdout
+    assert list(tree.glob("out/*.tar.gz")) and not asked.exists()
+    result = build(tree, **variables)
+    assert result.returncode == 0, result.stdout
+    names = asked.read_text(encoding="utf-8").splitlines()
+    assert names == [str(compiler), f"{home}/bin/nvcc"]
+
+
+@needs_compiler
+def test_an_editable_build_compiles_once_and_into_the_tree(tree, tmp_path):
+    def objects():
+        return {p.name: p.stat().st_mtime_ns for p in tree.glob("build/editable/*.o")}
+
+    hook = "from setuptools import build_meta; print(build_meta.build_editable({!r}))"
+    times = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        command = ["-c", hook.format(str(tmp_path / folder))]
+        result = run(command, tree, EPA_KERNELS_CPU="1", **NO_NVCC)
+        assert result.returncode == 0, result.stdout
+        times.append(objects())
+    assert times[0] == times[1] and "bind_cpu.o" in times[0]
+    assert [path.parent for path in modules(tree)] == [tree / "epa_kernels"]
 
 
 def test_without_a_compiler_the_package_is_plain_python(tree, tmp_path):
@@ -189,7 +237,7 @@ def test_a_module_that_is_demanded_is_built_or_an_error(compiler, tree):
 
 @needs_compiler
 def test_an_error_in_the_sources_is_an_error(tree):
-    (tree / "csrc/cpu/tile.cpp").write_text("int tile = this is wrong;\n")
+    (tree / "csrc/cpu/tile.cpp").write_text("int tile = this is wrong;\n", encoding="utf-8")
     result = build(tree)
     assert result.returncode != 0
     for text in ("csrc/cpu/tile.cpp:1", "does not compile", "EPA_KERNELS_CPU=0"):
@@ -220,9 +268,10 @@ def test_an_edit_compiles_what_depends_on_it(tree):
     several = {f"{source}.{isa}" for source in ("gemm", "tile") for isa in isas}
     assert everything == {"bind_cpu", "isa", *several}
     assert compiled() == set()
-    (tree / "csrc/cpu/tile.cpp").write_text(SOURCES["cpu/tile.cpp"].replace("16", "32"))
+    edited = SOURCES["cpu/tile.cpp"].replace("16", "32")
+    (tree / "csrc/cpu/tile.cpp").write_text(edited, encoding="utf-8")
     assert compiled() == {f"tile.{isa}" for isa in isas}
-    (tree / "csrc/width.h").write_text(SOURCES["width.h"] + "\n")
+    (tree / "csrc/width.h").write_text(SOURCES["width.h"] + "\n", encoding="utf-8")
     assert compiled() == {f"gemm.{isa}" for isa in isas}
 
 
@@ -265,7 +314,7 @@ def test_an_architecture_without_a_number_is_named(asked, tree, toolkit):
 def test_nvcc_gets_the_compiler_without_what_stands_in_front(tree, toolkit):
     home = toolkit(FAKE_NVCC)
     build(tree, EPA_KERNELS_CPU="0", CUDA_HOME=home, CXX="env g++ -m64")
-    command = (tree / "t/build.ninja").read_text()
+    command = (tree / "t/build.ninja").read_text(encoding="utf-8")
     assert "-ccbin g++ " in command and "-Xcompiler -m64" in command
 
 
@@ -281,7 +330,9 @@ def test_nvcc_gets_the_compiler_without_what_stands_in_front(tree, toolkit):
 def test_an_nvcc_gets_the_architectures_that_it_knows(asked, expected, tree, toolkit):
     home = toolkit(FAKE_NVCC)
     result = build(tree, EPA_KERNELS_CPU="0", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=asked)
-    pairs = re.findall(r"arch=compute_(\d+),code=(\w+)", (tree / "t/build.ninja").read_text())
+    pairs = re.findall(
+        r"arch=compute_(\d+),code=(\w+)", (tree / "t/build.ninja").read_text(encoding="utf-8")
+    )
     assert [",".join(pair) for pair in pairs] == expected
     # An error in the sources is an error here, too.
     assert result.returncode != 0 and "a kernel is wrong" in result.stdout, result.stdout
@@ -301,6 +352,7 @@ def test_a_wheel_holds_both_modules_and_they_load_beside_any_torch(tree, tmp_pat
     result = run(wheels, tmp_path, EPA_KERNELS_CPU="1", **capabilities, **linker)
     assert result.returncode == 0, result.stdout
     (wheel,) = tmp_path.glob("*.whl")
+    assert re.search(r"-cp3\d+-cp3\d+\w*-(linux|macosx)_\w+\.whl$", wheel.name), wheel.name
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "installed")
     cpu, cuda = sorted(modules(tmp_path / "installed"))
@@ -314,6 +366,24 @@ def test_a_wheel_holds_both_modules_and_they_load_beside_any_torch(tree, tmp_pat
     assert " T PyInit__C_cuda" in symbols and " cuda" not in symbols
 
 
+@needs_compiler
+def test_a_wheel_without_modules_is_of_no_platform_whatever_was_built_before(tree, tmp_path):
+    def wheel(**variables):
+        result = run(["setup.py", "-q", "bdist_wheel"], tree, **{**NO_NVCC, **variables})
+        assert result.returncode == 0, result.stdout
+        newest = max((tree / "dist").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        with zipfile.ZipFile(newest) as file:
+            names = [name for name in file.namelist() if name.endswith(".so")]
+            (tags,) = (name for name in file.namelist() if name.endswith(".dist-info/WHEEL"))
+            return newest.name, names, file.read(tags).decode()
+
+    name, found, tags = wheel(EPA_KERNELS_CPU="1")
+    assert "-none-any" not in name and len(found) == 1 and "Root-Is-Purelib: false" in tags
+    name, found, tags = wheel(EPA_KERNELS_CPU="0")
+    assert name.endswith("-py3-none-any.whl") and not found
+    assert "Root-Is-Purelib: true" in tags and "Tag: py3-none-any" in tags
+
+
 def test_sdist_holds_what_a_build_and_the_tests_need(tmp_path):
     copy((*PACKAGE, "csrc", "tests"), tmp_path)
     needed = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
@@ -322,4 +392,6 @@ def test_sdist_holds_what_a_build_and_the_tests_need(tmp_path):
     (archive,) = (tmp_path / "dist").iterdir()
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert {"csrc/kernels.h", "csrc/cuda/cuda_kernels.h"} <= needed <= names, needed - names
+    assert {str(COMMANDS), "csrc/kernels.h", "csrc/cuda/cuda_kernels.h"} <= needed <= names, (
+        needed - names
+    )

@@ -12,8 +12,7 @@ from cases import BACKENDS, COMPILED_BACKENDS, FUSED_BACKENDS
 from torch.nn import functional
 
 import epa_kernels
-from benchmarks.gpu_check import device as devices
-from epa_kernels.testing import DEVICE, kept_for_backward, make_layer, relative_l2
+from epa_kernels.testing import DEVICE, Cpu, Gpu, kept_for_backward, make_layer, relative_l2
 from unetrpp import UNETRPP
 
 DRY_RUN = "EPA_KERNELS_DRY_RUN" in os.environ
@@ -30,7 +29,7 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def device():
-    return devices.get(DEVICE)
+    return Gpu() if DEVICE == "cuda" else Cpu()
 
 
 def make_call(op, backend, *, dtype=torch.float32, dropout=0.0):

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from epa_kernels import EfficientPairedAttention, use_backend
+from epa_kernels.contract import KINDS
 from unetrpp.models import UNETRPP, create_model
 from unetrpp.models.layers import TransformerBlock, resample_grid, resampling_matrix
 
@@ -372,7 +373,7 @@ GRIDS = [(8, 12, 16), (10, 7, 8), (4, 3, 4), (16, 3, 5)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("kind", ["shared", "split", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_resized_projection_sees_the_resampled_tokens(kind, grid):
     old = (8, 6, 8)
     block = TransformerBlock(old, 8, 5, 2, epa_kind=kind)
@@ -425,7 +426,7 @@ def scale_free_model(kind):
 
 
 @pytest.mark.parametrize("img_size", [(24, 18, 12), (6, 6, 12)], ids=str)
-@pytest.mark.parametrize("kind", ["shared", "split", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_resized_model_gives_the_same_segmentation(kind, img_size):
     model = scale_free_model(kind)
     generator = torch.Generator().manual_seed(4)

@@ -63,7 +63,10 @@ class _Run:
         self.workers = 1
 
     def environment(self, step=None):
-        """Of child processes: the package that was built, this folder's modules, no settings."""
+        """Of child processes: the package that was built, no settings of kernels.
+
+        The package comes before the sources, which have no compiled modules.
+        """
         ours = (self.package_folder, ROOT)
         theirs = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         theirs = [p for p in theirs if Path(p).resolve() != ROOT]
@@ -145,7 +148,7 @@ class _Run:
             "--no-index", "--disable-pip-version-check", "--no-compile", "--target", target, source,
             seconds=self.limit("build"), **self.kernels(),
         )  # fmt: skip
-        (self.folder / "build.log").write_text(said)
+        (self.folder / "build.log").write_text(said, encoding="utf-8")
         self.package_folder = target if has_built else source
         modules = sorted(str(p.relative_to(target)) for p in target.rglob("*.so"))
         reasons = [line.strip() for line in said.splitlines() if "is built without" in line]
@@ -326,9 +329,11 @@ def main(arguments=None):
             is_interrupted = True
         results = run.results(shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments]))
         results["is_interrupted"] = is_interrupted
-        (args.output / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
         sections = report.sections(results)
-        (args.output / "gpu_check.md").write_text("\n\n".join(sections) + "\n")
+        texts = {"json": json.dumps(results, indent=1), "md": "\n\n".join(sections)}
+        for ending, text in texts.items():
+            path = args.output / f"gpu_check.{ending}"
+            path.write_text(f"{text}\n", encoding="utf-8")
     # Backwards, so that the end of the screen shows what matters most.
     print("\n" + "\n\n".join(reversed(sections)))
     if is_interrupted:

@@ -1,11 +1,10 @@
-"""A device as the GPU check uses it: clocks, graphs, memory, streams, and what it is.
+"""A device as benchmarks use it: clocks, caches, memory, and what it is.
 
-Whatever benchmarks and tests need of torch.cuda is in `Gpu`, and nowhere else. `Cpu` answers the
-same calls with the same results, so that a dry run walks the same code; what a CPU cannot tell is
-None.
+Tests need graphs and streams of a GPU, too: `epa_kernels.testing` has those. Nothing else calls
+torch.cuda. `Cpu` answers the same calls with the same results, so that a dry run walks the same
+code; what a CPU cannot tell is None.
 """
 
-import contextlib
 import gc
 import platform
 import statistics
@@ -16,7 +15,9 @@ from importlib import metadata
 
 import torch
 
-WARM_UP = 3  # calls in front of a capture, as torch's notes on CUDA graphs have it
+from epa_kernels import testing
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that are timed, the most important first
 SETTLE_SECONDS, SETTLE_SIZE = 0.5, 4096
 
 
@@ -56,10 +57,8 @@ def summary(seconds):
     }
 
 
-class Gpu:
+class Gpu(testing.Gpu):
     """The current CUDA device."""
-
-    kind = "cuda"
 
     def __init__(self):
         if not torch.cuda.is_available():
@@ -108,19 +107,6 @@ class Gpu:
         """Time of each call until it returns, on an idle device: what launching costs."""
         return _host_seconds(function, calls, self.synchronize)
 
-    def capture(self, function):
-        """(replay, result): a CUDA graph of a call, and the tensors that each replay writes."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = function()
-        return graph.replay, result
-
     def flush(self):
         """Write more than the L2 cache holds, so that the next call finds nothing there."""
         if self._cache_filler is None:
@@ -142,9 +128,6 @@ class Gpu:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def allocated_bytes(self):
-        return torch.cuda.memory_allocated()
-
     def peak_bytes(self, function):
         """Most memory that tensors held during a call, those from before it included."""
         torch.cuda.synchronize()
@@ -152,26 +135,6 @@ class Gpu:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-
-    @contextlib.contextmanager
-    def no_synchronization(self):
-        """Inside, a call that waits for the device raises."""
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    def on_busy_stream(self, function):
-        """Result of a call on another stream that is busy with something else for 20 ms first."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(40_000_000)  # clock cycles
-            result = function()
-        side.synchronize()
-        return result
 
     def is_alive(self):
         """Whether the device still answers: an illegal access ends it for the whole process."""
@@ -182,10 +145,8 @@ class Gpu:
         return True
 
 
-class Cpu:
+class Cpu(testing.Cpu):
     """Stands in for a GPU in a dry run."""
-
-    kind = "cpu"
 
     def describe(self):
         return {
@@ -208,17 +169,6 @@ class Cpu:
     def host_seconds(self, function, calls):
         return _host_seconds(function, calls, self.synchronize)
 
-    def capture(self, function):
-        result = function()
-
-        def replay():
-            again = function()
-            with torch.no_grad():
-                for old, new in zip(result or (), again or (), strict=True):
-                    old.copy_(new)
-
-        return replay, result
-
     def flush(self):
         pass
 
@@ -228,19 +178,9 @@ class Cpu:
     def release(self):
         gc.collect()
 
-    def allocated_bytes(self):
-        return None
-
     def peak_bytes(self, function):
         function()
         return None
-
-    @contextlib.contextmanager
-    def no_synchronization(self):
-        yield
-
-    def on_busy_stream(self, function):
-        return function()
 
     def is_alive(self):
         return True

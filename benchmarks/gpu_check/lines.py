@@ -15,11 +15,19 @@ FAILURES = ("failed", "refused", "crashed", "hung")
 STATUSES = ("ok", "skipped", "cut", *FAILURES)
 
 
+class Refused(Exception):
+    """The result is not accurate enough to be timed."""
+
+
+class Skipped(Exception):
+    """The machine lacks what the item needs."""
+
+
 class Writer:
     """Appends the lines of one process to its file."""
 
     def __init__(self, path):
-        self._file = open(path, "a")
+        self._file = open(path, "a", encoding="utf-8")
         self._file.write("\n")  # behind a line that another process died on
 
     def _write(self, line):
@@ -51,9 +59,11 @@ class Progress:
 
     def __init__(self, path):
         self.plan, self.results, self.in_flight, self.error = None, {}, None, None
-        for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        path = Path(path)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for written in text.splitlines():
             try:
-                line = json.loads(text)
+                line = json.loads(written)
             except json.JSONDecodeError:
                 continue  # empty, or one that a process died on
             if "plan" in line:

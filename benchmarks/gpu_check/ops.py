@@ -1,7 +1,8 @@
 """Time of one attention layer: every backend, the reference, compiled or not, and SDPA.
 
 Low precision is what autocast leaves: x in bfloat16 or float16, parameters in float32. A backend
-that is not as accurate as the reference (tests/cases.py) is not timed; of a peer it is said.
+that is not as accurate as the reference (epa_kernels.testing.Errors) is not timed; of a peer it is
+said.
 
     warm, cold    one call, queued behind another; cold: behind a write of more than the L2 holds
     host_us       until the call returns, on an idle device: what launching costs
@@ -17,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-import epa_kernels
 from benchmarks import floor
 from benchmarks.bench_ops import CASES, Case
 from benchmarks.report import COMPILED, REFERENCE
@@ -27,13 +27,12 @@ from epa_kernels.layout import from_heads
 from epa_kernels.testing import assert_as_accurate, kept_for_backward, make_layer, run_layer
 
 from . import device as devices
-from .steps import Refused
+from .lines import Refused
 
 SDPA = "sdpa"
 DIRECTIONS = ("forward", "forward+backward")
 GPU_CASES = (*CASES, Case("tumor/stage1", 32768, 32, 64, "sum"))
 DRY_CASE = Case("synapse/stage1", 40, 8, 3, "shared")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MEASURED_SECONDS, FEWEST_CALLS, MOST_CALLS = 0.04, 5, 40
 
 
@@ -56,7 +55,7 @@ def rows(dry_run):
     """The most important first: B = 2 and in it bfloat16, then other dtypes, then other B."""
     if dry_run:
         return [Row(DRY_CASE, 2, torch.bfloat16, 1)]
-    every = [Row(c, b, d) for d in DTYPES for b in (2, 1, 8) for c in GPU_CASES]
+    every = [Row(c, b, d) for d in devices.DTYPES for b in (2, 1, 8) for c in GPU_CASES]
     return sorted(every, key=lambda row: (row.batch != 2, row.dtype != torch.bfloat16))
 
 
@@ -69,40 +68,39 @@ def backends(device, dtype):
     return sorted(able, key=lambda name: name == REFERENCE)
 
 
-class Sdpa(epa_kernels.EPA):
+def sdpa_forward(layer, x):
     """The layer as one would write it with torch's fused attention for the spatial branch."""
+    B, N, C = x.shape
+    q, k, vc, vs = (
+        F.linear(x, layer.qkvv.weight.to(x.dtype))
+        .view(B, N, 4, layer.num_heads, C // layer.num_heads)
+        .permute(2, 0, 3, 1, 4)
+    )  # (B, H, N, D) each
+    k_weight, k_bias, v_weight, v_bias = (
+        None if t is None else t.to(x.dtype) for t in _projections(layer)
+    )
+    k_proj = k_weight @ k if k_bias is None else k_weight @ k + k_bias.unsqueeze(1)
+    v_proj = v_weight @ vs if v_bias is None else v_weight @ vs + v_bias.unsqueeze(1)
+    q, k = F.normalize(q, dim=2), F.normalize(k, dim=2)
+    out_s = F.scaled_dot_product_attention(
+        q * layer.temperature2.to(x.dtype), k_proj, v_proj, scale=1.0
+    )
+    attention = ((q.mT @ k) * layer.temperature.to(x.dtype)).softmax(-1)  # (B, H, D, D)
+    out_c = (attention @ vc.mT).permute(0, 3, 1, 2).reshape(B, N, C)
+    out_s = from_heads(out_s.transpose(1, 2), layer.layout)
+    if layer.kind == "sum":
+        return out_c + out_s
+    y_s, y_c = (
+        F.linear(out, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+        for out, linear in ((out_s, layer.out_proj), (out_c, layer.out_proj2))
+    )
+    return torch.cat((y_s, y_c), dim=-1)
 
-    def forward(self, x):
-        B, N, C = x.shape
-        q, k, vc, vs = (
-            F.linear(x, self.qkvv.weight.to(x.dtype))
-            .view(B, N, 4, self.num_heads, C // self.num_heads)
-            .permute(2, 0, 3, 1, 4)
-        )  # (B, H, N, D) each
-        k_weight, k_bias, v_weight, v_bias = (
-            None if t is None else t.to(x.dtype) for t in self._projections()
-        )
-        k_proj = k_weight @ k if k_bias is None else k_weight @ k + k_bias.unsqueeze(1)
-        v_proj = v_weight @ vs if v_bias is None else v_weight @ vs + v_bias.unsqueeze(1)
-        q, k = F.normalize(q, dim=2), F.normalize(k, dim=2)
-        out_s = F.scaled_dot_product_attention(
-            q * self.temperature2.to(x.dtype), k_proj, v_proj, scale=1.0
-        )
-        attention = ((q.mT @ k) * self.temperature.to(x.dtype)).softmax(-1)  # (B, H, D, D)
-        out_c = (attention @ vc.mT).permute(0, 3, 1, 2).reshape(B, N, C)
-        out_s = from_heads(out_s.transpose(1, 2), self.layout)
-        if self.kind == "sum":
-            return out_c + out_s
-        y_s, y_c = (
-            F.linear(out, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-            for out, linear in ((out_s, self.out_proj), (out_c, self.out_proj2))
-        )
-        return torch.cat((y_s, y_c), dim=-1)
 
-    def _projections(self):
-        if self.kind == "sum":
-            return self.EF.T, None, self.EF.T, None
-        return self.E.weight, self.E.bias, self.F.weight, self.F.bias
+def _projections(layer):
+    if layer.kind == "sum":
+        return layer.EF.T, None, layer.EF.T, None
+    return layer.E.weight, layer.E.bias, layer.F.weight, layer.F.bias
 
 
 class Setting(NamedTuple):
@@ -112,7 +110,7 @@ class Setting(NamedTuple):
     x: torch.Tensor
     gy: torch.Tensor
     exact: dict[str, torch.Tensor]
-    definition: dict[str, torch.Tensor]
+    same_dtype: dict[str, torch.Tensor]
 
 
 @functools.lru_cache(maxsize=1)
@@ -125,10 +123,10 @@ def make_setting(kind, row):
     x, gy = (torch.randn(row.shape[:3], generator=generator).to(kind, row.dtype) for _ in range(2))
     exact = run_layer(layer, x, gy, backend=REFERENCE, dtype=torch.float64)
     layer.float()
-    definition = run_layer(
+    same_dtype = run_layer(
         layer, x, gy, backend=REFERENCE, dtype=row.dtype, parameter_dtype=torch.float32
     )
-    return Setting(layer, x, gy, exact, definition)
+    return Setting(layer, x, gy, exact, same_dtype)
 
 
 @functools.lru_cache(maxsize=1)
@@ -137,7 +135,7 @@ def make_provider(kind, row, name, dry_run):
     layer = copy.deepcopy(make_setting(kind, row).layer)
     layer.backend = name if name in dispatch.BACKENDS else REFERENCE
     if name == SDPA:
-        layer.__class__ = Sdpa
+        layer.forward = functools.partial(sdpa_forward, layer)
     if name == COMPILED:
         torch.compiler.reset()  # the graphs of earlier rows count against a limit
         options = {"backend": "aot_eager"} if dry_run else {"mode": "max-autotune"}
@@ -147,7 +145,7 @@ def make_provider(kind, row, name, dry_run):
 
 @functools.lru_cache(maxsize=1)
 def inaccuracy(kind, row, name, dry_run):
-    """What breaks the tolerance rule of tests/cases.py, None if nothing does."""
+    """What breaks the tolerance rule of epa_kernels.testing.Errors, None if nothing does."""
     setting, layer = make_setting(kind, row), make_provider(kind, row, name, dry_run)
     found = run_layer(
         layer, setting.x, setting.gy,
@@ -155,7 +153,7 @@ def inaccuracy(kind, row, name, dry_run):
     )  # fmt: skip
     layer.zero_grad()
     try:
-        assert_as_accurate(found, setting.definition, setting.exact)
+        assert_as_accurate(found, setting.same_dtype, setting.exact)
     except AssertionError as error:
         return f"tensor, its error and the reference's, or its cosine: {error}"
     return None

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import DTYPES
+
 CALLS = 12
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def copy_bytes(device, size):

@@ -52,7 +52,7 @@ class _Worker:
         command = self.step.command(self.lines, deadline, self.index, self.step.workers)
         self.done = lines.Progress(self.lines).done
         self.started, self.deadline = time.time(), deadline
-        with self.log.open("a") as log:
+        with self.log.open("ab") as log:
             # A session of its own, so that what it starts is killed with it.
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -103,7 +103,9 @@ class _Worker:
                 pass  # a driver can hold it; it goes when it can
 
     def _log_tail(self, count):
-        return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-count:])
+        return "\n".join(
+            self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-count:]
+        )
 
 
 def run(step, folder, environment, deadline):

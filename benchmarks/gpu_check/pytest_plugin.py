@@ -1,6 +1,6 @@
 """The tests of the attention ops on a device: a line for each, in a telling order, for one worker.
 
-    pytest -p benchmarks.gpu_check.pytest_plugin --device cuda --lines FILE --deadline TIME tests/...
+    pytest -p benchmarks.gpu_check.pytest_plugin --device cuda --lines FILE --deadline TIME TESTS
 
 Taken are tests of a backend that can run there, and those of tests/test_gpu.py. First come the
 first case of every test and backend, then the second of each, so that a run that is cut short has

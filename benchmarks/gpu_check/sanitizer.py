@@ -4,8 +4,9 @@
     racecheck   accesses to shared memory that no barrier orders
     synccheck   barriers that not all threads reach
 
-Each checks one process, `python -m benchmarks.gpu_check.sanitizer DEVICE BACKEND`, that runs every op forward
-and backward on small shapes. Kernels of others are left alone. In a dry run nothing checks it.
+Each checks one process, `python -m benchmarks.gpu_check.sanitizer DEVICE BACKEND`. The process runs
+every op forward and backward on small shapes. Kernels of others are left alone. A dry run runs the
+process without a check.
 """
 
 import functools
@@ -21,7 +22,7 @@ from epa_kernels import dispatch
 from epa_kernels.contract import call_on
 from epa_kernels.testing import make_layer
 
-from .steps import Skipped
+from .lines import Skipped
 
 CHECKS = ("memcheck", "racecheck", "synccheck")
 TOOL, KERNELS = "compute-sanitizer", "kns=_attention_"  # a part of every kernel's name
@@ -58,10 +59,10 @@ def check(name, kind, dry_run):
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not (dry_run or any("SUMMARY: 0" in line for line in lines)):
-        raise RuntimeError("\n".join(lines[-LAST_LINES:]))
-    return {"ran": [line for line in lines if "_attention, " in line]}
+    said = done.stdout.strip().splitlines()
+    if done.returncode or not (dry_run or any("SUMMARY: 0" in line for line in said)):
+        raise RuntimeError("\n".join(said[-LAST_LINES:]))
+    return {"ran": [line for line in said if "_attention, " in line]}
 
 
 def items(device, dry_run):

@@ -19,14 +19,6 @@ from . import device, lines
 STEPS = ("peaks", "compile", "ops", "network", "sanitizer", "network compiled", "ops compiled")
 
 
-class Refused(Exception):
-    """The result is not accurate enough to be timed."""
-
-
-class Skipped(Exception):
-    """The machine has not what it takes."""
-
-
 def items(step, gpu, dry_run, peaks):
     """(key, function -> what it found) of each item of a step, the most important first."""
     if step == "peaks":
@@ -59,9 +51,9 @@ def run(gpu, share, writer, knows, deadline):
         start = time.perf_counter()
         try:
             found, status, reason = function(), "ok", None
-        except Refused as error:
+        except lines.Refused as error:
             found, status, reason = {}, "refused", str(error)
-        except Skipped as error:
+        except lines.Skipped as error:
             found, status, reason = {}, "skipped", str(error)
         except Exception as error:
             found, status, reason = {}, "failed", f"{type(error).__name__}: {error}"[:2000]
@@ -91,11 +83,11 @@ def main():
     if not found.samefile(args.package):
         raise SystemExit(f"epa_kernels was imported from {found} instead of {args.package}")
     if args.dry_run and os.environ.get("TRITON_INTERPRET") == "1":
-        import triton_interpreter
+        from epa_kernels.backends.triton import interpreter
 
-        triton_interpreter.repair()
-        triton_interpreter.speed_up()
-        triton_interpreter.enlarge_blocks()
+        interpreter.repair()
+        interpreter.speed_up()
+        interpreter.enlarge_blocks()
     torch.manual_seed(0)
     gpu = device.get("cpu" if args.dry_run else "cuda")
     peaks = lines.Progress(args.peaks).results if args.peaks else {}

@@ -1,8 +1,10 @@
-"""Triton's interpreter for tests: `repair`, so that results round as on a GPU, `speed_up`, and
-`enlarge_blocks`.
+"""Triton's interpreter, for tests on a CPU.
 
-It holds bfloat16 as bits: a product multiplies the bits, and a conversion from float32 truncates
-(triton 3.6 and 3.7, triton-lang/triton#4972). After `repair()` both give what a GPU gives.
+`repair` makes results round as on a GPU. `speed_up` leaves out checks. `enlarge_blocks` launches
+fewer programs.
+
+The interpreter holds bfloat16 as bits: a product multiplies the bits, and a conversion from float32
+truncates (triton 3.6 and 3.7, triton-lang/triton#4972). After `repair()` both round as a GPU does.
 Arithmetic on bfloat16 is still wrong, so a kernel converts before it computes, as it should on a
 GPU. Sums of a block run in one chain down its rows; a GPU adds in a tree, with an error that is
 several times smaller.
@@ -94,7 +96,7 @@ def speed_up() -> None:
 
 def enlarge_blocks() -> None:
     """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
-    from epa_kernels.backends.triton import configs
+    from . import configs
 
     pick, rows = configs.pick, {"merge": 4096, "gather": 64, "sum_chunks": 8192}
 
