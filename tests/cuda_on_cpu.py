@@ -31,7 +31,7 @@ def build_module(folder: Path):
     binding += ["-DEPA_ARCHITECTURES=", "-DEPA_PTX=0", "-DEPA_CUDA_VERSION=0"]
     objects = [
         compile_object(EMULATOR / "emulator.cpp", folder / "emulator.o"),
-        compile_object(SOURCES / "cuda/bind_cuda.cpp", folder / "bind_cuda.o", *binding),
+        compile_object(SOURCES / "bind_cuda.cpp", folder / "bind_cuda.o", *binding),
     ]
     for source in sorted((SOURCES / "cuda").glob("*.cu")):
         objects.append(compile_object(source, folder / f"{source.stem}.o"))

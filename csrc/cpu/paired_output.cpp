@@ -88,7 +88,7 @@ template <class T> T *bias_row(Scratch &memory, const T *bias, int64_t O) {
 
 } // namespace
 
-template <class T> void output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y) {
+template <class T> void paired_attention_output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t O = layer.O, O_padded = layer.O_padded, stride = layer.C_padded;
   const Plan<T> plan(layer);
@@ -173,7 +173,7 @@ template <class T> void output_fwd(Layer<T> &layer, const Mix<T> &mix, const Vie
 }
 
 template <class T>
-T *output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial) {
+T *paired_attention_output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t O = layer.O, O_padded = layer.O_padded, stride = layer.C_padded;
   const int threads = layer.a.threads;
@@ -311,8 +311,8 @@ T *output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial)
 }
 
 #define EPA_INSTANTIATE(T)                                                                         \
-  template void output_fwd(Layer<T> &, const Mix<T> &, const View &);                              \
-  template T *output_bwd(Layer<T> &, const Mix<T> &, const View &, T *)
+  template void paired_attention_output_fwd(Layer<T> &, const Mix<T> &, const View &);                              \
+  template T *paired_attention_output_bwd(Layer<T> &, const Mix<T> &, const View &, T *)
 EPA_INSTANTIATE(float);
 EPA_INSTANTIATE(double);
 #undef EPA_INSTANTIATE

@@ -1,5 +1,5 @@
-// Channel attention on a GPU: which kernels run, on which grid. reference.channel_attention is the
-// definition, channel.cuh the plan.
+// Channel attention on a GPU: which kernels run, on which grid. The reference is
+// reference.channel_attention.
 #include "channel_mma.cuh"
 #include "host.h"
 
@@ -40,11 +40,11 @@ template <class T> struct Launcher {
     const dim3 grid(sums.count, a.H, a.B);
     if (is_specialised()) {
       with_head_dim<T>(a.D, [&](auto d) {
-        EPA_LAUNCH((channel_attention_mma_gram_kernel<T, decltype(d)::value>), grid, MMA_THREADS, 0,
+        EPA_LAUNCH((channel_attention_gram_mma_kernel<T, decltype(d)::value>), grid, MMA_THREADS, 0,
                    a.stream, a.N, a.H, sums.size, heads<const T>(left), heads<const T>(right),
                    has_norms, to);
       });
-      return check("mma_gram");
+      return check("gram_mma");
     }
     const int64_t row = 2 * a.D * sizeof(A);
     const int rows = std::min(MOST_ROWS, (SHARED_LIMIT - STATIC_SHARED) / row);
@@ -58,10 +58,10 @@ template <class T> struct Launcher {
     const dim3 grid(outputs.count * products.count, a.H, a.B);
     if (is_specialised()) {
       with_head_dim<T>(a.D, [&](auto d) {
-        EPA_LAUNCH((channel_attention_mma_product_kernel<T, decltype(d)::value>), grid, MMA_THREADS,
+        EPA_LAUNCH((channel_attention_product_mma_kernel<T, decltype(d)::value>), grid, MMA_THREADS,
                    0, a.stream, a.N, a.H, outputs.size, products);
       });
-      return check("mma_product");
+      return check("product_mma");
     }
     EPA_LAUNCH((channel_attention_product_kernel<T>), grid, CHANNEL_THREADS, 0, a.stream, a.N, a.H,
                static_cast<int>(a.D), outputs.size, products);

@@ -48,7 +48,7 @@ __device__ __forceinline__ void store_squares(float *to, const float (&sum)[GROU
 
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 ? 6 : 4)
-    channel_attention_mma_gram_kernel(int64_t N, int64_t H, int64_t chunk, Heads<const T> left,
+    channel_attention_gram_mma_kernel(int64_t N, int64_t H, int64_t chunk, Heads<const T> left,
                                       Heads<const T> right, bool has_norms, float *sums) {
   constexpr int ROW_GROUPS = D == 8 ? 1 : D / 16, PARTS = MMA_WARPS / ROW_GROUPS;
   constexpr int GROUPS = D == 8 ? 1 : 2; // of 8 rows
@@ -132,7 +132,7 @@ __device__ void load_matrix(const ChannelProduct<T> &product, int64_t head, T *t
 
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, 6)
-    channel_attention_mma_product_kernel(int64_t N, int64_t H, int64_t chunk,
+    channel_attention_product_mma_kernel(int64_t N, int64_t H, int64_t chunk,
                                          ChannelProducts<T> products) {
   constexpr int WARP_TILE = WARP_ROWS * ROW_STRIDE<D>;
   EPA_SHARED(T, matrix, [D * ROW_STRIDE<D>]);

@@ -24,8 +24,8 @@ template <class T> using Word = std::conditional_t<std::is_same_v<T, float>, flo
 template <class T> constexpr int DEPTH = sizeof(T) == 2 ? 16 : 8; // of a product
 
 // c += a b nearly as in float32: of each factor the TF32 number and what is left of it; the product
-// of what is left is below float32. Tensor cores cut sums off where float32 rounds them, so theirs
-// start from zero, and c takes them in float32.
+// of what is left is below float32. Tensor cores truncate sums where float32 rounds them, so
+// theirs start from zero, and c takes them in float32.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   float high_a[4], low_a[4], high_b[2], low_b[2];

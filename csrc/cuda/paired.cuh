@@ -1,5 +1,5 @@
-// Paired attention: what its kernels share. reference.paired_attention is the definition,
-// two_pass.py the form; the names below are those of two_pass.py.
+// Paired attention: what its kernels share. The reference is reference.paired_attention, the form and
+// the names below are those of two_pass.py.
 //
 //   paired_summary.cuh   over tokens: mean, gram, projected; and last in backward: dx, dprojections
 //   paired_mix.cuh       between the passes, nothing of size N; backward in two steps

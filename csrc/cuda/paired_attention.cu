@@ -1,5 +1,5 @@
 // Paired attention on a GPU: which kernels run, on which grid, and what lies in the workspace.
-// reference.paired_attention is the definition, paired.cuh the plan.
+// The reference is reference.paired_attention.
 #include "host.h"
 #include "paired_gradients.cuh"
 #include "paired_mix.cuh"
@@ -128,19 +128,19 @@ public:
   void product(T *y) const {
     if (has_mma_projection(a_.C)) {
       if constexpr (sizeof(T) <= 4)
-        EPA_LAUNCH((paired_attention_mma_product_kernel<T>), dim3(projection_jobs(p_.O), a_.B),
+        EPA_LAUNCH((paired_attention_product_fwd_mma_kernel<T>), dim3(projection_jobs(p_.O), a_.B),
                    PAIRED_THREADS, projection_shared(a_.C), a_.stream, p_, token_chunk(),
                    out_s_, y);
-      return check("mma_product");
+      return check("product_fwd_mma");
     }
-    EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
+    EPA_LAUNCH((paired_attention_product_fwd_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
                PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
-    check("product");
+    check("product_fwd");
   }
 
   void summary_mma(dim3 grid) const {
     if constexpr (sizeof(T) <= 4)
-      EPA_LAUNCH((paired_attention_mma_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
+      EPA_LAUNCH((paired_attention_summary_fwd_mma_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
                  p_);
   }
   void summary(dim3 grid) const {
@@ -162,11 +162,11 @@ public:
 
   template <int D> void output_mma(T *y) const {
     const int64_t jobs = a_.H + (p_.is_sum ? 0 : blocks_of(p_.O, CHANNEL_OUTPUTS));
-    EPA_LAUNCH((paired_attention_mma_output_fwd_kernel<T, D>),
+    EPA_LAUNCH((paired_attention_output_fwd_mma_kernel<T, D>),
                dim3(blocks_of(a_.N, mma_.chunk), jobs, a_.B), MMA_THREADS,
                std::max(mma_shared(mma_.is_resident), p_.is_sum ? 0 : channel_shared()),
                a_.stream, p_, mma_, y, out_s_);
-    check("mma_output_fwd");
+    check("output_fwd_mma");
   }
 
   void backward(const void *gradient, const PairedAttentionGradients &gradients) {
@@ -213,9 +213,9 @@ public:
     ends.qkvv_weight = ends.matrix + 4 * H * blocks_of(D, MATRIX_ROWS);
     ends.out_proj2_weight = ends.qkvv_weight + (p_.is_sum ? 0 : outputs);
     ends.out_proj_weight = ends.out_proj2_weight + (p_.is_sum ? 0 : outputs);
-    EPA_LAUNCH((paired_attention_gather_kernel<T>), ends.out_proj_weight + 1, PAIRED_THREADS, 0,
+    EPA_LAUNCH((paired_attention_gather_bwd_kernel<T>), ends.out_proj_weight + 1, PAIRED_THREADS, 0,
                a_.stream, p_, g_, static_cast<int>(B), ends);
-    check("gather");
+    check("gather_bwd");
 
     if (g_.is_specialised) return summary_bwd_mma();
     EPA_LAUNCH((paired_attention_summary_bwd_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), B + J),
@@ -240,10 +240,10 @@ private:
     const int64_t streamed =
         (rows + std::max(TILE_ROWS * MAP_STRIDE, (TILE_ROWS + D) * CHANNEL_STRIDE)) * sizeof(T);
     const bool is_resident = resident <= SHARED_LIMIT - MMA_STATIC;
-    EPA_LAUNCH((paired_attention_mma_output_bwd_kernel<T, D>), dim3(g_.chunks, a_.H + jobs, a_.B),
+    EPA_LAUNCH((paired_attention_output_bwd_mma_kernel<T, D>), dim3(g_.chunks, a_.H + jobs, a_.B),
                MMA_THREADS, std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED<T>),
                a_.stream, p_, g_, is_resident);
-    check("mma_output_bwd");
+    check("output_bwd_mma");
   }
 
   void summary_bwd_mma() const {
@@ -261,12 +261,12 @@ private:
       tiles.has_all_samples = samples <= SHARED_LIMIT - MMA_STATIC;
       tiles.chunk = token_chunk();
       const int64_t streamed = bytes(2 * SLICE);
-      EPA_LAUNCH((paired_attention_mma_summary_bwd_kernel<T>),
+      EPA_LAUNCH((paired_attention_summary_bwd_mma_kernel<T>),
                  blocks_of(a_.N, tiles.chunk) * (a_.B * blocks + p_.J), MMA_THREADS,
                  std::max(tiles.has_all_matrices ? matrices : dx + streamed,
                           tiles.has_all_samples ? samples : dprojection + streamed),
                  a_.stream, p_, g_, tiles);
-      check("mma_summary_bwd");
+      check("summary_bwd_mma");
     }
   }
 
@@ -381,9 +381,9 @@ private:
 
   void mix(const T *dy, T *dout) const {
     if (p_.row_sums) {
-      EPA_LAUNCH((paired_attention_row_sums_kernel<T>), dim3(a_.P, p_.J), PAIRED_THREADS, 0,
+      EPA_LAUNCH((paired_attention_row_sums_fwd_kernel<T>), dim3(a_.P, p_.J), PAIRED_THREADS, 0,
                  a_.stream, p_);
-      check("row_sums");
+      check("row_sums_fwd");
     }
     const int64_t mean = a_.C * sizeof(double), column = a_.C * sizeof(A);
     const int width = std::min(a_.C, (SHARED_LIMIT - mean) / column);

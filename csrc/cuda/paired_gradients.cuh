@@ -364,7 +364,7 @@ struct GatherBlocks {
 
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_gather_kernel(Paired<T> a, PairedBackward<T> g, int B, GatherBlocks ends) {
+    paired_attention_gather_bwd_kernel(Paired<T> a, PairedBackward<T> g, int B, GatherBlocks ends) {
   using A = Accumulate<T>;
   const int C = a.C, P = a.P, O = a.O, block = blockIdx.x;
   const auto blocks_of = [](int size, int rows) { return (size + rows - 1) / rows; };

@@ -191,7 +191,7 @@ __device__ void channel_outputs_mma(const Paired<T> &a, int64_t b, int64_t start
 // out_s is null where rows are projected here.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, 4)
-    paired_attention_mma_output_fwd_kernel(Paired<T> a, MmaTiles tiles, T *y, T *out_s) {
+    paired_attention_output_fwd_mma_kernel(Paired<T> a, MmaTiles tiles, T *y, T *out_s) {
   EPA_DYNAMIC_SHARED(T, shared); // x, keys, values, out_s, weights; or x and the matrix
   EPA_SHARED(float, scale, [2 * D]);
   const int64_t b = blockIdx.z, start = blockIdx.x * tiles.chunk;
@@ -351,7 +351,7 @@ __device__ void token_products(const TokenBlock<T> &left, const TokenBlock<T> &r
 // paired_summary.cuh. Centred tokens are rounded to T; sums and means are not.
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_mma_summary_fwd_kernel(Paired<T> a) {
+    paired_attention_summary_fwd_mma_kernel(Paired<T> a) {
   constexpr int HALF = TILE_ROWS * CHANNEL_STRIDE;
   EPA_SHARED(T, left, [TILE_ROWS * MAP_STRIDE]); // tokens of the rows' channels; or E, (P, tokens)
   EPA_SHARED(T, right, [2 * HALF]);
@@ -513,7 +513,7 @@ __device__ __forceinline__ float power_of_two(float largest) {
 // dq, out_s and sums of a chunk of a head; or a block of the channel branch's.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, D == 64 || sizeof(T) == 4 ? 2 : 3)
-    paired_attention_mma_output_bwd_kernel(Paired<T> a, PairedBackward<T> g, bool is_resident) {
+    paired_attention_output_bwd_mma_kernel(Paired<T> a, PairedBackward<T> g, bool is_resident) {
   constexpr int ROWS = TILE_ROWS * ROW_STRIDE<D>;
   constexpr int X_TILE = TILE_ROWS * CHANNEL_STRIDE, MAP_TILE = TILE_ROWS * MAP_STRIDE;
   constexpr int WEIGHTS = D * CHANNEL_STRIDE; // of a block of channels

@@ -274,7 +274,7 @@ __device__ void projection_gradients_mma(const Paired<T> &a, const PairedBackwar
 // Of each chunk: blocks of 32 columns of dx by sample, then a block of each projection.
 template <class T>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 ? 6 : 2)
-    paired_attention_mma_summary_bwd_kernel(Paired<T> a, PairedBackward<T> g, GradientTiles tiles) {
+    paired_attention_summary_bwd_mma_kernel(Paired<T> a, PairedBackward<T> g, GradientTiles tiles) {
   // The means, a projection's tile, rows of tokens, matrices; or rows of tokens and gradients.
   EPA_DYNAMIC_SHARED(T, shared);
   EPA_SHARED(float, inverses, [MOST_SLICES]);

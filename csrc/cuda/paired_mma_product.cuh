@@ -88,7 +88,7 @@ __device__ void project_mma(const Paired<T> &a, int job, int64_t chunk, const T 
 
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_mma_product_kernel(Paired<T> a, int64_t chunk, const T *out_s, T *y) {
+    paired_attention_product_fwd_mma_kernel(Paired<T> a, int64_t chunk, const T *out_s, T *y) {
   EPA_DYNAMIC_SHARED(T, shared);
   const int64_t sample = blockIdx.y * a.N * a.C;
   project_mma<T, false>(a, blockIdx.x, chunk, out_s + sample, y + sample, shared);

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
 // y_s = out_s' Wo1^T + bias, where out_s' went through memory.
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_product_kernel(Paired<T> a, const T *out_s, T *y) {
+    paired_attention_product_fwd_kernel(Paired<T> a, const T *out_s, T *y) {
   using A = Accumulate<T>;
   const int64_t start = int64_t(blockIdx.x) * TOKEN_ROWS, first = blockIdx.y * a.N + start;
   const int rows = a.N - start < TOKEN_ROWS ? int(a.N - start) : TOKEN_ROWS, C = a.C;

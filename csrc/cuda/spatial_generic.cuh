@@ -13,7 +13,7 @@ constexpr int GENERIC_WARPS = 4, GENERIC_THREADS = 32 * GENERIC_WARPS, MERGE_THR
 // squares (B, H, chunks, D) = sum_n q^2
 template <class T>
 __global__ void __launch_bounds__(MERGE_THREADS)
-    spatial_attention_square_sums_kernel(Spatial<T> a, Accumulate<T> *squares) {
+    spatial_attention_square_sums_fwd_kernel(Spatial<T> a, Accumulate<T> *squares) {
   using A = Accumulate<T>;
   EPA_SHARED(A, parts, [MERGE_THREADS]);
   const int64_t index = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
@@ -58,7 +58,7 @@ __device__ void softmax_row(const Spatial<T> &a, const T *q, const T *k, const A
 
 template <class T>
 __global__ void __launch_bounds__(GENERIC_THREADS)
-    spatial_attention_fwd_kernel(Spatial<T> a, const Accumulate<T> *squares, int count,
+    spatial_attention_output_fwd_kernel(Spatial<T> a, const Accumulate<T> *squares, int count,
                                  Heads<T> out) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, scale); // (D), then (warps, P)
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(GENERIC_THREADS)
 // at more blocks by itself, and then spills.
 template <class T>
 __global__ void __launch_bounds__(GENERIC_THREADS, 4)
-    spatial_attention_bwd_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq,
+    spatial_attention_output_bwd_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq,
                                  Accumulate<T> *sums, int rows) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, scale); // (D), then (rows, P) twice
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(GENERIC_THREADS, 4)
 // Of a head: gradients of k_proj, v_proj and temperature (B, H), and dnorm (B, H, D) = d|q| / |q|.
 template <class T>
 __global__ void __launch_bounds__(MERGE_THREADS)
-    spatial_attention_merge_kernel(Spatial<T> a, Accumulate<T> *sums, int count, Heads<T> dk_proj,
+    spatial_attention_merge_bwd_kernel(Spatial<T> a, Accumulate<T> *sums, int count, Heads<T> dk_proj,
                                    Heads<T> dv_proj, Accumulate<T> *dtemperature,
                                    Accumulate<T> *dnorm) {
   using A = Accumulate<T>;

@@ -1,5 +1,5 @@
 // Runs the ops that are named, or all, on the emulator, in memory that ends where the tensors end;
-// compares them with their definitions in double, and their bits between two orders of blocks and
+// compares them with their references in double, and their bits between two orders of blocks and
 // warps. Exit status 0: right, 1: wrong, 2: refused by the emulator. Small grids: ThreadSanitizer
 // counts at most some thousand threads a launch.
 #include "check_paired.h"
@@ -22,7 +22,7 @@ struct Results {
   std::vector<double> out, q, k, v, temperature;
 };
 
-Results spatial_definition(Shape s, const std::vector<double> &q, const std::vector<double> &k,
+Results spatial_reference(Shape s, const std::vector<double> &q, const std::vector<double> &k,
                            const std::vector<double> &v, const std::vector<double> &dout,
                            const std::vector<double> &temperature) {
   const size_t tokens = s.N * s.H * s.D, keys = s.P * s.H * s.D;
@@ -73,7 +73,7 @@ Results spatial_definition(Shape s, const std::vector<double> &q, const std::vec
   return r;
 }
 
-Results channel_definition(Shape s, const std::vector<double> &q, const std::vector<double> &k,
+Results channel_reference(Shape s, const std::vector<double> &q, const std::vector<double> &k,
                            const std::vector<double> &v, const std::vector<double> &dout,
                            const std::vector<double> &temperature) {
   const size_t size = s.N * s.H * s.D;
@@ -167,7 +167,7 @@ template <class T> struct Call {
 
   // `run` once for each of two orders of blocks and warps, then its results against exact ones.
   template <class Run>
-  bool is_right(Run run, decltype(channel_definition) *definition, double tolerance) {
+  bool is_right(Run run, decltype(channel_reference) *reference, double tolerance) {
     std::vector<char> bits[2];
     for (int order = 0; order < ORDERS; ++order) {
       emulator::set_seed(order);
@@ -176,7 +176,7 @@ template <class T> struct Call {
       for (const Tensor<T> *result : {&dq, &dk, &dv}) append(bits[order], result->values);
       append(bits[order], dtemperature);
     }
-    const Results exact = definition(s, q_values, k_values, v_values, gradient,
+    const Results exact = reference(s, q_values, k_values, v_values, gradient,
                                      {temperature.begin(), temperature.end()});
     const bool right[] = {
         is_close("out", out.values, exact.out, tolerance),
@@ -206,7 +206,7 @@ template <class T> bool spatial_is_right(Shape s, epa::Dtype dtype, double toler
         a, call.dout.view(dtype),
         {call.dq.view(dtype), call.dk.view(dtype), call.dv.view(dtype), call.dtemperature.data()});
   };
-  return call.is_right(run, spatial_definition, tolerance);
+  return call.is_right(run, spatial_reference, tolerance);
 }
 
 template <class T> bool channel_is_right(Shape s, epa::Dtype dtype, double tolerance) {
@@ -225,7 +225,7 @@ template <class T> bool channel_is_right(Shape s, epa::Dtype dtype, double toler
         a, call.dout.view(dtype),
         {call.dq.view(dtype), call.dk.view(dtype), call.dv.view(dtype), call.dtemperature.data()});
   };
-  return call.is_right(run, channel_definition, tolerance);
+  return call.is_right(run, channel_reference, tolerance);
 }
 
 } // namespace
