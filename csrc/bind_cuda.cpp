@@ -17,7 +17,7 @@ using Dropout = std::pair<uint32_t, Address>;
 using Temperature = std::pair<Address, int64_t>;
 using Release = py::call_guard<py::gil_scoped_release>;
 
-template <class Op> void set_call(Op &a, bool tf32x3, Address seed, Address stream) {
+template <class Op> void set_launch(Op &a, bool tf32x3, Address seed, Address stream) {
   a.tf32x3 = tf32x3, a.seed = pointer<const int64_t>(seed), a.stream = pointer(stream);
 }
 
@@ -28,7 +28,7 @@ PairedAttention paired(const Sizes<5> &size, int kind, int layout, bool direct,
                        Address stream) {
   PairedAttention a = {};
   set_inputs(a, size, kind, layout, direct, threshold, view, weight, kept);
-  set_call(a, tf32x3, seed, stream);
+  set_launch(a, tf32x3, seed, stream);
   a.weight_dtype = static_cast<epa::Dtype>(weight_dtype);
   return a;
 }
@@ -38,7 +38,7 @@ SpatialAttention spatial(const Sizes<5> &size, bool normalize, bool tf32x3, Drop
                          Address q_norm, Address stream) {
   SpatialAttention a = {};
   set_inputs(a, size, normalize, dropout.first, view, temperature.first, q_norm);
-  set_call(a, tf32x3, dropout.second, stream);
+  set_launch(a, tf32x3, dropout.second, stream);
   a.temperature_stride = temperature.second;
   return a;
 }
@@ -48,7 +48,7 @@ ChannelAttention channel(const Sizes<4> &size, bool tf32x3, Dropout dropout,
                          const Addresses<3> &kept, Address stream) {
   ChannelAttention a = {};
   set_inputs(a, size, dropout.first, view, temperature.first, kept);
-  set_call(a, tf32x3, dropout.second, stream);
+  set_launch(a, tf32x3, dropout.second, stream);
   a.temperature_stride = temperature.second;
   return a;
 }

@@ -1,6 +1,6 @@
 """The compiled module alone, with neither torch nor this package: against numpy, in float64.
 
-Forward against the definition, written again in a few lines; backward against its differences
+Forward against the reference, written again in a few lines; backward against its differences
 along a random direction of each input. The module is the installed one, or the one in the folder
 EPA_KERNELS_MODULE: `make sanitize` has one there that reports every access out of bounds.
 """
@@ -333,13 +333,13 @@ def paired_masks(shape, thresholds):
     return [multiplier(maps[i], i, thresholds[i]) for i in range(2)]
 
 
-def check_gradients(definition, a, dy, gradients):
+def check_gradients(reference, a, dy, gradients):
     """Each gradient against a central difference along a random direction."""
     random = np.random.default_rng(1)
     step = 1e-5
     for name, gradient in gradients.items():
         direction = random.standard_normal(gradient.shape)
-        ends = [definition({**a, name: a[name] + sign * step * direction}) for sign in (1, -1)]
+        ends = [reference({**a, name: a[name] + sign * step * direction}) for sign in (1, -1)]
         expected = ((ends[0] - ends[1]) * dy).sum() / (2 * step)
         found = (gradient * direction).sum()
         # Of about the size of one random sum, where a gradient vanishes of the result's rounding.
@@ -367,17 +367,17 @@ def test_paired_attention(isa, shape, kind, layout, direct):
     a, dy = paired_inputs(shape, kind, bias=layout == "official")
     masks = paired_masks(shape, THRESHOLDS)
 
-    def definition(a):
+    def reference(a):
         return paired_attention(a, H=shape[3], kind=kind, layout=layout, masks=masks)
 
     y, gradients = run_paired(
         a, dy, H=shape[3], kind=kind, layout=layout, direct=direct, thresholds=THRESHOLDS
     )
-    assert_close(y, definition(a), 1e-12)
-    # The difference is the definition's: that one instruction set has its gradients is enough,
+    assert_close(y, reference(a), 1e-12)
+    # The difference is the reference's: that one instruction set has its gradients is enough,
     # the others must have the same.
     if isa == ISAS[0]:
-        check_gradients(definition, a, dy, gradients)
+        check_gradients(reference, a, dy, gradients)
         return
     kernels.use_isa(ISAS[0])
     _, first = run_paired(

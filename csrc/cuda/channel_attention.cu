@@ -1,5 +1,6 @@
 // Channel attention on a GPU: which kernels run, on which grid. The reference is
 // reference.channel_attention.
+#include "channel_generic.cuh"
 #include "channel_mma.cuh"
 #include "host.h"
 

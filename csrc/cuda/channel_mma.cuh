@@ -1,5 +1,5 @@
 // Channel attention's passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32, 64},
-// or float and D in {8, 16}; what lies between them is in channel.cuh, as are grids and sums.
+// or float and D in {8, 16}. channel.cuh has what lies between them, the grids and the sums.
 //
 //   gram     a warp owns 16 rows of left^T right; where there are fewer rows than warps, some steps
 //            over the tokens of every tile too, and the parts are added up in the order of warps.

@@ -15,7 +15,7 @@
 namespace epa::cuda {
 
 // What every call has beside its inputs.
-struct Call {
+struct Launch {
   bool tf32x3;         // float32 multiplies on tensor cores, in three TF32 products
   const int64_t *seed; // null without dropout
   void *workspace;     // aligned to 16 bytes
@@ -23,17 +23,17 @@ struct Call {
 };
 
 // B up to 65533, C up to 1024, C / H and P up to 512
-struct PairedAttention : PairedAttentionInputs, Call {
+struct PairedAttention : PairedAttentionInputs, Launch {
   Dtype weight_dtype; // W, of all parameters: that of x, or T
 };
 
 // B, H up to 65535, D up to 1024, P up to 512
-struct SpatialAttention : SpatialAttentionInputs, Call {
+struct SpatialAttention : SpatialAttentionInputs, Launch {
   int64_t temperature_stride; // 0 for one temperature
 };
 
 // B, H up to 65535, D up to 256
-struct ChannelAttention : ChannelAttentionInputs, Call {
+struct ChannelAttention : ChannelAttentionInputs, Launch {
   int64_t temperature_stride; // 0 for one temperature
 };
 

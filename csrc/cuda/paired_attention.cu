@@ -1,13 +1,14 @@
 // Paired attention on a GPU: which kernels run, on which grid, and what lies in the workspace.
 // The reference is reference.paired_attention.
 #include "host.h"
-#include "paired_gradients.cuh"
-#include "paired_mix.cuh"
-#include "paired_mma.cuh"
-#include "paired_mma_gradients.cuh"
-#include "paired_mma_product.cuh"
+#include "paired_gather.cuh"
+#include "paired_mix_mma.cuh"
 #include "paired_output.cuh"
+#include "paired_output_mma.cuh"
+#include "paired_product.cuh"
+#include "paired_product_mma.cuh"
 #include "paired_summary.cuh"
+#include "paired_summary_mma.cuh"
 
 #include <algorithm>
 
@@ -100,7 +101,7 @@ public:
     if (is_backward)
       take_backward();
     else
-      plan_output();
+      choose_tiles();
   }
 
   int64_t workspace() const { return memory_.size(); }
@@ -318,7 +319,7 @@ private:
   }
 
   // Whether the output pass is one of the specialised kernels.
-  bool plan_mma() {
+  bool choose_mma_tiles() {
     const int64_t C = a_.C, tile = TILE_ROWS;
     mma_.has_rows = a_.N % C == 0 && (C % tile == 0 || tile % C == 0);
     mma_.span = std::max(C, tile);
@@ -333,8 +334,8 @@ private:
     return true;
   }
 
-  void plan_output() {
-    if (is_specialised() && p_.is_official && plan_mma()) return;
+  void choose_tiles() {
+    if (is_specialised() && p_.is_official && choose_mma_tiles()) return;
     const int64_t N = a_.N, C = a_.C, D = p_.D, size = sizeof(A);
     const bool has_rows = p_.is_official && N % C == 0 && C * D * size <= TILE_LIMIT;
     tiles_.finish = has_rows ? Finish::rows : p_.is_official ? Finish::flat : Finish::tokens;

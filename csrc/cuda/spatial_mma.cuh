@@ -1,5 +1,5 @@
-// Spatial attention on tensor cores, P up to 64: T __nv_bfloat16 or __half and D in {8, 16, 32, 64},
-// or float and D in {8, 16}.
+// Spatial attention's output pass on tensor cores, P up to 64: T __nv_bfloat16 or __half and D in
+// {8, 16, 32, 64}, or float and D in {8, 16}.
 //
 //   A warp owns 16 tokens of a head, rows g and g + 8 of a lane with g = lane / 4; the map's rows
 //   never leave its registers forward: an accumulator, packed, is the next product's factor.

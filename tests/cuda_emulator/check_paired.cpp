@@ -1,10 +1,11 @@
 // Paired attention, kind shared in the official layout, with biases and dropout: in double its
 // output against the reference, and its gradients along random directions against differences of
 // it; in other dtypes both against double.
-#pragma once
 #include "check.h"
 
-namespace check {
+namespace {
+
+using namespace check;
 
 struct PairedShape {
   int64_t N, C, H, P;
@@ -15,7 +16,7 @@ struct PairedShape {
 constexpr int PAIRED_INPUTS = 11;
 using PairedTensors = std::vector<std::vector<double>>;
 
-inline std::vector<double> paired_reference(PairedShape s, const PairedTensors &in) {
+std::vector<double> paired_reference(PairedShape s, const PairedTensors &in) {
   const int64_t N = s.N, C = s.C, D = s.C / s.H, P = s.P, O = s.C / 2;
   std::vector<double> flat(N * C), channel(N * C), y(N * C);
   for (int64_t h = 0; h < s.H; ++h) {
@@ -189,4 +190,23 @@ template <class T> bool paired_is_right(PairedShape s, epa::Dtype dtype, double 
   return right;
 }
 
-} // namespace check
+} // namespace
+
+int main(int count, char **arguments) {
+  return run_checks(count, arguments,
+                    {
+      {"paired",
+       [] {
+         return paired_is_right<double>({67, 6, 2, 9}, epa::Dtype::float64, 1e-11) &
+                paired_is_right<float>({9, 6, 1, 5}, epa::Dtype::float32, 1e-4);
+       }},
+      {"paired_mma",
+       [] { return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03); }},
+      {"paired_mma_tf32",
+       [] { return paired_is_right<float>({70, 32, 4, 17}, epa::Dtype::float32, 1e-5); }},
+      {"paired_mma_wide",
+       [] {
+         return paired_is_right<__half>({35, WIDE, WIDE / 32, 9}, epa::Dtype::float16, 0.01);
+       }}
+                    });
+}
