@@ -61,34 +61,31 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_float16") = false;
 #endif
 
-  m.def("paired_attention_fwd",
-        [](const Sizes<5> &size, int kind, int layout, bool direct,
-           std::array<uint32_t, 2> threshold, int64_t seed, int threads, const Views<Paired> &view,
-           const Weights<Paired> &weight, const Addresses<3> &kept, View y) {
-          py::gil_scoped_release release;
-          running->paired_attention_fwd(call<Paired>(seed, threads, size, kind, layout, direct,
-                                                     threshold, view, weight, kept),
-                                        y);
-        });
-  m.def("paired_attention_bwd",
-        [](const Sizes<5> &size, int kind, int layout, bool direct,
-           std::array<uint32_t, 2> threshold, int64_t seed, int threads, const Views<Paired> &view,
-           const Weights<Paired> &weight, const Addresses<3> &kept, View dy,
-           const Views<Paired> &dview, const Weights<Paired> &dweight) {
-          py::gil_scoped_release release;
-          running->paired_attention_bwd(call<Paired>(seed, threads, size, kind, layout, direct,
-                                                     threshold, view, weight, kept),
-                                        dy,
-                                        gradients<epa::PairedAttentionGradients>(dview, dweight));
-        });
-  m.def("spatial_attention_fwd",
-        [](const Sizes<5> &size, bool normalize, uint32_t threshold, int64_t seed, int threads,
-           const Views<Spatial> &view, Address temperature, Address q_norm, View out) {
-          py::gil_scoped_release release;
-          running->spatial_attention_fwd(
-              call<Spatial>(seed, threads, size, normalize, threshold, view, temperature, q_norm),
-              out);
-        });
+  m.def("paired_attention_fwd", [](const Sizes<5> &size, int kind, int layout, bool direct,
+                                   std::array<uint32_t, 2> threshold, int64_t seed, int threads,
+                                   const Views<Paired> &view, const Weights<Paired> &weight,
+                                   const Addresses<3> &kept, View y) {
+    py::gil_scoped_release release;
+    running->paired_attention_fwd(
+        call<Paired>(seed, threads, size, kind, layout, direct, threshold, view, weight, kept), y);
+  });
+  m.def("paired_attention_bwd", [](const Sizes<5> &size, int kind, int layout, bool direct,
+                                   std::array<uint32_t, 2> threshold, int64_t seed, int threads,
+                                   const Views<Paired> &view, const Weights<Paired> &weight,
+                                   const Addresses<3> &kept, View dy, const Views<Paired> &dview,
+                                   const Weights<Paired> &dweight) {
+    py::gil_scoped_release release;
+    running->paired_attention_bwd(
+        call<Paired>(seed, threads, size, kind, layout, direct, threshold, view, weight, kept), dy,
+        gradients<epa::PairedAttentionGradients>(dview, dweight));
+  });
+  m.def("spatial_attention_fwd", [](const Sizes<5> &size, bool normalize, uint32_t threshold,
+                                    int64_t seed, int threads, const Views<Spatial> &view,
+                                    Address temperature, Address q_norm, View out) {
+    py::gil_scoped_release release;
+    running->spatial_attention_fwd(
+        call<Spatial>(seed, threads, size, normalize, threshold, view, temperature, q_norm), out);
+  });
   m.def("spatial_attention_bwd",
         [](const Sizes<5> &size, bool normalize, uint32_t threshold, int64_t seed, int threads,
            const Views<Spatial> &view, Address temperature, Address q_norm, View dout,

@@ -94,8 +94,8 @@ PYBIND11_MODULE(_C_cuda, m) {
           "bwd",
           [](const SpatialAttention &a, View dout, const Views<SpatialAttention> &view,
              Address dtemperature) {
-            spatial_attention_bwd(
-                a, dout, gradients<epa::SpatialAttentionGradients>(view, {dtemperature}));
+            spatial_attention_bwd(a, dout,
+                                  gradients<epa::SpatialAttentionGradients>(view, {dtemperature}));
           },
           Release());
   op<ChannelAttention>(m, "ChannelAttention", &channel)
@@ -106,8 +106,8 @@ PYBIND11_MODULE(_C_cuda, m) {
           "bwd",
           [](const ChannelAttention &a, View dout, const Views<ChannelAttention> &view,
              Address dtemperature) {
-            channel_attention_bwd(
-                a, dout, gradients<epa::ChannelAttentionGradients>(view, {dtemperature}));
+            channel_attention_bwd(a, dout,
+                                  gradients<epa::ChannelAttentionGradients>(view, {dtemperature}));
           },
           Release());
 }

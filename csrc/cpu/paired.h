@@ -130,9 +130,11 @@ template <class T> struct Mix {
   T *constant;                      // (B, padded O)
 };
 // With by_output the matrix has outputs as rows, as backward wants it, else inputs.
-template <class T> Mix<T> paired_attention_mix_fwd(Layer<T> &layer, const Summary<T> &summary, bool by_output);
+template <class T>
+Mix<T> paired_attention_mix_fwd(Layer<T> &layer, const Summary<T> &summary, bool by_output);
 
-template <class T> void paired_attention_output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y);
+template <class T>
+void paired_attention_output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y);
 
 // Sums over tokens of one sample, in this order behind each other.
 template <class T> struct Sums {
@@ -153,7 +155,8 @@ template <class T> struct Sums {
   }
 };
 // Returns the sums (B, Sums.size); dx_partial (B, N, C) gets what comes through q and the matrix.
-template <class T> T *paired_attention_output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial);
+template <class T>
+T *paired_attention_output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial);
 
 // What the last pass needs: token x gets (x - mean) dgram + dtoken + E^T dprojected.
 template <class T> struct TokenGradient {
@@ -163,15 +166,18 @@ template <class T> struct TokenGradient {
   T *drows;      // (J, P): added to row p of a projection's gradient
 };
 template <class T>
-TokenGradient<T> paired_attention_mix_bwd(Layer<T> &layer, const Summary<T> &summary, const Mix<T> &mix, T *sums,
-                         const PairedAttentionGradients &grads);
+TokenGradient<T> paired_attention_mix_bwd(Layer<T> &layer, const Summary<T> &summary,
+                                          const Mix<T> &mix, T *sums,
+                                          const PairedAttentionGradients &grads);
 
 template <class T>
-void paired_attention_summary_bwd(Layer<T> &layer, const Mix<T> &mix, const TokenGradient<T> &gradient,
-                 T *dx_partial, const PairedAttentionGradients &grads);
+void paired_attention_summary_bwd(Layer<T> &layer, const Mix<T> &mix,
+                                  const TokenGradient<T> &gradient, T *dx_partial,
+                                  const PairedAttentionGradients &grads);
 
 template <class T> void paired_attention_direct_fwd(Layer<T> &layer, const View &y);
 template <class T>
-void paired_attention_direct_bwd(Layer<T> &layer, const View &dy, const PairedAttentionGradients &grads);
+void paired_attention_direct_bwd(Layer<T> &layer, const View &dy,
+                                 const PairedAttentionGradients &grads);
 
 } // namespace epa::EPA_ISA

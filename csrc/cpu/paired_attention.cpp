@@ -9,7 +9,8 @@ template <class T> void forward(const PairedAttention &a, const View &y) {
   Layer<T> layer(a);
   if (a.direct) return paired_attention_direct_fwd(layer, y);
   paired_attention_summary_fwd(layer);
-  paired_attention_output_fwd(layer, paired_attention_mix_fwd(layer, kept_summary(layer), false), y);
+  paired_attention_output_fwd(layer, paired_attention_mix_fwd(layer, kept_summary(layer), false),
+                              y);
 }
 
 template <class T>
@@ -25,7 +26,8 @@ void backward(const PairedAttention &a, const View &dy, const PairedAttentionGra
   T *dx_partial =
       dense && same ? static_cast<T *>(dx.data) : layer.memory.template take<T>(a.B * a.N * a.C);
   T *sums = paired_attention_output_bwd(layer, mix, dy, dx_partial);
-  paired_attention_summary_bwd(layer, mix, paired_attention_mix_bwd(layer, summary, mix, sums, grads), dx_partial, grads);
+  paired_attention_summary_bwd(
+      layer, mix, paired_attention_mix_bwd(layer, summary, mix, sums, grads), dx_partial, grads);
 }
 
 } // namespace

@@ -200,7 +200,8 @@ template <class T> void paired_attention_direct_fwd(Layer<T> &layer, const View 
 }
 
 template <class T>
-void paired_attention_direct_bwd(Layer<T> &layer, const View &dy, const PairedAttentionGradients &grads) {
+void paired_attention_direct_bwd(Layer<T> &layer, const View &dy,
+                                 const PairedAttentionGradients &grads) {
   Direct<T> direct(layer);
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t J = layer.J, O = layer.O, stride = layer.C_padded, width = direct.width;
@@ -365,8 +366,9 @@ void paired_attention_direct_bwd(Layer<T> &layer, const View &dy, const PairedAt
 }
 
 #define EPA_INSTANTIATE(T)                                                                         \
-  template void paired_attention_direct_fwd(Layer<T> &, const View &);                                              \
-  template void paired_attention_direct_bwd(Layer<T> &, const View &, const PairedAttentionGradients &)
+  template void paired_attention_direct_fwd(Layer<T> &, const View &);                             \
+  template void paired_attention_direct_bwd(Layer<T> &, const View &,                              \
+                                            const PairedAttentionGradients &)
 EPA_INSTANTIATE(float);
 EPA_INSTANTIATE(double);
 #undef EPA_INSTANTIATE

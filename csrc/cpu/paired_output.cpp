@@ -88,7 +88,8 @@ template <class T> T *bias_row(Scratch &memory, const T *bias, int64_t O) {
 
 } // namespace
 
-template <class T> void paired_attention_output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y) {
+template <class T>
+void paired_attention_output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t O = layer.O, O_padded = layer.O_padded, stride = layer.C_padded;
   const Plan<T> plan(layer);
@@ -311,7 +312,7 @@ T *paired_attention_output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &d
 }
 
 #define EPA_INSTANTIATE(T)                                                                         \
-  template void paired_attention_output_fwd(Layer<T> &, const Mix<T> &, const View &);                              \
+  template void paired_attention_output_fwd(Layer<T> &, const Mix<T> &, const View &);             \
   template T *paired_attention_output_bwd(Layer<T> &, const Mix<T> &, const View &, T *)
 EPA_INSTANTIATE(float);
 EPA_INSTANTIATE(double);

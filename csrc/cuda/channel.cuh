@@ -16,7 +16,7 @@ constexpr int CHANNEL_THREADS = 256, CHANNEL_WARPS = CHANNEL_THREADS / 32;
 template <class T> struct Channel {
   using A = Accumulate<T>;
   int64_t H;
-  int D, chunks;
+  int D, chunks; // number of the chunks of tokens that left sums
   uint32_t threshold;
   const int64_t *seed;
   const A *temperature;

@@ -9,7 +9,8 @@
 namespace epa::cuda {
 namespace {
 
-constexpr int64_t MOST_ROWS = 64, STATIC_SHARED = CHANNEL_THREADS * 8;
+constexpr int64_t MOST_ROWS = 64;                      // tokens of a tile
+constexpr int64_t STATIC_SHARED = CHANNEL_THREADS * 8; // bytes
 
 template <class T> struct Launcher {
   using A = Accumulate<T>;
@@ -33,9 +34,7 @@ template <class T> struct Launcher {
     check_launch("channel_attention", kernel, "B N H D", {a.B, a.N, a.H, a.D});
   }
 
-  bool is_specialised() const {
-    return has_tensor_cores<T>(a.tf32x3) && has_mma<T>(a.D);
-  }
+  bool is_specialised() const { return has_tensor_cores<T>(a.tf32x3) && has_mma<T>(a.D); }
 
   void gram(View left, View right, bool has_norms, A *to) const {
     const dim3 grid(sums.count, a.H, a.B);

@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(MMA_THREADS, 6)
         for (int i = 0; i < 2; ++i) {
           value[i] = sum[c][2 * r + i] * (is_scaled ? inverse[d + i] : 1.f);
           if (product.factor)
-            value[i] += widen(more[(g + 8 * r) * ROW_STRIDE<D> + d + i]) *
-                        product.factor[head * D + d + i];
+            value[i] +=
+                widen(more[(g + 8 * r) * ROW_STRIDE<D> + d + i]) * product.factor[head * D + d + i];
         }
         store_pair(product.result.row(b, row, h), product.result.stride_d, d, value[0], value[1]);
       }

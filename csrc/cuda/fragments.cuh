@@ -13,10 +13,12 @@
 
 namespace epa::cuda {
 
-constexpr int MMA_WARPS = 4, MMA_THREADS = 32 * MMA_WARPS, WARP_ROWS = 16;
-constexpr int TILE_ROWS = MMA_WARPS * WARP_ROWS;
-constexpr int MAP_COLUMNS = 64, MAP_GROUPS = MAP_COLUMNS / 8, MAP_STRIDE = MAP_COLUMNS + 8;
-template <int D> constexpr int ROW_STRIDE = D == 8 ? 8 : D + 8; // elements
+constexpr int MMA_WARPS = 4, MMA_THREADS = 32 * MMA_WARPS;
+constexpr int WARP_ROWS = 16, TILE_ROWS = MMA_WARPS * WARP_ROWS; // tokens of a warp, of a block
+constexpr int MAP_COLUMNS = 64, MAP_GROUPS = MAP_COLUMNS / 8;    // projected tokens, groups of 8
+// Elements from row to row in shared memory: of the map, and of D channels.
+constexpr int MAP_STRIDE = MAP_COLUMNS + 8;
+template <int D> constexpr int ROW_STRIDE = D == 8 ? 8 : D + 8;
 
 static_assert(MMA_WARPS * WARP_ROWS == MAP_COLUMNS, "backward, each warp owns 16 columns");
 
@@ -76,7 +78,7 @@ __device__ __forceinline__ Word<T> packed_word(const float (&rows)[GROUPS][4], i
   if constexpr (std::is_same_v<T, float>) {
     return rows[step][i % 2 * 2 + i / 2];
   } else {
-    const float(&group)[4] = rows[2 * step + i / 2];
+    const float (&group)[4] = rows[2 * step + i / 2];
     return pack<T>(group[i % 2 * 2], group[i % 2 * 2 + 1]);
   }
 }
@@ -184,8 +186,8 @@ __device__ __forceinline__ void add_transposed(float (&result)[GROUPS][4],
       Word<T> factor[RowFactor<T, D>::WORDS / 2];
 #pragma unroll
       for (int i = 0; i < RowFactor<T, D>::WORDS / 2; ++i)
-        factor[i] = word_at(matrix + (8 * j + g) * ROW_STRIDE<D> + DEPTH<T> * step +
-                            word_offset<T>(i));
+        factor[i] =
+            word_at(matrix + (8 * j + g) * ROW_STRIDE<D> + DEPTH<T> * step + word_offset<T>(i));
       mma<T>(result[j], rows.word[step], factor);
     }
 }

@@ -15,15 +15,15 @@
 namespace epa::cuda {
 namespace {
 
-// Of shared memory for a tile of out_s; the rest is for the map.
+// Bytes of shared memory for a tile of out_s; the rest is for the map.
 constexpr int64_t TILE_LIMIT = SHARED_LIMIT / 2;
-// Of what kernels declare beside what they are launched with.
+// Bytes that kernels declare beside what they are launched with.
 constexpr int64_t STATIC_LIMIT = MATRIX_ROWS * 8;
-constexpr int64_t TILE_TOKENS = 64;
+constexpr int64_t TILE_TOKENS = 64; // of a tile of out_s, at most
 // Sums of all chunks take at most so many times the bytes of x, or give a sample so many blocks.
 constexpr int64_t SUMS_LIMIT = 4, LEAST_BLOCKS = 128;
 static_assert(SUMMARY_SIDE == MAP_COLUMNS, "both kernels of the summary have one grid");
-constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4;
+constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4; // bytes, as STATIC_LIMIT
 
 int64_t blocks_of(int64_t size, int64_t rows) { return (size + rows - 1) / rows; }
 
@@ -130,8 +130,8 @@ public:
     if (has_mma_projection(a_.C)) {
       if constexpr (sizeof(T) <= 4)
         EPA_LAUNCH((paired_attention_product_fwd_mma_kernel<T>), dim3(projection_jobs(p_.O), a_.B),
-                   PAIRED_THREADS, projection_shared(a_.C), a_.stream, p_, token_chunk(),
-                   out_s_, y);
+                   PAIRED_THREADS, projection_shared(a_.C), a_.stream, p_, token_chunk(), out_s_,
+                   y);
       return check("product_fwd_mma");
     }
     EPA_LAUNCH((paired_attention_product_fwd_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
@@ -165,8 +165,8 @@ public:
     const int64_t jobs = a_.H + (p_.is_sum ? 0 : blocks_of(p_.O, CHANNEL_OUTPUTS));
     EPA_LAUNCH((paired_attention_output_fwd_mma_kernel<T, D>),
                dim3(blocks_of(a_.N, mma_.chunk), jobs, a_.B), MMA_THREADS,
-               std::max(mma_shared(mma_.is_resident), p_.is_sum ? 0 : channel_shared()),
-               a_.stream, p_, mma_, y, out_s_);
+               std::max(mma_shared(mma_.is_resident), p_.is_sum ? 0 : channel_shared()), a_.stream,
+               p_, mma_, y, out_s_);
     check("output_fwd_mma");
   }
 
@@ -353,8 +353,8 @@ private:
     const int64_t B = a_.B, N = a_.N, C = a_.C, H = a_.H, P = a_.P, D = p_.D, J = p_.J, O = p_.O;
     const int64_t head = head_size(P, D);
     const int64_t rows = C + (p_.is_sum ? O : 2 * O); // of the sums that have C columns
-    const Chunks chunks = chunks_of(H * head + rows * C,
-                                    H + int64_t(blocks_of_64(O)) * blocks_of_64(C));
+    const Chunks chunks =
+        chunks_of(H * head + rows * C, H + int64_t(blocks_of_64(O)) * blocks_of_64(C));
     g_.chunks = chunks.count, g_.chunk = chunks.size;
     g_.is_specialised = is_specialised();
     g_.dq = take<T>(B * N * C);

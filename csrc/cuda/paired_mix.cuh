@@ -94,8 +94,7 @@ __device__ void multiply_tokens(const Paired<T> &a, int64_t b, int h, const doub
   __syncthreads();
   Products<A> sum(2 * D, C);
   while (sum.next()) {
-    sum.add(
-        N, [&](int i, int k) { return centred[int64_t(k) * 2 * D + i]; }, x);
+    sum.add(N, [&](int i, int k) { return centred[int64_t(k) * 2 * D + i]; }, x);
     sum.each([&](int i, int c, A value) {
       A *to = i < D ? a.q_gram : a.k_gram;
       to[(b * C + h * D + i % D) * C + c] = value;

@@ -305,8 +305,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     }
     Products<A> value_sums(P, D);
     while (value_sums.next()) {
-      value_sums.add(
-          inside, [&](int p, int i) { return map[i * P + p]; }, dout);
+      value_sums.add(inside, [&](int p, int i) { return map[i * P + p]; }, dout);
       value_sums.each(add_to(dv_proj, D));
     }
     for (int p = threadIdx.x; p < P; p += PAIRED_THREADS) {

@@ -14,7 +14,8 @@ namespace epa::cuda {
 constexpr int CHANNEL_OUTPUTS = 64; // columns of y_c of a block
 
 struct MmaTiles {
-  bool has_rows;    // C divides N, and one of C and 64 the other: whole rows of out_s' are projected at once
+  // Whole rows of out_s' are projected at once: C divides N, and one of C and 64 the other.
+  bool has_rows;
   bool is_resident; // the weights of all channels fit in shared memory, else 32 at a time
   int span;         // tokens whose out_s lies in shared memory: C, at least a tile
   int64_t chunk;    // tokens of a block, a multiple of span

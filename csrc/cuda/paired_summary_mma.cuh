@@ -114,8 +114,10 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     a.chunk_means[at * a.C + first_column + channel] = double(token) + double(mean);
 }
 
+// A slice is the rows of a matrix that one step multiplies, 32 columns of them. Elements of a slice of
+// 32 rows in shared memory, and the most slices of a block.
 constexpr int SLICE = CHANNEL_BLOCK * CHANNEL_STRIDE, MOST_SLICES = 32;
-// Rows of a tile and, before them, of a projection.
+// Elements of a tile's tokens and, before them, of a projection.
 constexpr int ROWS_TILE = TILE_ROWS * CHANNEL_STRIDE, PROJECTION_TILE = MAP_COLUMNS * MAP_STRIDE;
 
 struct GradientTiles {

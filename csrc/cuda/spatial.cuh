@@ -77,9 +77,9 @@ __device__ void find_norm(const Spatial<T> &a, const Accumulate<T> *squares, int
 // Of a head: gradients of k_proj, v_proj and temperature (B, H), and dnorm (B, H, D) = d|q| / |q|.
 template <class T>
 __global__ void __launch_bounds__(MERGE_THREADS)
-    spatial_attention_merge_bwd_kernel(Spatial<T> a, Accumulate<T> *sums, int count, Heads<T> dk_proj,
-                                   Heads<T> dv_proj, Accumulate<T> *dtemperature,
-                                   Accumulate<T> *dnorm) {
+    spatial_attention_merge_bwd_kernel(Spatial<T> a, Accumulate<T> *sums, int count,
+                                       Heads<T> dk_proj, Heads<T> dv_proj,
+                                       Accumulate<T> *dtemperature, Accumulate<T> *dnorm) {
   using A = Accumulate<T>;
   EPA_SHARED(A, totals, [MERGE_THREADS]);
   const int64_t h = blockIdx.y, b = blockIdx.z, head = b * a.H + h;

@@ -9,7 +9,7 @@
 namespace epa::cuda {
 namespace {
 
-constexpr int MOST_ROWS = 16;
+constexpr int MOST_ROWS = 16; // tokens of a tile
 
 template <class T> struct Launcher {
   using A = Accumulate<T>;
@@ -46,23 +46,22 @@ template <class T> struct Launcher {
     const Chunks sums = sum_chunks(a.N), chunks = output_chunks(a.N);
     A *squares = static_cast<A *>(a.workspace);
     if (a.normalize) {
-      EPA_LAUNCH((spatial_attention_square_sums_fwd_kernel<T>), grid(sums), MERGE_THREADS, 0, a.stream,
-                 arguments(sums), squares);
+      EPA_LAUNCH((spatial_attention_square_sums_fwd_kernel<T>), grid(sums), MERGE_THREADS, 0,
+                 a.stream, arguments(sums), squares);
       check("square_sums_fwd");
     }
     if (is_specialised())
-      return with_head_dim<T>(a.D, [&](auto d) {
-        forward_mma<decltype(d)::value>(chunks, squares, sums.count, out);
-      });
+      return with_head_dim<T>(
+          a.D, [&](auto d) { forward_mma<decltype(d)::value>(chunks, squares, sums.count, out); });
     const int64_t shared = (a.D + GENERIC_WARPS * a.P) * sizeof(A);
-    EPA_LAUNCH((spatial_attention_output_fwd_kernel<T>), grid(chunks), GENERIC_THREADS, shared, a.stream,
-               arguments(chunks), squares, static_cast<int>(sums.count), heads<T>(out));
+    EPA_LAUNCH((spatial_attention_output_fwd_kernel<T>), grid(chunks), GENERIC_THREADS, shared,
+               a.stream, arguments(chunks), squares, static_cast<int>(sums.count), heads<T>(out));
     check("output_fwd");
   }
 
   template <int D> void forward_mma(Chunks chunks, const A *squares, int count, View out) const {
-    EPA_LAUNCH((spatial_attention_output_fwd_mma_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
-               arguments(chunks), squares, count, heads<T>(out));
+    EPA_LAUNCH((spatial_attention_output_fwd_mma_kernel<T, D>), grid(chunks), MMA_THREADS, 0,
+               a.stream, arguments(chunks), squares, count, heads<T>(out));
     check("output_fwd_mma");
   }
 
@@ -81,8 +80,8 @@ template <class T> struct Launcher {
                  heads<T>(gradients.q), sums, rows);
       check("output_bwd");
     }
-    EPA_LAUNCH((spatial_attention_merge_bwd_kernel<T>), dim3(1, a.H, a.B), MERGE_THREADS, 0, a.stream,
-               arguments(chunks), sums, count, heads<T>(gradients.k_proj),
+    EPA_LAUNCH((spatial_attention_merge_bwd_kernel<T>), dim3(1, a.H, a.B), MERGE_THREADS, 0,
+               a.stream, arguments(chunks), sums, count, heads<T>(gradients.k_proj),
                heads<T>(gradients.v_proj), static_cast<A *>(gradients.temperature), dnorm);
     check("merge_bwd");
     if (!a.normalize) return;
@@ -92,8 +91,8 @@ template <class T> struct Launcher {
   }
 
   template <int D> void sums_mma(Chunks chunks, View dout, View dq, A *sums) const {
-    EPA_LAUNCH((spatial_attention_output_bwd_mma_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
-               arguments(chunks), heads<const T>(dout), heads<T>(dq), sums);
+    EPA_LAUNCH((spatial_attention_output_bwd_mma_kernel<T, D>), grid(chunks), MMA_THREADS, 0,
+               a.stream, arguments(chunks), heads<const T>(dout), heads<T>(dq), sums);
     check("output_bwd_mma");
   }
 };

@@ -29,7 +29,7 @@ __device__ void softmax_row(const Spatial<T> &a, const T *q, const T *k, const A
 template <class T>
 __global__ void __launch_bounds__(GENERIC_THREADS)
     spatial_attention_output_fwd_kernel(Spatial<T> a, const Accumulate<T> *squares, int count,
-                                 Heads<T> out) {
+                                        Heads<T> out) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, scale); // (D), then (warps, P)
   const int64_t index = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(GENERIC_THREADS)
 template <class T>
 __global__ void __launch_bounds__(GENERIC_THREADS, 4)
     spatial_attention_output_bwd_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq,
-                                 Accumulate<T> *sums, int rows) {
+                                        Accumulate<T> *sums, int rows) {
   using A = Accumulate<T>;
   EPA_DYNAMIC_SHARED(A, scale); // (D), then (rows, P) twice
   const int64_t index = blockIdx.x, h = blockIdx.y, b = blockIdx.z, head = b * a.H + h;

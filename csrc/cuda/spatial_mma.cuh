@@ -15,7 +15,8 @@ namespace epa::cuda {
 // Registers for six blocks or four: left to itself, ptxas spills to have eight on sm_100 and sm_120.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 6 : 4)
-    spatial_attention_output_fwd_mma_kernel(Spatial<T> a, const float *squares, int count, Heads<T> out) {
+    spatial_attention_output_fwd_mma_kernel(Spatial<T> a, const float *squares, int count,
+                                            Heads<T> out) {
   EPA_SHARED(T, keys, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, values, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, tiles, [TILE_ROWS * ROW_STRIDE<D>]);
@@ -69,7 +70,8 @@ __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 6 : 4)
 // spills to have more on sm_80 and sm_120.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 3 : 2)
-    spatial_attention_output_bwd_mma_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq, float *sums) {
+    spatial_attention_output_bwd_mma_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq,
+                                            float *sums) {
   EPA_SHARED(T, keys, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, values, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, tile, [TILE_ROWS * ROW_STRIDE<D>]);

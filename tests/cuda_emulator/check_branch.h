@@ -71,7 +71,7 @@ template <class T> struct Call {
       append(bits[order], dtemperature);
     }
     const Results exact = reference(s, q_values, k_values, v_values, gradient,
-                                     {temperature.begin(), temperature.end()});
+                                    {temperature.begin(), temperature.end()});
     const bool right[] = {
         is_close("out", out.values, exact.out, tolerance),
         is_close("q", dq.values, exact.q, tolerance),

@@ -6,8 +6,8 @@ namespace {
 using namespace check;
 
 Results channel_reference(Shape s, const std::vector<double> &q, const std::vector<double> &k,
-                           const std::vector<double> &v, const std::vector<double> &dout,
-                           const std::vector<double> &temperature) {
+                          const std::vector<double> &v, const std::vector<double> &dout,
+                          const std::vector<double> &temperature) {
   const size_t size = s.N * s.H * s.D;
   Results r = {std::vector<double>(size), std::vector<double>(size), std::vector<double>(size),
                std::vector<double>(size), std::vector<double>(s.H)};
@@ -74,17 +74,15 @@ template <class T> bool channel_is_right(Shape s, epa::Dtype dtype, double toler
 
 int main(int count, char **arguments) {
   return run_checks(count, arguments,
-                    {
-      {"channel",
-       [] {
-         return channel_is_right<__half>({67, 2, 9, 67}, epa::Dtype::float16, 0.01) &
-                channel_is_right<float>({67, 1, 18, 67}, epa::Dtype::float32, 1e-4);
-       }},
-      {"channel_mma",
-       [] {
-         return channel_is_right<__nv_bfloat16>({67, 2, 8, 67}, epa::Dtype::bfloat16, 0.03) &
-                channel_is_right<float>({67, 1, 8, 67}, epa::Dtype::float32, 1e-5) &
-                channel_is_right<__half>({67, 2, 16, 67}, epa::Dtype::float16, 0.01);
-       }}
-                    });
+                    {{"channel",
+                      [] {
+                        return channel_is_right<__half>({67, 2, 9, 67}, epa::Dtype::float16, 0.01) &
+                               channel_is_right<float>({67, 1, 18, 67}, epa::Dtype::float32, 1e-4);
+                      }},
+                     {"channel_mma", [] {
+                        return channel_is_right<__nv_bfloat16>({67, 2, 8, 67}, epa::Dtype::bfloat16,
+                                                               0.03) &
+                               channel_is_right<float>({67, 1, 8, 67}, epa::Dtype::float32, 1e-5) &
+                               channel_is_right<__half>({67, 2, 16, 67}, epa::Dtype::float16, 0.01);
+                      }}});
 }

@@ -193,20 +193,18 @@ template <class T> bool paired_is_right(PairedShape s, epa::Dtype dtype, double 
 } // namespace
 
 int main(int count, char **arguments) {
-  return run_checks(count, arguments,
-                    {
-      {"paired",
-       [] {
-         return paired_is_right<double>({67, 6, 2, 9}, epa::Dtype::float64, 1e-11) &
-                paired_is_right<float>({9, 6, 1, 5}, epa::Dtype::float32, 1e-4);
-       }},
-      {"paired_mma",
-       [] { return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03); }},
-      {"paired_mma_tf32",
-       [] { return paired_is_right<float>({70, 32, 4, 17}, epa::Dtype::float32, 1e-5); }},
-      {"paired_mma_wide",
-       [] {
-         return paired_is_right<__half>({35, WIDE, WIDE / 32, 9}, epa::Dtype::float16, 0.01);
-       }}
-                    });
+  return run_checks(
+      count, arguments,
+      {{"paired",
+        [] {
+          return paired_is_right<double>({67, 6, 2, 9}, epa::Dtype::float64, 1e-11) &
+                 paired_is_right<float>({9, 6, 1, 5}, epa::Dtype::float32, 1e-4);
+        }},
+       {"paired_mma",
+        [] { return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03); }},
+       {"paired_mma_tf32",
+        [] { return paired_is_right<float>({70, 32, 4, 17}, epa::Dtype::float32, 1e-5); }},
+       {"paired_mma_wide", [] {
+          return paired_is_right<__half>({35, WIDE, WIDE / 32, 9}, epa::Dtype::float16, 0.01);
+        }}});
 }

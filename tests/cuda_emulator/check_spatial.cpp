@@ -6,8 +6,8 @@ namespace {
 using namespace check;
 
 Results spatial_reference(Shape s, const std::vector<double> &q, const std::vector<double> &k,
-                           const std::vector<double> &v, const std::vector<double> &dout,
-                           const std::vector<double> &temperature) {
+                          const std::vector<double> &v, const std::vector<double> &dout,
+                          const std::vector<double> &temperature) {
   const size_t tokens = s.N * s.H * s.D, keys = s.P * s.H * s.D;
   Results r = {std::vector<double>(tokens), std::vector<double>(tokens), std::vector<double>(keys),
                std::vector<double>(keys), std::vector<double>(s.H)};
@@ -79,12 +79,10 @@ template <class T> bool spatial_is_right(Shape s, epa::Dtype dtype, double toler
 
 int main(int count, char **arguments) {
   return run_checks(count, arguments,
-                    {
-      {"spatial",
-       [] {
-         return spatial_is_right<__nv_bfloat16>({67, 2, 8, 33}, epa::Dtype::bfloat16, 0.03) &
-                spatial_is_right<float>({67, 1, 8, 17}, epa::Dtype::float32, 1e-5) &
-                spatial_is_right<float>({67, 2, 5, 9}, epa::Dtype::float32, 1e-4);
-       }}
-                    });
+                    {{"spatial", [] {
+                        return spatial_is_right<__nv_bfloat16>({67, 2, 8, 33}, epa::Dtype::bfloat16,
+                                                               0.03) &
+                               spatial_is_right<float>({67, 1, 8, 17}, epa::Dtype::float32, 1e-5) &
+                               spatial_is_right<float>({67, 2, 5, 9}, epa::Dtype::float32, 1e-4);
+                      }}});
 }
