@@ -108,11 +108,11 @@ def test_three_products_in_tf32_are_as_accurate_as_float32(shape, case, tf32, em
         same_dtype = run_reference(op, inputs, dout, torch.float32, **options)
         errors.add(run_cuda(op, inputs, dout, **options), same_dtype, exact)
     errors.check()
-    passes = ("mma_fwd", "mma_bwd") if op == SPATIAL else ("mma_gram", "mma_product")
+    passes = ("output_fwd_mma", "output_bwd_mma") if op == SPATIAL else ("gram_mma", "product_mma")
     assert {f"{op}_{name}" for name in passes} <= set(emulated_cuda())
     torch.set_float32_matmul_precision("highest")
     run_cuda(op, inputs, dout, **options)
-    assert not any("_mma_" in name for name in emulated_cuda())
+    assert not any(name.endswith("_mma") for name in emulated_cuda())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

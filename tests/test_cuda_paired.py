@@ -8,7 +8,7 @@ import torch
 from cases import KINDS, LAYOUTS, shape_id
 
 from epa_kernels import reference
-from epa_kernels.backends import cuda, two_pass
+from epa_kernels.backends import compiled, cuda, two_pass
 from epa_kernels.ops import OPS
 from epa_kernels.testing import (
     Errors,
@@ -75,6 +75,13 @@ def assert_close(found, exact, tolerance=1e-11):
         # Where N = 1 the normalised q has no gradient: zero against rounding.
         scale = max(truth.abs().max().item(), 1e-3 * exact["y"].abs().max().item())
         assert (found[name] - truth).abs().max() <= tolerance * scale, name
+
+
+def test_the_module_takes_tensors_in_the_order_of_the_op(cuda_module):
+    views, weights = cuda_module.inputs["paired_attention"]
+    names = two_pass.PAIRED_INPUTS
+    assert views == tuple(names[i] for i in compiled.VIEWS)
+    assert weights == tuple(names[i] for i in compiled.WEIGHTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -160,15 +167,15 @@ def test_three_products_in_tf32_are_as_accurate_as_float32(
         errors.add(found, run_reference(low, dy, **options), exact)
     errors.check()
     kernels = {name.removeprefix("paired_attention_") for name in emulated_cuda()}
-    passes = {"mma_output_bwd", "mma_summary_bwd"}
-    passes |= {"mma_output_fwd"} if layout == "official" else set()
+    passes = {"output_bwd_mma", "summary_bwd_mma"}
+    passes |= {"output_fwd_mma"} if layout == "official" else set()
     passes = passes if shape[2] % 32 == 0 and shape[4] <= 64 else set()
-    passes |= {"mma_summary_fwd"} if shape[1] >= 2 * shape[2] else set()
-    assert passes == {name for name in kernels if name.startswith("mma")} - {"mma_product"}
+    passes |= {"summary_fwd_mma"} if shape[1] >= 2 * shape[2] else set()
+    assert passes == {name for name in kernels if name.endswith("_mma")} - {"product_fwd_mma"}
     torch.set_float32_matmul_precision("highest")
     emulated_cuda()
     run_cuda(low, dy, **options)
-    assert not any("_mma_" in name for name in emulated_cuda())
+    assert not any(name.endswith("_mma") for name in emulated_cuda())
 
 
 def results(shape, kind, dtype, scale=1.0, draw=0):

@@ -5,6 +5,7 @@ along a random direction of each input. The module is the installed one, or the 
 EPA_KERNELS_MODULE: `make sanitize` has one there that reports every access out of bounds.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -226,9 +227,7 @@ def weight(values, dtype):
     return None if values is None else np.ascontiguousarray(values, dtype)
 
 
-VIEWS = ("x", "proj_k_weight", "proj_v_weight")
-WEIGHTS = ("qkvv_weight", "qkvv_bias", "proj_k_bias", "proj_v_bias", "temperature", "temperature2",
-           "out_proj_weight", "out_proj_bias", "out_proj2_weight", "out_proj2_bias")  # fmt: skip
+VIEWS, WEIGHTS = kernels.inputs["paired_attention"]
 
 
 def run_paired(a, dy, *, H, kind, layout, direct, thresholds, dtype="f8", placement="dense"):
@@ -361,28 +360,38 @@ CASES = [
 ]
 
 
+@functools.cache
+def paired_case(shape, kind, layout):
+    """Inputs, the output's gradient, the reference and its output."""
+    a, dy = paired_inputs(shape, kind, bias=layout == "official")
+    options = {"H": shape[3], "kind": kind, "layout": layout}
+    reference = functools.partial(
+        paired_attention, masks=paired_masks(shape, THRESHOLDS), **options
+    )
+    return a, dy, reference, reference(a)
+
+
+@functools.cache
+def first_gradients(shape, kind, layout, direct):
+    """Gradients of the first instruction set, which are those of differences of the reference."""
+    a, dy, reference, _ = paired_case(shape, kind, layout)
+    kernels.use_isa(ISAS[0])
+    _, gradients = run_paired(
+        a, dy, H=shape[3], kind=kind, layout=layout, direct=direct, thresholds=THRESHOLDS
+    )
+    check_gradients(reference, a, dy, gradients)
+    return gradients
+
+
 @pytest.mark.parametrize("direct", (False, True), ids=("two_pass", "direct"))
 @pytest.mark.parametrize("shape, kind, layout", CASES)
 def test_paired_attention(isa, shape, kind, layout, direct):
-    a, dy = paired_inputs(shape, kind, bias=layout == "official")
-    masks = paired_masks(shape, THRESHOLDS)
-
-    def reference(a):
-        return paired_attention(a, H=shape[3], kind=kind, layout=layout, masks=masks)
-
+    a, dy, _, expected = paired_case(shape, kind, layout)
     y, gradients = run_paired(
         a, dy, H=shape[3], kind=kind, layout=layout, direct=direct, thresholds=THRESHOLDS
     )
-    assert_close(y, reference(a), 1e-12)
-    # The difference is the reference's: that one instruction set has its gradients is enough,
-    # the others must have the same.
-    if isa == ISAS[0]:
-        check_gradients(reference, a, dy, gradients)
-        return
-    kernels.use_isa(ISAS[0])
-    _, first = run_paired(
-        a, dy, H=shape[3], kind=kind, layout=layout, direct=direct, thresholds=THRESHOLDS
-    )
+    assert_close(y, expected, 1e-12)
+    first = first_gradients(shape, kind, layout, direct)
     for name, gradient in gradients.items():
         scale = np.linalg.norm(first[name]) + 1e-4 * np.linalg.norm(dy)
         assert np.linalg.norm(gradient - first[name]) <= 1e-10 * scale, name
