@@ -2,8 +2,8 @@
 // has what a GPU changes.
 //
 //   axes      B batch, N tokens, C channels, H heads, D = C/H head dim, P projected tokens
-//   dtypes    activations and token projections in their own dtype; everything else, "T" below, in the
-//             accumulation dtype of x: double for float64, float for the rest
+//   dtypes    activations and token projections in their own dtype; everything else, "T" below, in
+//             the accumulation dtype of x: double for float64, float for the rest
 //   strides   any for a View, except the gradient of y, which is contiguous; T is contiguous
 //   memory    the caller owns all of it; results are written entirely
 //   errors    std::bad_alloc; the caller has checked shapes, dtypes and addresses

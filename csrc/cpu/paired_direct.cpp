@@ -118,8 +118,8 @@ template <class T> struct Direct {
             width, out_c + (b * C + i) * width, width);
   }
 
-  // out_s -> out_s' with its columns as rows, and back for the gradient. Under layout "official" row
-  // r of out_s' is C consecutive numbers of the flat (channel, token) order.
+  // out_s -> out_s' with its columns as rows, and back for the gradient. Under layout "official"
+  // row r of out_s' is C consecutive numbers of the flat (channel, token) order.
   T *to_rows(T *from) {
     if (!official()) return from;
     T *to = take(C * width), *dense = take(C * N);

@@ -1,7 +1,7 @@
 // The second pass over the tokens: queries, spatial softmax and y, straight from x.
 //   fwd  q = Wq x + b, out_s = softmax(q keys) values, y = [out_s' Wo1^T + b1, x matrix + constant]
-//   bwd  the same again, and from dy: the gradient of q and of the channel branch at x, and all sums
-//        over tokens, chunk by chunk, added in the order of the chunks
+//   bwd  the same again, and from dy: the gradient of q and of the channel branch at x, and all
+//        sums over tokens, chunk by chunk, added in the order of the chunks
 // Tokens lie in the lanes, so maxima and sums over p need no exchange between lanes.
 //
 // out_s' has the tokens in another order than x under layout "official": row r of it is C

@@ -2,8 +2,8 @@
 //
 //   forward   gram, mix_fwd, product          grid (chunks of tokens, H, B), mix (1, H, B)
 //   backward  gram (of dout and v), mix_bwd, product (of three results)
-//   sums      workspace (B, H, chunks, D D [+ 2 D]): left^T right, and sums of squares if has_norms;
-//             added up in the order of chunks
+//   sums      workspace (B, H, chunks, D D [+ 2 D]): left^T right, and sums of squares if
+//             has_norms; added up in the order of chunks
 //   product   result = tokens matrix + more factor, matrix (B, H, D, D) in the accumulation dtype:
 //             gradients of <q_i, k_j> are of the order of 1/N and would underflow in float16
 #pragma once
@@ -24,8 +24,8 @@ template <class T> struct Channel {
   A *gram, *q_norm, *k_norm; // (B, H, D, D), (B, H, D)
 };
 
-// Row i of a head's map: softmax_j(temperature <q^_i, k^_j>) to weights (D), columns lane, lane + 32,
-// ... by each lane of a warp.
+// Row i of a head's map: softmax_j(temperature <q^_i, k^_j>) to weights (D), columns lane, lane +
+// 32, ... by each lane of a warp.
 template <class T>
 __device__ void channel_row(const Channel<T> &a, int64_t head, int i, Accumulate<T> t,
                             Accumulate<T> *weights) {

@@ -1,13 +1,13 @@
-// Channel attention's passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32, 64},
-// or float and D in {8, 16}. channel.cuh has what lies between them, the grids and the sums.
+// Channel attention's passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32,
+// 64}, or float and D in {8, 16}. channel.cuh has what lies between them, the grids and the sums.
 //
 //   gram     a warp owns 16 rows of left^T right; where there are fewer rows than warps, some steps
 //            over the tokens of every tile too, and the parts are added up in the order of warps.
 //            Sums of squares are the diagonals of left^T left and right^T right.
 //   product  a warp owns 16 tokens, and its block has the matrix in shared memory, rounded to T
 //   float16  gradients of <q_i, k_j> are of the order of 1 / (|q_i| |k_j|): powers of two divide a
-//            channel's tokens by their norm and bring the largest of a column of the matrix to where
-//            float16 has all its digits, so that a vanishing channel spoils no other.
+//            channel's tokens by their norm and bring the largest of a column of the matrix to
+//            where float16 has all its digits, so that a vanishing channel spoils no other.
 #pragma once
 #include "channel.cuh"
 #include "fragments.cuh"

@@ -1,12 +1,14 @@
-// Pieces of kernels on tensor cores, T __nv_bfloat16, __half or float: a warp owns 16 rows of tokens,
-// and of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane % 4.
+// Pieces of kernels on tensor cores, T __nv_bfloat16, __half or float: a warp owns 16 rows of
+// tokens, and of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane %
+// 4.
 //
 //   16 bits  a word of a factor is the numbers 2t, 2t + 1 of its 8
-//   float    a word is one number: 2t stands where ptx.h has t, 2t + 1 where it has t + 4. The order
-//            of what is summed is free, and so accumulators are factors here, too
+//   float    a word is one number: 2t stands where ptx.h has t, 2t + 1 where it has t + 4. The
+//            order of what is summed is free, and so accumulators are factors here, too
 //
 // Rows in shared memory are padded by 8 numbers, so that the words of 8 rows, of float the pairs of
-// words of 4, lie in different banks; columns of float, which no instruction transposes, meet in two.
+// words of 4, lie in different banks; columns of float, which no instruction transposes, meet in
+// two.
 #pragma once
 #include "heads.cuh"
 #include "ptx.h"
@@ -284,8 +286,8 @@ __device__ __forceinline__ void exp2_rows(float (&map)[MAP_GROUPS][4], float (&t
 }
 
 // Bit 4 j + 2 r + i: whether dropout keeps column 8 j + 2 t + i of row + 8 r. A counter has the 8
-// columns of a group, of which a lane needs two: each lane of four makes every fourth group's counter
-// and hands the others their columns. Every lane of the warp must come here.
+// columns of a group, of which a lane needs two: each lane of four makes every fourth group's
+// counter and hands the others their columns. Every lane of the warp must come here.
 __device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_t threshold) {
   const int t = threadIdx.x % 4;
   uint32_t bits = 0;

@@ -10,8 +10,8 @@
 
 namespace epa::cuda {
 
-// A chunk is the tokens of one block. Those that leave sums: at most SUM_CHUNKS of them, enough blocks
-// for a GPU and few enough to add up, each a multiple of SUM_TILE tokens.
+// A chunk is the tokens of one block. Those that leave sums: at most SUM_CHUNKS of them, enough
+// blocks for a GPU and few enough to add up, each a multiple of SUM_TILE tokens.
 constexpr int64_t SUM_CHUNKS = 64, SUM_TILE = 64;
 constexpr int64_t OUTPUT_CHUNK = 256; // tokens, of a pass that leaves no sums
 // Bytes of shared memory, for a kernel that asks for no more.

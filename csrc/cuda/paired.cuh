@@ -1,5 +1,5 @@
-// Paired attention: what its kernels share. The reference is reference.paired_attention, the form and
-// the names below are those of two_pass.py.
+// Paired attention: what its kernels share. The reference is reference.paired_attention, the form
+// and the names below are those of two_pass.py.
 //
 //   paired_summary  over tokens: mean, gram, projected; and last in backward: dx, dprojections
 //   paired_mix      between the passes, nothing of size N; backward ends with paired_gather

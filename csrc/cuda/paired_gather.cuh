@@ -1,5 +1,5 @@
-// The end of the mix of backward: over heads what the last pass needs, over samples the gradients of
-// the parameters.
+// The end of the mix of backward: over heads what the last pass needs, over samples the gradients
+// of the parameters.
 #pragma once
 #include "paired.cuh"
 

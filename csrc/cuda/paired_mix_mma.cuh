@@ -1,6 +1,7 @@
 // The kernels of the mix, with the jobs that they have on tensor cores.
 //
-//   fwd  grid (jobs, B): heads, then rows of k_proj and v_proj; in backward tiles of dout = dy_s Wo1
+//   fwd  grid (jobs, B): heads, then rows of k_proj and v_proj; in backward tiles of dout = dy_s
+//        Wo1
 //   bwd  grid (heads + jobs, B): the jobs make dq^T (x - mean) and dy_s^T out_s' of each chunk
 #pragma once
 #include "paired_mix.cuh"
@@ -9,8 +10,8 @@
 
 namespace epa::cuda {
 
-// `width` columns of the gram at a time; dy is null forward and for kind sum; `chunk` tokens of dout
-// a block, 0 where it is not made on tensor cores.
+// `width` columns of the gram at a time; dy is null forward and for kind sum; `chunk` tokens of
+// dout a block, 0 where it is not made on tensor cores.
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     paired_attention_mix_fwd_kernel(Paired<T> a, int width, const T *dy, T *dout, int64_t chunk) {

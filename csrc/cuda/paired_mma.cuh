@@ -1,9 +1,9 @@
 // What the passes of paired attention on tensor cores share. They take T of 16 bits and D in
-// {8, 16, 32, 64}, or float and D in {8, 16}; P up to 64, C a multiple of 32 up to 256, of float up to
-// 96. The summary forward and the product take more, as their files say.
+// {8, 16, 32, 64}, or float and D in {8, 16}; P up to 64, C a multiple of 32 up to 256, of float up
+// to 96. The summary forward and the product take more, as their files say.
 //
-//   A block's warps have 16 tokens each of a tile of 64. x comes in blocks of 32 channels. Sums over
-//   tokens are left^T right by token_products, 64 x 64 of it a block.
+//   A block's warps have 16 tokens each of a tile of 64. x comes in blocks of 32 channels. Sums
+//   over tokens are left^T right by token_products, 64 x 64 of it a block.
 #pragma once
 #include "fragments.cuh"
 #include "paired.cuh"

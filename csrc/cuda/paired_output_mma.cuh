@@ -1,11 +1,12 @@
 // paired_output.cuh on tensor cores; forward the official layout, of kind sum where whole rows are
 // projected at once (MmaTiles).
 //
-//   A block has a chunk of tokens of a head, or of the channel branch for some of its output channels.
-//   q goes from accumulators to a factor of the logits, these to a factor of out_s: registers only.
-//   out_s lies in shared memory with its channels as rows, as the official layout has it: C tokens
-//   of it are whole rows, which are projected at once; where C does not divide N, it is stored.
-//   Backward, a warp owns 16 projected tokens of dkeys and dv_proj, as in spatial_mma.cuh.
+//   A block has a chunk of tokens of a head, or of the channel branch for some of its output
+//   channels. q goes from accumulators to a factor of the logits, these to a factor of out_s:
+//   registers only. out_s lies in shared memory with its channels as rows, as the official layout
+//   has it: C tokens of it are whole rows, which are projected at once; where C does not divide N,
+//   it is stored. Backward, a warp owns 16 projected tokens of dkeys and dv_proj, as in
+//   spatial_mma.cuh.
 #pragma once
 #include "paired_mma.cuh"
 

@@ -1,5 +1,5 @@
-// The output projection on tensor cores, for every layer of which 64 columns fit in shared memory: in
-// 16 bits C up to 304 forward, up to 608 backward; of float up to 112 and 224.
+// The output projection on tensor cores, for every layer of which 64 columns fit in shared memory:
+// in 16 bits C up to 304 forward, up to 608 backward; of float up to 112 and 224.
 //
 //   product_fwd  y_s = out_s' Wo1^T + bias, where out_s' went through memory     grid (jobs, B)
 //   mix_fwd      dout = dy_s Wo1, a job of backward: 64 columns of a chunk of tokens

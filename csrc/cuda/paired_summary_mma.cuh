@@ -1,13 +1,14 @@
 // paired_summary.cuh on tensor cores.
 //
-//   fwd  for every layer; a block has 64 x 64 of the gram or of projected of a chunk. Centred tokens
-//        are rounded to T; sums and means are not.
-//   bwd  a block has a chunk of tokens, four warps with 16 of each tile of 64, and of dx 32 columns of
-//        a sample, slice by slice of 32 rows of the matrices, of 64 for E. Or it has dE of a
+//   fwd  for every layer; a block has 64 x 64 of the gram or of projected of a chunk. Centred
+//        tokens are rounded to T; sums and means are not.
+//   bwd  a block has a chunk of tokens, four warps with 16 of each tile of 64, and of dx 32 columns
+//        of a sample, slice by slice of 32 rows of the matrices, of 64 for E. Or it has dE of a
 //        projection, a warp 16 projected tokens. Blocks of a chunk are neighbours, so that E and x
 //        come from L2.
-//        dgram and dprojected are of the order of dy / N, below what float16 holds: there each slice
-//        is scaled by a power of two, which changes no digit, and its product scaled back in float32.
+//        dgram and dprojected are of the order of dy / N, below what float16 holds: there each
+//        slice is scaled by a power of two, which changes no digit, and its product scaled back in
+//        float32.
 #pragma once
 #include "paired_mma.cuh"
 
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     a.chunk_means[at * a.C + first_column + channel] = double(token) + double(mean);
 }
 
-// A slice is the rows of a matrix that one step multiplies, 32 columns of them. Elements of a slice of
-// 32 rows in shared memory, and the most slices of a block.
+// A slice is the rows of a matrix that one step multiplies, 32 columns of them. Elements of a slice
+// of 32 rows in shared memory, and the most slices of a block.
 constexpr int SLICE = CHANNEL_BLOCK * CHANNEL_STRIDE, MOST_SLICES = 32;
 // Elements of a tile's tokens and, before them, of a projection.
 constexpr int ROWS_TILE = TILE_ROWS * CHANNEL_STRIDE, PROJECTION_TILE = MAP_COLUMNS * MAP_STRIDE;

@@ -4,8 +4,8 @@
 //   forward   [square_sums_fwd], output_fwd                 [] where normalize
 //   backward  output_bwd, merge_bwd, [norm_bwd]
 //   grid      (chunks of tokens, H, B); logits are scaled for exp2
-//   sums      workspace: of q^2 (B, H, chunks, D) forward; of what makes the gradients of k_proj and
-//             v_proj (B, H, chunks, 2, P, D) backward; added up in the order of chunks
+//   sums      workspace: of q^2 (B, H, chunks, D) forward; of what makes the gradients of k_proj
+//             and v_proj (B, H, chunks, 2, P, D) backward; added up in the order of chunks
 #pragma once
 #include "heads.cuh"
 

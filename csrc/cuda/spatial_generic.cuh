@@ -1,7 +1,8 @@
 // Spatial attention's output pass for every D, P and dtype.
 //
 //   both      a warp owns a token: its lanes are projected tokens, then channels
-//   backward  a tile's rows of the map lie in shared memory; there a thread owns elements of the sums
+//   backward  a tile's rows of the map lie in shared memory; there a thread owns elements of the
+//             sums
 #pragma once
 #include "spatial.cuh"
 

@@ -5,14 +5,16 @@
 //   never leave its registers forward: an accumulator, packed, is the next product's factor.
 //   Backward, sums over tokens need the map transposed: it goes through shared memory, where each
 //   warp then owns 16 projected tokens of both sums.
-//   k_proj and v_proj lie in shared memory once a block: up to 46 KB, for 16 bits and D = 64 backward.
+//   k_proj and v_proj lie in shared memory once a block: up to 46 KB, for 16 bits and D = 64
+//   backward.
 #pragma once
 #include "fragments.cuh"
 #include "spatial.cuh"
 
 namespace epa::cuda {
 
-// Registers for six blocks or four: left to itself, ptxas spills to have eight on sm_100 and sm_120.
+// Registers for six blocks or four: left to itself, ptxas spills to have eight on sm_100 and
+// sm_120.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 6 : 4)
     spatial_attention_output_fwd_mma_kernel(Spatial<T> a, const float *squares, int count,

@@ -1,6 +1,6 @@
-// What the checks of all ops share. A check runs an op on the emulator, in memory that ends where the
-// tensors end; compares it with its reference in double, and its bits between two orders of blocks and
-// warps. Small grids: ThreadSanitizer counts at most some thousand threads a launch.
+// What the checks of all ops share. A check runs an op on the emulator, in memory that ends where
+// the tensors end; compares it with its reference in double, and its bits between two orders of
+// blocks and warps. Small grids: ThreadSanitizer counts at most some thousand threads a launch.
 #pragma once
 #include "cuda_kernels.h"
 #include "numbers.h"
@@ -31,7 +31,8 @@ constexpr int ORDERS = 1;
 constexpr int ORDERS = 2;
 #endif
 
-// Channels of a layer of several blocks of them, which takes the sanitizers too many threads, or time.
+// Channels of a layer of several blocks of them, which takes the sanitizers too many threads, or
+// time.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr int64_t WIDE = 32;
 #else
@@ -64,8 +65,8 @@ template <class V> void append(std::vector<char> &bits, const V &values) {
   bits.insert(bits.end(), bytes, bytes + values.size() * sizeof(values[0]));
 }
 
-// Arguments are the names of checks, or none for all; before them --planted and a bug's number. Exit
-// status 0: right, 1: wrong, 2: refused by the emulator.
+// Arguments are the names of checks, or none for all; before them --planted and a bug's number.
+// Exit status 0: right, 1: wrong, 2: refused by the emulator.
 inline int run_checks(int count, char **arguments,
                       const std::map<std::string, std::function<bool()>> &checks) {
   std::vector<std::string> names(arguments + 1, arguments + count);
