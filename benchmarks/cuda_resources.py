@@ -1,12 +1,14 @@
 """What every CUDA kernel takes on every architecture, compiled by nvcc with no GPU.
 
-    python benchmarks/cuda_resources.py            writes results/cuda_resources.csv anew
-    python benchmarks/cuda_resources.py --check    says whether the sources still give that table
+    python -m benchmarks.cuda_resources               writes results/cuda_resources.csv anew
+    python -m benchmarks.cuda_resources --full FILE   also writes a row for each template argument
+    python -m benchmarks.cuda_resources --check       says whether the sources still give that table
 
-Of a thread: registers, bytes of stack and bytes spilled; of a block: threads and bytes of shared
-memory that the kernel declares; of a multiprocessor: the blocks that fit and the share of its
-warps that is (occupancy), if a launch asks for no further shared memory. A row's key stands for the
-sources that it depends on, so that --check needs no nvcc; the version that compiled is beside it.
+The table has the most that any template arguments of a kernel take. Of a thread: registers, bytes
+of stack and bytes spilled. Of a block: threads and bytes of shared memory that the kernel declares.
+The full table adds, of a multiprocessor, the blocks that fit and the share of its warps that is
+(occupancy), if a launch asks for no further shared memory. A row's key stands for the sources that
+it depends on, so that --check needs no nvcc; the version that compiled is beside it.
 """
 
 import argparse
@@ -52,6 +54,9 @@ ARCHITECTURES = tuple(MULTIPROCESSORS)
 REGISTERS, PARTITIONS, REGISTER_UNIT = 65536, 4, 256  # of a multiprocessor; a warp's are multiples
 SHARED_UNIT, SHARED_RESERVED = 128, 1024  # of a block, bytes
 WARP = 32
+# Of the table: what is largest over template arguments, between what says which row it is.
+SIZES = "registers", "stack", "spilled", "threads", "shared"
+COLUMNS = "architecture", "kernel", *SIZES, "nvcc", "key"
 
 
 def resident_blocks(architecture: str, registers: int, shared: int, threads: int) -> int:
@@ -71,7 +76,7 @@ def files_of(source: Path, seen: set[Path] | None = None) -> list[Path]:
     """A source and all that it includes of csrc."""
     seen = set() if seen is None else seen
     seen.add(source)
-    for name in re.findall(r'#include "(.+)"', source.read_text()):
+    for name in re.findall(r'#include "(.+)"', source.read_text(encoding="utf-8")):
         included = (source.parent / name).resolve()
         if included not in seen and included.exists():  # one is of the tests' emulator
             files_of(included, seen)
@@ -79,19 +84,20 @@ def files_of(source: Path, seen: set[Path] | None = None) -> list[Path]:
 
 
 def key(source: Path) -> str:
-    """Stands for a source and all that it includes, but for their comments."""
-    code = [re.sub(r"\s+", " ", re.sub("//.*", "", f.read_text())) for f in files_of(source)]
+    """Stands for a source and all that it includes, except their comments."""
+    texts = [file.read_text(encoding="utf-8") for file in files_of(source)]
+    code = [re.sub(r"\s+", " ", re.sub("//.*", "", text)) for text in texts]
     return hashlib.sha256("\n".join([FLAGS, NEWER, OLDER, *code]).encode()).hexdigest()[:12]
 
 
 def version() -> str:
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"V([\d.]+)", said)[1]
+    return re.findall(r"V([\d.]+)", said)[0]
 
 
 def parameters(source: Path) -> dict[str, list[str]]:
     """{kernel: names of its template parameters} of a source and all that it includes."""
-    code = "\n".join(file.read_text() for file in files_of(source))
+    code = "\n".join(file.read_text(encoding="utf-8") for file in files_of(source))
     heads = re.findall(
         r"template <([^>]*)>\s*__global__ void\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\(", code
     )
@@ -105,11 +111,12 @@ def compile_kernels(source: Path, architectures=ARCHITECTURES) -> list[dict[str,
         for name in architectures
     ]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *shlex.split(FLAGS), *codes, source]
+        command = ["nvcc", *shlex.split(FLAGS), *codes, str(source)]
         said = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, check=True
         ).stderr
-        ptx = next(Path(folder).glob("*.ptx")).read_text()  # of all the same launch bounds
+        # Of all architectures the same launch bounds.
+        ptx = next(Path(folder).glob("*.ptx")).read_text(encoding="utf-8")
     found = re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'(?:.*\n)+?.* (\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads\n"
@@ -124,7 +131,7 @@ def compile_kernels(source: Path, architectures=ARCHITECTURES) -> list[dict[str,
     ).stdout  # fmt: skip
     names, rows = parameters(source), []
     for (mangled, architecture, *sizes), name in zip(found, filtered.splitlines(), strict=True):
-        kernel, arguments = re.search(r"(\w+)<(.*?)>\(", name).groups()
+        [(kernel, arguments)] = re.findall(r"(\w+)<([^>]*)>\(", name)
         dtype, *arguments = arguments.split(", ")
         stack, stores, loads, registers, shared = (int(size or 0) for size in sizes)
         limits = registers, shared, int(threads[mangled])
@@ -158,9 +165,27 @@ def compile_kernels(source: Path, architectures=ARCHITECTURES) -> list[dict[str,
     )
 
 
+def most_of_each_kernel(rows: list[dict]) -> list[dict]:
+    """Rows of the table from those of all template arguments, in their order."""
+    kernels: dict[tuple, dict] = {}
+    for row in rows:
+        most = kernels.setdefault(
+            (row["architecture"], row["kernel"]), {column: row[column] for column in COLUMNS}
+        )
+        most |= {column: max(most[column], row[column]) for column in SIZES}
+    return list(kernels.values())
+
+
 def read() -> list[dict[str, str]]:
-    with TABLE.open(newline="") as file:
+    with TABLE.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def check() -> None:
@@ -169,22 +194,23 @@ def check() -> None:
     if found != set(product(ARCHITECTURES, map(key, SOURCES))):
         sys.exit(
             f"cuda_resources: {TABLE.name} is of other sources; run "
-            f"python benchmarks/cuda_resources.py, which needs nvcc, and commit what it writes."
+            f"python -m benchmarks.cuda_resources, which needs nvcc, and commit what it writes."
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compile nothing, compare the keys")
-    if parser.parse_args().check:
+    parser.add_argument("--full", type=Path, help="where to write a row for each template argument")
+    args = parser.parse_args()
+    if args.check:
         return check()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [row for part in pool.map(compile_kernels, SOURCES) for row in part]
     rows.sort(key=lambda row: ARCHITECTURES.index(row["architecture"]))
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    if args.full:
+        write(args.full, rows)
+    write(TABLE, most_of_each_kernel(rows))
 
 
 if __name__ == "__main__":

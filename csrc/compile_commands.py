@@ -128,7 +128,7 @@ def cuda_objects() -> Objects:
     objects = {f"{source.stem}.cuda": (source, compiler) for source in sorted(folder.glob("*.cu"))}
     facts = f"-DEPA_ARCHITECTURES={numbers} -DEPA_PTX={ptx} -DEPA_CUDA_VERSION={version[1]}"
     command = f"{CXX} {LANGUAGE} {FLAGS} {facts} {CXXFLAGS}"
-    objects["bind_cuda"] = folder / "bind_cuda.cpp", command
+    objects["bind_cuda"] = Path("csrc/bind_cuda.cpp"), command
     return objects
 
 

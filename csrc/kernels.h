@@ -1,14 +1,15 @@
-// The C API of the kernels: plain structs and functions, no torch, no Python.
+// The C API of the kernels: plain structs and functions, no torch, no Python. cuda/cuda_kernels.h
+// has what a GPU changes.
 //
 //   axes      B batch, N tokens, C channels, H heads, D = C/H head dim, P projected tokens
-//   dtypes    activations and token projections in their own dtype; everything else, "T" below, in the
-//             accumulation dtype of x: double for float64, float for the rest
-//   strides   any for a View, but that the gradient of y is contiguous; T is contiguous
+//   dtypes    activations and token projections in their own dtype; everything else, "T" below, in
+//             the accumulation dtype of x: double for float64, float for the rest
+//   strides   any for a View, except the gradient of y, which is contiguous; T is contiguous
 //   memory    the caller owns all of it; results are written entirely
 //   errors    std::bad_alloc; the caller has checked shapes, dtypes and addresses
 //
-// The definition of each op is epa_kernels/reference.py, the two-pass form is
-// epa_kernels/two_pass.py.
+// The reference of each op is epa_kernels/reference.py. The two-pass form, whose names the kernels
+// take, is epa_kernels/backends/two_pass.py.
 #pragma once
 #include <cstdint>
 
@@ -33,69 +34,101 @@ struct View {
   int64_t stride[4];
 };
 
-struct PairedAttention {
+// The tensors of each op, in the order in which they are handed over. A VIEW has its own dtype and
+// strides; a WEIGHT is contiguous and of T, on CUDA of W, see cuda_kernels.h.
+// clang-format off
+#define EPA_PAIRED_ATTENTION(VIEW, WEIGHT)                                                         \
+  VIEW(x)                  /* (B, N, C) */                                                         \
+  VIEW(proj_k_weight)      /* (P, N) */                                                            \
+  VIEW(proj_v_weight)      /* (P, N), null unless kind is split */                                 \
+  WEIGHT(qkvv_weight)      /* (4C, C) */                                                           \
+  WEIGHT(qkvv_bias)        /* (4C) or null */                                                      \
+  WEIGHT(proj_k_bias)      /* (P) or null */                                                       \
+  WEIGHT(proj_v_bias)      /* (P) or null */                                                       \
+  WEIGHT(temperature)      /* (H) */                                                               \
+  WEIGHT(temperature2)     /* (H) */                                                               \
+  WEIGHT(out_proj_weight)  /* (C/2, C), null for kind sum */                                       \
+  WEIGHT(out_proj_bias)    /* (C/2) or null */                                                     \
+  WEIGHT(out_proj2_weight) /* (C/2, C), null for kind sum */                                       \
+  WEIGHT(out_proj2_bias)   /* (C/2) or null */
+#define EPA_SPATIAL_ATTENTION(VIEW, WEIGHT)                                                        \
+  VIEW(q)                  /* (B, N, H, D) */                                                      \
+  VIEW(k_proj)             /* (B, P, H, D) */                                                      \
+  VIEW(v_proj)             /* (B, P, H, D) */                                                      \
+  WEIGHT(temperature)      /* (H) */
+#define EPA_CHANNEL_ATTENTION(VIEW, WEIGHT)                                                        \
+  VIEW(q)                  /* (B, N, H, D) */                                                      \
+  VIEW(k)                  /* (B, N, H, D) */                                                      \
+  VIEW(v)                  /* (B, N, H, D) */                                                      \
+  WEIGHT(temperature)      /* (H) */
+// clang-format on
+
+// `<Op>Tensors<Pointer>`: those of an op as members. `each` calls f(name, member) in their order.
+#define EPA_DECLARE_VIEW(name) View name;
+#define EPA_DECLARE_WEIGHT(name) Pointer name;
+#define EPA_VISIT(name) f(#name, name);
+#define EPA_COUNT(name) +1
+#define EPA_IGNORE(name)
+#define EPA_TENSORS(Op, LIST)                                                                      \
+  template <class Pointer> struct Op##Tensors {                                                    \
+    static constexpr int VIEWS = 0 LIST(EPA_COUNT, EPA_IGNORE);                                    \
+    static constexpr int WEIGHTS = 0 LIST(EPA_IGNORE, EPA_COUNT);                                  \
+    LIST(EPA_DECLARE_VIEW, EPA_DECLARE_WEIGHT)                                                     \
+    template <class F> void each(F f) { LIST(EPA_VISIT, EPA_VISIT) }                               \
+  };
+EPA_TENSORS(PairedAttention, EPA_PAIRED_ATTENTION)
+EPA_TENSORS(SpatialAttention, EPA_SPATIAL_ATTENTION)
+EPA_TENSORS(ChannelAttention, EPA_CHANNEL_ATTENTION)
+#undef EPA_TENSORS
+#undef EPA_IGNORE
+#undef EPA_COUNT
+#undef EPA_VISIT
+#undef EPA_DECLARE_WEIGHT
+#undef EPA_DECLARE_VIEW
+
+// Where each gradient goes: a view in the dtype and strides of its input, the others as weights.
+using PairedAttentionGradients = PairedAttentionTensors<void *>;
+using SpatialAttentionGradients = SpatialAttentionTensors<void *>;
+using ChannelAttentionGradients = ChannelAttentionTensors<void *>;
+
+// What a call takes on every device. Thresholds are those of dropout, 0 for none; see philox.h.
+struct PairedAttentionInputs : PairedAttentionTensors<const void *> {
   int64_t B, N, C, H, P;
   Kind kind;
   Layout layout;
-  bool direct; // plan for few tokens: q, k, vc, vs in memory; nothing is kept
-  uint32_t channel_threshold, spatial_threshold; // dropout, 0 for none; see philox.h
-  uint64_t seed;
-  int threads;
-  View x;                            // (B, N, C)
-  View proj_k_weight, proj_v_weight; // (P, N); the second is null unless kind is split
-  const void *qkvv_weight;           // T (4C, C)
-  const void *qkvv_bias;             // T (4C) or null
-  const void *proj_k_bias;           // T (P) or null
-  const void *proj_v_bias;           // T (P) or null
-  const void *temperature;           // T (H)
-  const void *temperature2;          // T (H)
-  const void *out_proj_weight;       // T (C/2, C), null for kind sum
-  const void *out_proj_bias;         // T (C/2) or null
-  const void *out_proj2_weight;      // T (C/2, C), null for kind sum
-  const void *out_proj2_bias;        // T (C/2) or null
-  double *mean;                      // (B, C)        kept for backward, unless direct
-  void *gram;                        // T (B, C, C)
-  void *projected;                   // T (B, J, P, C), J = 2 for kind split, else 1
+  bool direct; // plan for few tokens: no summary; nothing is kept
+  uint32_t channel_threshold, spatial_threshold;
+  double *mean;    // (B, C)        kept for backward, unless direct
+  void *gram;      // T (B, C, C)
+  void *projected; // T (B, J, P, C), J = 2 for kind split, else 1
 };
 
-// Where each gradient goes. x and the projections in their dtype and strides, the others T.
-struct PairedAttentionGradients {
-  View x, proj_k_weight, proj_v_weight;
-  void *qkvv_weight, *qkvv_bias, *proj_k_bias, *proj_v_bias, *temperature, *temperature2,
-      *out_proj_weight, *out_proj_bias, *out_proj2_weight, *out_proj2_bias;
-};
-
-struct SpatialAttention {
+struct SpatialAttentionInputs : SpatialAttentionTensors<const void *> {
   int64_t B, N, H, D, P;
   bool normalize;
   uint32_t threshold;
-  uint64_t seed;
-  int threads;
-  View q;                  // (B, N, H, D)
-  View k_proj, v_proj;     // (B, P, H, D)
-  const void *temperature; // T (H)
-  void *q_norm;            // T (B, H, D)    kept; ones unless normalize
+  void *q_norm; // T (B, H, D)    kept; ones unless normalize
 };
 
-struct SpatialAttentionGradients {
-  View q, k_proj, v_proj;
-  void *temperature; // T (H)
-};
-
-struct ChannelAttention {
+struct ChannelAttentionInputs : ChannelAttentionTensors<const void *> {
   int64_t B, N, H, D;
   uint32_t threshold;
-  uint64_t seed;
-  int threads;
-  View q, k, v;            // (B, N, H, D)
-  const void *temperature; // T (H)
-  void *gram;              // T (B, H, D, D)  kept: <q_i, k_j>
-  void *q_norm, *k_norm;   // T (B, H, D)     kept
+  void *gram;            // T (B, H, D, D)  kept: <q_i, k_j>
+  void *q_norm, *k_norm; // T (B, H, D)     kept
 };
 
-struct ChannelAttentionGradients {
-  View q, k, v;
-  void *temperature; // T (H)
+// A call on a CPU.
+struct PairedAttention : PairedAttentionInputs {
+  uint64_t seed;
+  int threads;
+};
+struct SpatialAttention : SpatialAttentionInputs {
+  uint64_t seed;
+  int threads;
+};
+struct ChannelAttention : ChannelAttentionInputs {
+  uint64_t seed;
+  int threads;
 };
 
 // Measured peak of one thread: multiply-adds count two.

@@ -1,4 +1,4 @@
-// Random bits for attention dropout: Philox4x32-10. epa_kernels/rng.py is the specification.
+// Random bits for attention dropout: Philox4x32-10. The reference is epa_kernels/rng.py.
 //
 //   counter (column / 8, row mod 2^32, row / 2^32, map), key = seed; eight 16-bit halves a counter
 //   keep = half >= threshold = round(p * 65536), multiplier = 65536 / (65536 - threshold)

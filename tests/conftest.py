@@ -60,7 +60,7 @@ def cuda_module(tmp_path_factory):
 
     if reason := cuda_on_cpu.why_not():
         pytest.skip(reason)
-    return cuda_on_cpu.build_module(tmp_path_factory.mktemp("cuda"))
+    return cuda_on_cpu.Builder(tmp_path_factory).module()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,9 @@
 """Builds csrc/cuda for a CPU, on the emulator of tests/cuda_emulator."""
 
+import contextlib
+import fcntl
+import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -11,37 +15,16 @@ TESTS = Path(__file__).parent
 EMULATOR, SOURCES = TESTS / "cuda_emulator", TESTS.parent / "csrc"
 # The kernels read rows of 16-bit numbers as words.
 FLAGS = (
-    "-std=c++17 -O2 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra "
-    "-Wno-unknown-pragmas"
+    "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
 ).split()
-
-
-def compile_object(source, to, *flags, sources=SOURCES):
-    include = [f"-I{EMULATOR}", f"-I{sources}", f"-I{sources / 'cuda'}"]
-    command = ["g++", *FLAGS, *include, *flags, "-x", "c++", "-c", str(source), "-o", str(to)]
-    subprocess.run(command, check=True)
-    return to
-
-
-def build_module(folder: Path):
-    """The module `_C_cuda`, whose kernels take addresses on the CPU."""
-    import pybind11
-
-    binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O0"]
-    binding += ["-DEPA_ARCHITECTURES=", "-DEPA_PTX=0", "-DEPA_CUDA_VERSION=0"]
-    objects = [
-        compile_object(EMULATOR / "emulator.cpp", folder / "emulator.o"),
-        compile_object(SOURCES / "cuda/bind_cuda.cpp", folder / "bind_cuda.o", *binding),
-    ]
-    for source in sorted((SOURCES / "cuda").glob("*.cu")):
-        objects.append(compile_object(source, folder / f"{source.stem}.o"))
-    module = folder / "_C_cuda.so"
-    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(module)], check=True)
-    # pybind11 gives the same module for the same name.
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu._C_cuda", module)
-    result = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(result)
-    return result
+# Name -> flags of the kernels, flags of the emulator. Kernels are compiled as they stand:
+# optimised, that would take three times as long. So would "address,undefined" in one.
+SANITIZERS = {
+    "values": (("-O0",), ("-O2",)),
+    "thread": (("-O0", "-fsanitize=thread", "-g1"), ("-O2", "-DEMULATOR_TSAN")),
+    "address": (("-O0", "-fsanitize=address", "-g1"),) * 2,
+    "undefined": (("-O0", "-fsanitize=undefined", "-fno-sanitize-recover"),) * 2,
+}
 
 
 def why_not() -> str:
@@ -49,41 +32,88 @@ def why_not() -> str:
     return "" if shutil.which("g++") else "g++ is not installed, which compiles the CUDA kernels"
 
 
-# Name -> flags of the kernels, flags of the emulator. Kernels are compiled as they stand:
-# optimised, that would take three times as long. So would "address,undefined" in one.
-SANITIZERS = {
-    "values": (("-O0",), ()),
-    "thread": (("-O0", "-fsanitize=thread", "-g1"), ("-DEMULATOR_TSAN",)),
-    "address": (("-O0", "-fsanitize=address", "-g1"),) * 2,
-    "undefined": (("-O0", "-fsanitize=undefined", "-fno-sanitize-recover"),) * 2,
-}
+class Builder:
+    """Compiles and links, each file once for all test processes of a run.
 
+    A file's name stands for what it is made of, and a lock keeps the others waiting.
+    """
 
-class Checker:
-    """Builds check_kernels.cpp with a sanitizer; `sources` may be a copy with a bug in it."""
+    def __init__(self, tmp_path_factory):
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent
+        self.folder = folder / "cuda_on_cpu"
+        self.folder.mkdir(exist_ok=True)
 
-    def __init__(self, folder: Path, sanitizer: str):
-        self.folder, (self.flags, flags) = folder, SANITIZERS[sanitizer]
-        self.objects = [
-            compile_object(EMULATOR / "emulator.cpp", folder / "emulator.o", *flags),
-            compile_object(EMULATOR / "check_kernels.cpp", folder / "check.o", *self.flags),
-            *map(self.compile, sorted((SOURCES / "cuda").glob("*.cu"))),
+    def object(self, source: Path, *flags: str, sources: Path = SOURCES) -> Path:
+        """The object of a source; `sources` may be a copy of csrc with bugs in it."""
+        include = [f"-I{EMULATOR}", f"-I{sources}", f"-I{sources / 'cuda'}"]
+        command = ["g++", *FLAGS, *flags, *include, "-x", "c++", "-c", str(source)]
+        key = [*flags, source.name, _digest(EMULATOR), _digest(sources)]
+        return self._make(source.stem, ".o", command, key)
+
+    def link(self, name: str, objects: list[Path], *flags: str) -> Path:
+        command = ["g++", *flags, *map(str, objects)]
+        return self._make(name, ".so" if "-shared" in flags else "", command, command)
+
+    def _make(self, stem: str, suffix: str, command: list[str], key: list[str]) -> Path:
+        digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:12]
+        to = self.folder / f"{stem}-{digest}{suffix}"
+        with _locked(to.with_suffix(".lock")):
+            if not to.exists():
+                part = to.with_suffix(".part")
+                subprocess.run([*command, "-o", str(part)], check=True)
+                part.rename(to)
+        return to
+
+    def module(self):
+        """The module `_C_cuda`, whose kernels take addresses on the CPU."""
+        import pybind11
+
+        binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O0"]
+        binding += ["-DEPA_ARCHITECTURES=", "-DEPA_PTX=0", "-DEPA_CUDA_VERSION=0"]
+        objects = [
+            self.object(EMULATOR / "emulator.cpp", "-O2"),
+            self.object(SOURCES / "bind_cuda.cpp", *binding),
         ]
+        objects += [self.object(source, "-O2") for source in _kernels()]
+        # pybind11 gives the same module for the same name.
+        module = self.link("_C_cuda", objects, "-shared")
+        spec = importlib.util.spec_from_file_location("cuda_on_cpu._C_cuda", module)
+        result = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(result)
+        return result
 
-    def compile(self, source: Path, name: str = "") -> Path:
-        to = self.folder / f"{name or source.stem}.o"
-        return compile_object(source, to, *self.flags, sources=source.parents[1])
-
-    def run(self, *ops: str, changed: Path | None = None) -> subprocess.CompletedProcess:
-        """The program's end for some ops or all, with `changed` in place of the .cu of its name."""
-        objects = self.objects
-        if changed is not None:
-            # In front: of a function that several sources have, the linker takes the first.
-            others = [other for other in objects if other.stem != changed.stem]
-            objects = [self.compile(changed, "changed"), *others]
-        program = self.folder / "check"
-        link = ["g++", *self.flags, *map(str, objects), "-o", str(program)]
-        subprocess.run(link, check=True)
+    def check(self, sanitizer: str, op: str, sources: Path = SOURCES):
+        """A function that runs cuda_emulator/check_<op>.cpp with arguments, with a sanitizer."""
+        flags, emulator_flags = SANITIZERS[sanitizer]
+        objects = [
+            self.object(EMULATOR / "emulator.cpp", *emulator_flags),
+            self.object(EMULATOR / f"check_{op}.cpp", *flags),
+            self.object(sources / "cuda" / f"{op}_attention.cu", *flags, sources=sources),
+        ]
+        program = self.link(f"check_{op}", objects, *flags)
         options = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-        environment = {**os.environ, **options}
-        return subprocess.run([program, *ops], capture_output=True, text=True, env=environment)
+        return functools.partial(run, program, env={**os.environ, **options})
+
+
+def run(program: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, **options)
+
+
+def _kernels() -> list[Path]:
+    return sorted((SOURCES / "cuda").glob("*.cu"))
+
+
+@functools.cache
+def _digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = b"\n".join(str(f.relative_to(folder)).encode() + f.read_bytes() for f in files)
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

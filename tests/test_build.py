@@ -63,7 +63,7 @@ const char *launch() {
   return cudaGetErrorName(cudaGetLastError());
 }
 """,
-    "cuda/bind_cuda.cpp": """
+    "bind_cuda.cpp": """
 #include <Python.h>
 #include <initializer_list>
 const char *launch();

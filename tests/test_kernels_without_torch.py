@@ -1,10 +1,11 @@
 """The compiled module alone, with neither torch nor this package: against numpy, in float64.
 
-Forward against the definition, written again in a few lines; backward against its differences
+Forward against the reference, written again in a few lines; backward against its differences
 along a random direction of each input. The module is the installed one, or the one in the folder
 EPA_KERNELS_MODULE: `make sanitize` has one there that reports every access out of bounds.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -226,9 +227,7 @@ def weight(values, dtype):
     return None if values is None else np.ascontiguousarray(values, dtype)
 
 
-VIEWS = ("x", "proj_k_weight", "proj_v_weight")
-WEIGHTS = ("qkvv_weight", "qkvv_bias", "proj_k_bias", "proj_v_bias", "temperature", "temperature2",
-           "out_proj_weight", "out_proj_bias", "out_proj2_weight", "out_proj2_bias")  # fmt: skip
+VIEWS, WEIGHTS = kernels.inputs["paired_attention"]
 
 
 def run_paired(a, dy, *, H, kind, layout, direct, thresholds, dtype="f8", placement="dense"):
@@ -333,13 +332,13 @@ def paired_masks(shape, thresholds):
     return [multiplier(maps[i], i, thresholds[i]) for i in range(2)]
 
 
-def check_gradients(definition, a, dy, gradients):
+def check_gradients(reference, a, dy, gradients):
     """Each gradient against a central difference along a random direction."""
     random = np.random.default_rng(1)
     step = 1e-5
     for name, gradient in gradients.items():
         direction = random.standard_normal(gradient.shape)
-        ends = [definition({**a, name: a[name] + sign * step * direction}) for sign in (1, -1)]
+        ends = [reference({**a, name: a[name] + sign * step * direction}) for sign in (1, -1)]
         expected = ((ends[0] - ends[1]) * dy).sum() / (2 * step)
         found = (gradient * direction).sum()
         # Of about the size of one random sum, where a gradient vanishes of the result's rounding.
@@ -361,28 +360,38 @@ CASES = [
 ]
 
 
+@functools.cache
+def paired_case(shape, kind, layout):
+    """Inputs, the output's gradient, the reference and its output."""
+    a, dy = paired_inputs(shape, kind, bias=layout == "official")
+    options = {"H": shape[3], "kind": kind, "layout": layout}
+    reference = functools.partial(
+        paired_attention, masks=paired_masks(shape, THRESHOLDS), **options
+    )
+    return a, dy, reference, reference(a)
+
+
+@functools.cache
+def first_gradients(shape, kind, layout, direct):
+    """Gradients of the first instruction set, which are those of differences of the reference."""
+    a, dy, reference, _ = paired_case(shape, kind, layout)
+    kernels.use_isa(ISAS[0])
+    _, gradients = run_paired(
+        a, dy, H=shape[3], kind=kind, layout=layout, direct=direct, thresholds=THRESHOLDS
+    )
+    check_gradients(reference, a, dy, gradients)
+    return gradients
+
+
 @pytest.mark.parametrize("direct", (False, True), ids=("two_pass", "direct"))
 @pytest.mark.parametrize("shape, kind, layout", CASES)
 def test_paired_attention(isa, shape, kind, layout, direct):
-    a, dy = paired_inputs(shape, kind, bias=layout == "official")
-    masks = paired_masks(shape, THRESHOLDS)
-
-    def definition(a):
-        return paired_attention(a, H=shape[3], kind=kind, layout=layout, masks=masks)
-
+    a, dy, _, expected = paired_case(shape, kind, layout)
     y, gradients = run_paired(
         a, dy, H=shape[3], kind=kind, layout=layout, direct=direct, thresholds=THRESHOLDS
     )
-    assert_close(y, definition(a), 1e-12)
-    # The difference is the definition's: that one instruction set has its gradients is enough,
-    # the others must have the same.
-    if isa == ISAS[0]:
-        check_gradients(definition, a, dy, gradients)
-        return
-    kernels.use_isa(ISAS[0])
-    _, first = run_paired(
-        a, dy, H=shape[3], kind=kind, layout=layout, direct=direct, thresholds=THRESHOLDS
-    )
+    assert_close(y, expected, 1e-12)
+    first = first_gradients(shape, kind, layout, direct)
     for name, gradient in gradients.items():
         scale = np.linalg.norm(first[name]) + 1e-4 * np.linalg.norm(dy)
         assert np.linalg.norm(gradient - first[name]) <= 1e-10 * scale, name

@@ -1,4 +1,4 @@
-// Channel attention, forward and backward; reference.channel_attention is the definition.
+// Channel attention, forward and backward. The reference is reference.channel_attention.
 //   in   q, k, v, out (B,N,H,D)  temperature (H)     kept  gram (B,H,D,D), q_norm, k_norm (B,H,D)
 //   three steps: sums over tokens, the map of each head, products token by token
 //   sums go over chunks of tokens, which are added in their order; rows of tiles are h * D + d

@@ -1,5 +1,5 @@
-// Paired attention: what its parts share. reference.paired_attention is the definition,
-// two_pass.py the form; the names below are those of two_pass.py.
+// Paired attention: what its parts share. The reference is reference.paired_attention, the form and
+// the names below are those of two_pass.py.
 //
 //   paired_summary.cpp   over tokens: mean, gram, projected; and last in backward: dx, dprojections
 //   paired_mix.cpp       between the passes, nothing of size N
@@ -113,7 +113,7 @@ template <class T> struct Summary {
   const T *gram;      // (B, C, padded C)
   const T *projected; // (B, J, P, padded C)
 };
-template <class T> void summary_fwd(Layer<T> &layer);
+template <class T> void paired_attention_summary_fwd(Layer<T> &layer);
 template <class T> Summary<T> kept_summary(Layer<T> &layer);
 
 // Between the passes. C rows a sample, head by head.
@@ -130,9 +130,11 @@ template <class T> struct Mix {
   T *constant;                      // (B, padded O)
 };
 // With by_output the matrix has outputs as rows, as backward wants it, else inputs.
-template <class T> Mix<T> mix_fwd(Layer<T> &layer, const Summary<T> &summary, bool by_output);
+template <class T>
+Mix<T> paired_attention_mix_fwd(Layer<T> &layer, const Summary<T> &summary, bool by_output);
 
-template <class T> void output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y);
+template <class T>
+void paired_attention_output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y);
 
 // Sums over tokens of one sample, in this order behind each other.
 template <class T> struct Sums {
@@ -153,7 +155,8 @@ template <class T> struct Sums {
   }
 };
 // Returns the sums (B, Sums.size); dx_partial (B, N, C) gets what comes through q and the matrix.
-template <class T> T *output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial);
+template <class T>
+T *paired_attention_output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial);
 
 // What the last pass needs: token x gets (x - mean) dgram + dtoken + E^T dprojected.
 template <class T> struct TokenGradient {
@@ -163,15 +166,18 @@ template <class T> struct TokenGradient {
   T *drows;      // (J, P): added to row p of a projection's gradient
 };
 template <class T>
-TokenGradient<T> mix_bwd(Layer<T> &layer, const Summary<T> &summary, const Mix<T> &mix, T *sums,
-                         const PairedAttentionGradients &grads);
+TokenGradient<T> paired_attention_mix_bwd(Layer<T> &layer, const Summary<T> &summary,
+                                          const Mix<T> &mix, T *sums,
+                                          const PairedAttentionGradients &grads);
 
 template <class T>
-void summary_bwd(Layer<T> &layer, const Mix<T> &mix, const TokenGradient<T> &gradient,
-                 T *dx_partial, const PairedAttentionGradients &grads);
+void paired_attention_summary_bwd(Layer<T> &layer, const Mix<T> &mix,
+                                  const TokenGradient<T> &gradient, T *dx_partial,
+                                  const PairedAttentionGradients &grads);
 
-template <class T> void direct_fwd(Layer<T> &layer, const View &y);
+template <class T> void paired_attention_direct_fwd(Layer<T> &layer, const View &y);
 template <class T>
-void direct_bwd(Layer<T> &layer, const View &dy, const PairedAttentionGradients &grads);
+void paired_attention_direct_bwd(Layer<T> &layer, const View &dy,
+                                 const PairedAttentionGradients &grads);
 
 } // namespace epa::EPA_ISA

@@ -118,8 +118,8 @@ template <class T> struct Direct {
             width, out_c + (b * C + i) * width, width);
   }
 
-  // out_s -> out_s' with its columns as rows, and back for the gradient. Under layout "official" row
-  // r of out_s' is C consecutive numbers of the flat (channel, token) order.
+  // out_s -> out_s' with its columns as rows, and back for the gradient. Under layout "official"
+  // row r of out_s' is C consecutive numbers of the flat (channel, token) order.
   T *to_rows(T *from) {
     if (!official()) return from;
     T *to = take(C * width), *dense = take(C * N);
@@ -150,7 +150,7 @@ template <class T> struct Direct {
 
 } // namespace
 
-template <class T> void direct_fwd(Layer<T> &layer, const View &y) {
+template <class T> void paired_attention_direct_fwd(Layer<T> &layer, const View &y) {
   Direct<T> direct(layer);
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, D = layer.D, O = layer.O;
   const int64_t width = direct.width;
@@ -200,7 +200,8 @@ template <class T> void direct_fwd(Layer<T> &layer, const View &y) {
 }
 
 template <class T>
-void direct_bwd(Layer<T> &layer, const View &dy, const PairedAttentionGradients &grads) {
+void paired_attention_direct_bwd(Layer<T> &layer, const View &dy,
+                                 const PairedAttentionGradients &grads) {
   Direct<T> direct(layer);
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t J = layer.J, O = layer.O, stride = layer.C_padded, width = direct.width;
@@ -365,8 +366,9 @@ void direct_bwd(Layer<T> &layer, const View &dy, const PairedAttentionGradients 
 }
 
 #define EPA_INSTANTIATE(T)                                                                         \
-  template void direct_fwd(Layer<T> &, const View &);                                              \
-  template void direct_bwd(Layer<T> &, const View &, const PairedAttentionGradients &)
+  template void paired_attention_direct_fwd(Layer<T> &, const View &);                             \
+  template void paired_attention_direct_bwd(Layer<T> &, const View &,                              \
+                                            const PairedAttentionGradients &)
 EPA_INSTANTIATE(float);
 EPA_INSTANTIATE(double);
 #undef EPA_INSTANTIATE

@@ -25,7 +25,8 @@ template <class T> void add_scaled(T *row, T factor, const T *other, int64_t n) 
 
 } // namespace
 
-template <class T> Mix<T> mix_fwd(Layer<T> &layer, const Summary<T> &summary, bool by_output) {
+template <class T>
+Mix<T> paired_attention_mix_fwd(Layer<T> &layer, const Summary<T> &summary, bool by_output) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t J = layer.J, O = layer.O, stride = layer.C_padded, P_padded = layer.P_padded;
   const int64_t D_padded = padded<T>(D), O_padded = layer.O_padded;
@@ -152,8 +153,9 @@ template <class T> Mix<T> mix_fwd(Layer<T> &layer, const Summary<T> &summary, bo
 }
 
 template <class T>
-TokenGradient<T> mix_bwd(Layer<T> &layer, const Summary<T> &summary, const Mix<T> &mix, T *sums,
-                         const PairedAttentionGradients &grads) {
+TokenGradient<T> paired_attention_mix_bwd(Layer<T> &layer, const Summary<T> &summary,
+                                          const Mix<T> &mix, T *sums,
+                                          const PairedAttentionGradients &grads) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t J = layer.J, O = layer.O, stride = layer.C_padded, P_padded = layer.P_padded;
   const int64_t D_padded = padded<T>(D);
@@ -380,9 +382,9 @@ TokenGradient<T> mix_bwd(Layer<T> &layer, const Summary<T> &summary, const Mix<T
 }
 
 #define EPA_INSTANTIATE(T)                                                                         \
-  template Mix<T> mix_fwd(Layer<T> &, const Summary<T> &, bool);                                   \
-  template TokenGradient<T> mix_bwd(Layer<T> &, const Summary<T> &, const Mix<T> &, T *,           \
-                                    const PairedAttentionGradients &)
+  template Mix<T> paired_attention_mix_fwd(Layer<T> &, const Summary<T> &, bool);                  \
+  template TokenGradient<T> paired_attention_mix_bwd(                                              \
+      Layer<T> &, const Summary<T> &, const Mix<T> &, T *, const PairedAttentionGradients &)
 EPA_INSTANTIATE(float);
 EPA_INSTANTIATE(double);
 #undef EPA_INSTANTIATE

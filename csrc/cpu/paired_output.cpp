@@ -1,7 +1,7 @@
 // The second pass over the tokens: queries, spatial softmax and y, straight from x.
 //   fwd  q = Wq x + b, out_s = softmax(q keys) values, y = [out_s' Wo1^T + b1, x matrix + constant]
-//   bwd  the same again, and from dy: the gradient of q and of the channel branch at x, and all sums
-//        over tokens, chunk by chunk, added in the order of the chunks
+//   bwd  the same again, and from dy: the gradient of q and of the channel branch at x, and all
+//        sums over tokens, chunk by chunk, added in the order of the chunks
 // Tokens lie in the lanes, so maxima and sums over p need no exchange between lanes.
 //
 // out_s' has the tokens in another order than x under layout "official": row r of it is C
@@ -88,7 +88,8 @@ template <class T> T *bias_row(Scratch &memory, const T *bias, int64_t O) {
 
 } // namespace
 
-template <class T> void output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y) {
+template <class T>
+void paired_attention_output_fwd(Layer<T> &layer, const Mix<T> &mix, const View &y) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t O = layer.O, O_padded = layer.O_padded, stride = layer.C_padded;
   const Plan<T> plan(layer);
@@ -173,7 +174,7 @@ template <class T> void output_fwd(Layer<T> &layer, const Mix<T> &mix, const Vie
 }
 
 template <class T>
-T *output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial) {
+T *paired_attention_output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, H = layer.H, P = layer.P, D = layer.D;
   const int64_t O = layer.O, O_padded = layer.O_padded, stride = layer.C_padded;
   const int threads = layer.a.threads;
@@ -311,8 +312,8 @@ T *output_bwd(Layer<T> &layer, const Mix<T> &mix, const View &dy, T *dx_partial)
 }
 
 #define EPA_INSTANTIATE(T)                                                                         \
-  template void output_fwd(Layer<T> &, const Mix<T> &, const View &);                              \
-  template T *output_bwd(Layer<T> &, const Mix<T> &, const View &, T *)
+  template void paired_attention_output_fwd(Layer<T> &, const Mix<T> &, const View &);             \
+  template T *paired_attention_output_bwd(Layer<T> &, const Mix<T> &, const View &, T *)
 EPA_INSTANTIATE(float);
 EPA_INSTANTIATE(double);
 #undef EPA_INSTANTIATE

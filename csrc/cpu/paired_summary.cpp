@@ -71,7 +71,7 @@ private:
 
 } // namespace
 
-template <class T> void summary_fwd(Layer<T> &layer) {
+template <class T> void paired_attention_summary_fwd(Layer<T> &layer) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, P = layer.P, J = layer.J;
   const int64_t stride = layer.C_padded, chunk = chunk_tokens(N), chunks = (N + chunk - 1) / chunk;
   const int64_t size = (C + J * P) * stride;
@@ -145,8 +145,9 @@ template <class T> Summary<T> kept_summary(Layer<T> &layer) {
 }
 
 template <class T>
-void summary_bwd(Layer<T> &layer, const Mix<T> &mix, const TokenGradient<T> &gradient,
-                 T *dx_partial, const PairedAttentionGradients &grads) {
+void paired_attention_summary_bwd(Layer<T> &layer, const Mix<T> &mix,
+                                  const TokenGradient<T> &gradient, T *dx_partial,
+                                  const PairedAttentionGradients &grads) {
   const int64_t B = layer.B, N = layer.N, C = layer.C, P = layer.P, J = layer.J;
   const int64_t stride = layer.C_padded, chunk = chunk_tokens(N), chunks = (N + chunk - 1) / chunk;
   const double cost = double(chunk) * B * C * (C + 2 * J * P);
@@ -195,10 +196,10 @@ void summary_bwd(Layer<T> &layer, const Mix<T> &mix, const TokenGradient<T> &gra
 }
 
 #define EPA_INSTANTIATE(T)                                                                         \
-  template void summary_fwd(Layer<T> &);                                                           \
+  template void paired_attention_summary_fwd(Layer<T> &);                                          \
   template Summary<T> kept_summary(Layer<T> &);                                                    \
-  template void summary_bwd(Layer<T> &, const Mix<T> &, const TokenGradient<T> &, T *,             \
-                            const PairedAttentionGradients &)
+  template void paired_attention_summary_bwd(Layer<T> &, const Mix<T> &, const TokenGradient<T> &, \
+                                             T *, const PairedAttentionGradients &)
 EPA_INSTANTIATE(float);
 EPA_INSTANTIATE(double);
 #undef EPA_INSTANTIATE

@@ -1,4 +1,4 @@
-// Spatial attention, forward and backward; reference.spatial_attention is the definition.
+// Spatial attention, forward and backward. The reference is reference.spatial_attention.
 //   in   q, out (B,N,H,D)  k_proj, v_proj (B,P,H,D)  temperature (H)     kept  q_norm (B,H,D)
 //   keys = k_proj * temperature / |q|, so that q goes in as it is; rows of tiles are h * D + d
 //   |q| and the gradients of keys and values are sums over chunks of tokens, added in their order

@@ -206,8 +206,8 @@ void unpack_heads(const View &to, int64_t b, int64_t n, int64_t H, int64_t D, co
            columns);
 }
 
-// Sum of term(i) for i in [0, count), in eight chains: these round less than one, and none waits for
-// the addition before it.
+// Sum of term(i) for i in [0, count), in eight chains: these round less than one, and none waits
+// for the addition before it.
 template <class T, class F> static inline Vector<T> sum_of(int64_t count, const F &term) {
   Vector<T> sums[8] = {};
   int64_t i = 0;

@@ -1,5 +1,6 @@
-// Channel attention on a GPU: which kernels run, on which grid. reference.channel_attention is the
-// definition, channel.cuh the plan.
+// Channel attention on a GPU: which kernels run, on which grid. The reference is
+// reference.channel_attention.
+#include "channel_generic.cuh"
 #include "channel_mma.cuh"
 #include "host.h"
 
@@ -8,7 +9,8 @@
 namespace epa::cuda {
 namespace {
 
-constexpr int64_t MOST_ROWS = 64, STATIC_SHARED = CHANNEL_THREADS * 8;
+constexpr int64_t MOST_ROWS = 64;                      // tokens of a tile
+constexpr int64_t STATIC_SHARED = CHANNEL_THREADS * 8; // bytes
 
 template <class T> struct Launcher {
   using A = Accumulate<T>;
@@ -32,19 +34,17 @@ template <class T> struct Launcher {
     check_launch("channel_attention", kernel, "B N H D", {a.B, a.N, a.H, a.D});
   }
 
-  bool is_specialised() const {
-    return has_tensor_cores<T>(a.tf32x3) && has_mma<T>(a.D);
-  }
+  bool is_specialised() const { return has_tensor_cores<T>(a.tf32x3) && has_mma<T>(a.D); }
 
   void gram(View left, View right, bool has_norms, A *to) const {
     const dim3 grid(sums.count, a.H, a.B);
     if (is_specialised()) {
       with_head_dim<T>(a.D, [&](auto d) {
-        EPA_LAUNCH((channel_attention_mma_gram_kernel<T, decltype(d)::value>), grid, MMA_THREADS, 0,
+        EPA_LAUNCH((channel_attention_gram_mma_kernel<T, decltype(d)::value>), grid, MMA_THREADS, 0,
                    a.stream, a.N, a.H, sums.size, heads<const T>(left), heads<const T>(right),
                    has_norms, to);
       });
-      return check("mma_gram");
+      return check("gram_mma");
     }
     const int64_t row = 2 * a.D * sizeof(A);
     const int rows = std::min(MOST_ROWS, (SHARED_LIMIT - STATIC_SHARED) / row);
@@ -58,10 +58,10 @@ template <class T> struct Launcher {
     const dim3 grid(outputs.count * products.count, a.H, a.B);
     if (is_specialised()) {
       with_head_dim<T>(a.D, [&](auto d) {
-        EPA_LAUNCH((channel_attention_mma_product_kernel<T, decltype(d)::value>), grid, MMA_THREADS,
+        EPA_LAUNCH((channel_attention_product_mma_kernel<T, decltype(d)::value>), grid, MMA_THREADS,
                    0, a.stream, a.N, a.H, outputs.size, products);
       });
-      return check("mma_product");
+      return check("product_mma");
     }
     EPA_LAUNCH((channel_attention_product_kernel<T>), grid, CHANNEL_THREADS, 0, a.stream, a.N, a.H,
                static_cast<int>(a.D), outputs.size, products);

@@ -1,13 +1,13 @@
-// Channel attention's passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32, 64},
-// or float and D in {8, 16}; what lies between them is in channel.cuh, as are grids and sums.
+// Channel attention's passes over the tokens on tensor cores: T of 16 bits and D in {8, 16, 32,
+// 64}, or float and D in {8, 16}. channel.cuh has what lies between them, the grids and the sums.
 //
 //   gram     a warp owns 16 rows of left^T right; where there are fewer rows than warps, some steps
 //            over the tokens of every tile too, and the parts are added up in the order of warps.
 //            Sums of squares are the diagonals of left^T left and right^T right.
 //   product  a warp owns 16 tokens, and its block has the matrix in shared memory, rounded to T
 //   float16  gradients of <q_i, k_j> are of the order of 1 / (|q_i| |k_j|): powers of two divide a
-//            channel's tokens by their norm and bring the largest of a column of the matrix to where
-//            float16 has all its digits, so that a vanishing channel spoils no other.
+//            channel's tokens by their norm and bring the largest of a column of the matrix to
+//            where float16 has all its digits, so that a vanishing channel spoils no other.
 #pragma once
 #include "channel.cuh"
 #include "fragments.cuh"
@@ -48,7 +48,7 @@ __device__ __forceinline__ void store_squares(float *to, const float (&sum)[GROU
 
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 ? 6 : 4)
-    channel_attention_mma_gram_kernel(int64_t N, int64_t H, int64_t chunk, Heads<const T> left,
+    channel_attention_gram_mma_kernel(int64_t N, int64_t H, int64_t chunk, Heads<const T> left,
                                       Heads<const T> right, bool has_norms, float *sums) {
   constexpr int ROW_GROUPS = D == 8 ? 1 : D / 16, PARTS = MMA_WARPS / ROW_GROUPS;
   constexpr int GROUPS = D == 8 ? 1 : 2; // of 8 rows
@@ -132,7 +132,7 @@ __device__ void load_matrix(const ChannelProduct<T> &product, int64_t head, T *t
 
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, 6)
-    channel_attention_mma_product_kernel(int64_t N, int64_t H, int64_t chunk,
+    channel_attention_product_mma_kernel(int64_t N, int64_t H, int64_t chunk,
                                          ChannelProducts<T> products) {
   constexpr int WARP_TILE = WARP_ROWS * ROW_STRIDE<D>;
   EPA_SHARED(T, matrix, [D * ROW_STRIDE<D>]);
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(MMA_THREADS, 6)
         for (int i = 0; i < 2; ++i) {
           value[i] = sum[c][2 * r + i] * (is_scaled ? inverse[d + i] : 1.f);
           if (product.factor)
-            value[i] += widen(more[(g + 8 * r) * ROW_STRIDE<D> + d + i]) *
-                        product.factor[head * D + d + i];
+            value[i] +=
+                widen(more[(g + 8 * r) * ROW_STRIDE<D> + d + i]) * product.factor[head * D + d + i];
         }
         store_pair(product.result.row(b, row, h), product.result.stride_d, d, value[0], value[1]);
       }

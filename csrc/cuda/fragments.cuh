@@ -1,22 +1,26 @@
-// Pieces of kernels on tensor cores, T __nv_bfloat16, __half or float: a warp owns 16 rows of tokens,
-// and of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane % 4.
+// Pieces of kernels on tensor cores, T __nv_bfloat16, __half or float: a warp owns 16 rows of
+// tokens, and of their map up to 64 columns. Lanes hold what ptx.h says: g = lane / 4, t = lane %
+// 4.
 //
 //   16 bits  a word of a factor is the numbers 2t, 2t + 1 of its 8
-//   float    a word is one number: 2t stands where ptx.h has t, 2t + 1 where it has t + 4. The order
-//            of what is summed is free, and so accumulators are factors here, too
+//   float    a word is one number: 2t stands where ptx.h has t, 2t + 1 where it has t + 4. The
+//            order of what is summed is free, and so accumulators are factors here, too
 //
 // Rows in shared memory are padded by 8 numbers, so that the words of 8 rows, of float the pairs of
-// words of 4, lie in different banks; columns of float, which no instruction transposes, meet in two.
+// words of 4, lie in different banks; columns of float, which no instruction transposes, meet in
+// two.
 #pragma once
 #include "heads.cuh"
 #include "ptx.h"
 
 namespace epa::cuda {
 
-constexpr int MMA_WARPS = 4, MMA_THREADS = 32 * MMA_WARPS, WARP_ROWS = 16;
-constexpr int TILE_ROWS = MMA_WARPS * WARP_ROWS;
-constexpr int MAP_COLUMNS = 64, MAP_GROUPS = MAP_COLUMNS / 8, MAP_STRIDE = MAP_COLUMNS + 8;
-template <int D> constexpr int ROW_STRIDE = D == 8 ? 8 : D + 8; // elements
+constexpr int MMA_WARPS = 4, MMA_THREADS = 32 * MMA_WARPS;
+constexpr int WARP_ROWS = 16, TILE_ROWS = MMA_WARPS * WARP_ROWS; // tokens of a warp, of a block
+constexpr int MAP_COLUMNS = 64, MAP_GROUPS = MAP_COLUMNS / 8;    // projected tokens, groups of 8
+// Elements from row to row in shared memory: of the map, and of D channels.
+constexpr int MAP_STRIDE = MAP_COLUMNS + 8;
+template <int D> constexpr int ROW_STRIDE = D == 8 ? 8 : D + 8;
 
 static_assert(MMA_WARPS * WARP_ROWS == MAP_COLUMNS, "backward, each warp owns 16 columns");
 
@@ -24,8 +28,8 @@ template <class T> using Word = std::conditional_t<std::is_same_v<T, float>, flo
 template <class T> constexpr int DEPTH = sizeof(T) == 2 ? 16 : 8; // of a product
 
 // c += a b nearly as in float32: of each factor the TF32 number and what is left of it; the product
-// of what is left is below float32. Tensor cores cut sums off where float32 rounds them, so theirs
-// start from zero, and c takes them in float32.
+// of what is left is below float32. Tensor cores truncate sums where float32 rounds them, so
+// theirs start from zero, and c takes them in float32.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   float high_a[4], low_a[4], high_b[2], low_b[2];
@@ -76,7 +80,7 @@ __device__ __forceinline__ Word<T> packed_word(const float (&rows)[GROUPS][4], i
   if constexpr (std::is_same_v<T, float>) {
     return rows[step][i % 2 * 2 + i / 2];
   } else {
-    const float(&group)[4] = rows[2 * step + i / 2];
+    const float (&group)[4] = rows[2 * step + i / 2];
     return pack<T>(group[i % 2 * 2], group[i % 2 * 2 + 1]);
   }
 }
@@ -184,8 +188,8 @@ __device__ __forceinline__ void add_transposed(float (&result)[GROUPS][4],
       Word<T> factor[RowFactor<T, D>::WORDS / 2];
 #pragma unroll
       for (int i = 0; i < RowFactor<T, D>::WORDS / 2; ++i)
-        factor[i] = word_at(matrix + (8 * j + g) * ROW_STRIDE<D> + DEPTH<T> * step +
-                            word_offset<T>(i));
+        factor[i] =
+            word_at(matrix + (8 * j + g) * ROW_STRIDE<D> + DEPTH<T> * step + word_offset<T>(i));
       mma<T>(result[j], rows.word[step], factor);
     }
 }
@@ -282,8 +286,8 @@ __device__ __forceinline__ void exp2_rows(float (&map)[MAP_GROUPS][4], float (&t
 }
 
 // Bit 4 j + 2 r + i: whether dropout keeps column 8 j + 2 t + i of row + 8 r. A counter has the 8
-// columns of a group, of which a lane needs two: each lane of four makes every fourth group's counter
-// and hands the others their columns. Every lane of the warp must come here.
+// columns of a group, of which a lane needs two: each lane of four makes every fourth group's
+// counter and hands the others their columns. Every lane of the warp must come here.
 __device__ __forceinline__ uint32_t kept_bits(int64_t seed, int64_t row, uint32_t threshold) {
   const int t = threadIdx.x % 4;
   uint32_t bits = 0;

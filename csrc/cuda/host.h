@@ -10,14 +10,15 @@
 
 namespace epa::cuda {
 
-// Chunks that leave sums: enough blocks for a GPU, few enough to add up.
+// A chunk is the tokens of one block. Those that leave sums: at most SUM_CHUNKS of them, enough
+// blocks for a GPU and few enough to add up, each a multiple of SUM_TILE tokens.
 constexpr int64_t SUM_CHUNKS = 64, SUM_TILE = 64;
-constexpr int64_t OUTPUT_CHUNK = 256;
-// Of shared memory, for a kernel that asks for no more.
+constexpr int64_t OUTPUT_CHUNK = 256; // tokens, of a pass that leaves no sums
+// Bytes of shared memory, for a kernel that asks for no more.
 constexpr int64_t SHARED_LIMIT = 48 << 10;
 
 struct Chunks {
-  int64_t count, size;
+  int64_t count, size; // size in tokens
 };
 
 inline Chunks sum_chunks(int64_t N, int64_t most = SUM_CHUNKS) {
@@ -33,7 +34,9 @@ inline Chunks output_chunks(int64_t N) {
 inline int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 
 // f(Type<T>()) with T the element type of a dtype.
-template <class T> struct Type { using type = T; };
+template <class T> struct Type {
+  using type = T;
+};
 template <class F> auto with_type(Dtype dtype, F f) {
   switch (dtype) {
   case Dtype::float64:

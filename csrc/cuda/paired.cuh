@@ -1,9 +1,10 @@
-// Paired attention: what its kernels share. reference.paired_attention is the definition,
-// two_pass.py the form; the names below are those of two_pass.py.
+// Paired attention: what its kernels share. The reference is reference.paired_attention, the form
+// and the names below are those of two_pass.py.
 //
-//   paired_summary.cuh   over tokens: mean, gram, projected; and last in backward: dx, dprojections
-//   paired_mix.cuh       between the passes, nothing of size N; backward in two steps
-//   paired_output.cuh    over tokens: q, spatial softmax, y; and in backward all sums over tokens
+//   paired_summary  over tokens: mean, gram, projected; and last in backward: dx, dprojections
+//   paired_mix      between the passes, nothing of size N; backward ends with paired_gather
+//   paired_output   over tokens: q, spatial softmax, y; and in backward all sums over tokens
+//   paired_product  the output projection, where it is not a part of the output pass; and back
 //
 // Sums over tokens are left by chunk and added up in the order of chunks by the launch that reads
 // them. Channels go head by head, i = h D + d; all small matrices are dense.
@@ -162,6 +163,15 @@ template <class T> struct PairedBackward {
 // Of a head's sums: dkeys and dv_proj (P, D), then dlogits (P).
 __host__ __device__ __forceinline__ int64_t head_size(int P, int D) {
   return int64_t(2 * P) * D + P;
+}
+
+// sum over chunks of element i of sums (chunks, size)
+template <class A>
+__device__ __forceinline__ A sum_chunks_of(const A *sums, int chunks, int64_t size, int64_t i) {
+  A sum = 0;
+#pragma unroll 8
+  for (int t = 0; t < chunks; ++t) sum += sums[t * size + i];
+  return sum;
 }
 
 // Matrix products by a block: `next` gives each thread SIDE x SIDE elements until all are made.

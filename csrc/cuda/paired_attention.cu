@@ -1,28 +1,29 @@
 // Paired attention on a GPU: which kernels run, on which grid, and what lies in the workspace.
-// reference.paired_attention is the definition, paired.cuh the plan.
+// The reference is reference.paired_attention.
 #include "host.h"
-#include "paired_gradients.cuh"
-#include "paired_mix.cuh"
-#include "paired_mma.cuh"
-#include "paired_mma_gradients.cuh"
-#include "paired_mma_product.cuh"
+#include "paired_gather.cuh"
+#include "paired_mix_mma.cuh"
 #include "paired_output.cuh"
+#include "paired_output_mma.cuh"
+#include "paired_product.cuh"
+#include "paired_product_mma.cuh"
 #include "paired_summary.cuh"
+#include "paired_summary_mma.cuh"
 
 #include <algorithm>
 
 namespace epa::cuda {
 namespace {
 
-// Of shared memory for a tile of out_s; the rest is for the map.
+// Bytes of shared memory for a tile of out_s; the rest is for the map.
 constexpr int64_t TILE_LIMIT = SHARED_LIMIT / 2;
-// Of what kernels declare beside what they are launched with.
+// Bytes that kernels declare beside what they are launched with.
 constexpr int64_t STATIC_LIMIT = MATRIX_ROWS * 8;
-constexpr int64_t TILE_TOKENS = 64;
+constexpr int64_t TILE_TOKENS = 64; // of a tile of out_s, at most
 // Sums of all chunks take at most so many times the bytes of x, or give a sample so many blocks.
 constexpr int64_t SUMS_LIMIT = 4, LEAST_BLOCKS = 128;
 static_assert(SUMMARY_SIDE == MAP_COLUMNS, "both kernels of the summary have one grid");
-constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4;
+constexpr int64_t MMA_STATIC = (2 * 64 + CHANNEL_OUTPUTS) * 4; // bytes, as STATIC_LIMIT
 
 int64_t blocks_of(int64_t size, int64_t rows) { return (size + rows - 1) / rows; }
 
@@ -100,7 +101,7 @@ public:
     if (is_backward)
       take_backward();
     else
-      plan_output();
+      choose_tiles();
   }
 
   int64_t workspace() const { return memory_.size(); }
@@ -128,19 +129,19 @@ public:
   void product(T *y) const {
     if (has_mma_projection(a_.C)) {
       if constexpr (sizeof(T) <= 4)
-        EPA_LAUNCH((paired_attention_mma_product_kernel<T>), dim3(projection_jobs(p_.O), a_.B),
-                   PAIRED_THREADS, projection_shared(a_.C), a_.stream, p_, token_chunk(),
-                   out_s_, y);
-      return check("mma_product");
+        EPA_LAUNCH((paired_attention_product_fwd_mma_kernel<T>), dim3(projection_jobs(p_.O), a_.B),
+                   PAIRED_THREADS, projection_shared(a_.C), a_.stream, p_, token_chunk(), out_s_,
+                   y);
+      return check("product_fwd_mma");
     }
-    EPA_LAUNCH((paired_attention_product_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
+    EPA_LAUNCH((paired_attention_product_fwd_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), a_.B),
                PAIRED_THREADS, 0, a_.stream, p_, out_s_, y);
-    check("product");
+    check("product_fwd");
   }
 
   void summary_mma(dim3 grid) const {
     if constexpr (sizeof(T) <= 4)
-      EPA_LAUNCH((paired_attention_mma_summary_fwd_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
+      EPA_LAUNCH((paired_attention_summary_fwd_mma_kernel<T>), grid, PAIRED_THREADS, 0, a_.stream,
                  p_);
   }
   void summary(dim3 grid) const {
@@ -162,11 +163,11 @@ public:
 
   template <int D> void output_mma(T *y) const {
     const int64_t jobs = a_.H + (p_.is_sum ? 0 : blocks_of(p_.O, CHANNEL_OUTPUTS));
-    EPA_LAUNCH((paired_attention_mma_output_fwd_kernel<T, D>),
+    EPA_LAUNCH((paired_attention_output_fwd_mma_kernel<T, D>),
                dim3(blocks_of(a_.N, mma_.chunk), jobs, a_.B), MMA_THREADS,
-               std::max(mma_shared(mma_.is_resident), p_.is_sum ? 0 : channel_shared()),
-               a_.stream, p_, mma_, y, out_s_);
-    check("mma_output_fwd");
+               std::max(mma_shared(mma_.is_resident), p_.is_sum ? 0 : channel_shared()), a_.stream,
+               p_, mma_, y, out_s_);
+    check("output_fwd_mma");
   }
 
   void backward(const void *gradient, const PairedAttentionGradients &gradients) {
@@ -213,9 +214,9 @@ public:
     ends.qkvv_weight = ends.matrix + 4 * H * blocks_of(D, MATRIX_ROWS);
     ends.out_proj2_weight = ends.qkvv_weight + (p_.is_sum ? 0 : outputs);
     ends.out_proj_weight = ends.out_proj2_weight + (p_.is_sum ? 0 : outputs);
-    EPA_LAUNCH((paired_attention_gather_kernel<T>), ends.out_proj_weight + 1, PAIRED_THREADS, 0,
+    EPA_LAUNCH((paired_attention_gather_bwd_kernel<T>), ends.out_proj_weight + 1, PAIRED_THREADS, 0,
                a_.stream, p_, g_, static_cast<int>(B), ends);
-    check("gather");
+    check("gather_bwd");
 
     if (g_.is_specialised) return summary_bwd_mma();
     EPA_LAUNCH((paired_attention_summary_bwd_kernel<T>), dim3(blocks_of(a_.N, TOKEN_ROWS), B + J),
@@ -240,10 +241,10 @@ private:
     const int64_t streamed =
         (rows + std::max(TILE_ROWS * MAP_STRIDE, (TILE_ROWS + D) * CHANNEL_STRIDE)) * sizeof(T);
     const bool is_resident = resident <= SHARED_LIMIT - MMA_STATIC;
-    EPA_LAUNCH((paired_attention_mma_output_bwd_kernel<T, D>), dim3(g_.chunks, a_.H + jobs, a_.B),
+    EPA_LAUNCH((paired_attention_output_bwd_mma_kernel<T, D>), dim3(g_.chunks, a_.H + jobs, a_.B),
                MMA_THREADS, std::max(is_resident ? resident : streamed, TOKEN_PRODUCTS_SHARED<T>),
                a_.stream, p_, g_, is_resident);
-    check("mma_output_bwd");
+    check("output_bwd_mma");
   }
 
   void summary_bwd_mma() const {
@@ -261,12 +262,12 @@ private:
       tiles.has_all_samples = samples <= SHARED_LIMIT - MMA_STATIC;
       tiles.chunk = token_chunk();
       const int64_t streamed = bytes(2 * SLICE);
-      EPA_LAUNCH((paired_attention_mma_summary_bwd_kernel<T>),
+      EPA_LAUNCH((paired_attention_summary_bwd_mma_kernel<T>),
                  blocks_of(a_.N, tiles.chunk) * (a_.B * blocks + p_.J), MMA_THREADS,
                  std::max(tiles.has_all_matrices ? matrices : dx + streamed,
                           tiles.has_all_samples ? samples : dprojection + streamed),
                  a_.stream, p_, g_, tiles);
-      check("mma_summary_bwd");
+      check("summary_bwd_mma");
     }
   }
 
@@ -318,7 +319,7 @@ private:
   }
 
   // Whether the output pass is one of the specialised kernels.
-  bool plan_mma() {
+  bool choose_mma_tiles() {
     const int64_t C = a_.C, tile = TILE_ROWS;
     mma_.has_rows = a_.N % C == 0 && (C % tile == 0 || tile % C == 0);
     mma_.span = std::max(C, tile);
@@ -333,8 +334,8 @@ private:
     return true;
   }
 
-  void plan_output() {
-    if (is_specialised() && p_.is_official && plan_mma()) return;
+  void choose_tiles() {
+    if (is_specialised() && p_.is_official && choose_mma_tiles()) return;
     const int64_t N = a_.N, C = a_.C, D = p_.D, size = sizeof(A);
     const bool has_rows = p_.is_official && N % C == 0 && C * D * size <= TILE_LIMIT;
     tiles_.finish = has_rows ? Finish::rows : p_.is_official ? Finish::flat : Finish::tokens;
@@ -352,8 +353,8 @@ private:
     const int64_t B = a_.B, N = a_.N, C = a_.C, H = a_.H, P = a_.P, D = p_.D, J = p_.J, O = p_.O;
     const int64_t head = head_size(P, D);
     const int64_t rows = C + (p_.is_sum ? O : 2 * O); // of the sums that have C columns
-    const Chunks chunks = chunks_of(H * head + rows * C,
-                                    H + int64_t(blocks_of_64(O)) * blocks_of_64(C));
+    const Chunks chunks =
+        chunks_of(H * head + rows * C, H + int64_t(blocks_of_64(O)) * blocks_of_64(C));
     g_.chunks = chunks.count, g_.chunk = chunks.size;
     g_.is_specialised = is_specialised();
     g_.dq = take<T>(B * N * C);
@@ -381,9 +382,9 @@ private:
 
   void mix(const T *dy, T *dout) const {
     if (p_.row_sums) {
-      EPA_LAUNCH((paired_attention_row_sums_kernel<T>), dim3(a_.P, p_.J), PAIRED_THREADS, 0,
+      EPA_LAUNCH((paired_attention_row_sums_fwd_kernel<T>), dim3(a_.P, p_.J), PAIRED_THREADS, 0,
                  a_.stream, p_);
-      check("row_sums");
+      check("row_sums_fwd");
     }
     const int64_t mean = a_.C * sizeof(double), column = a_.C * sizeof(A);
     const int width = std::min(a_.C, (SHARED_LIMIT - mean) / column);

@@ -1,12 +1,13 @@
-// Between the passes: all that follows from mean, gram and projected, one head or a few projected
-// rows a block; two_pass._Mix.
+// Between the passes, one head or a few projected rows a block; two_pass._Mix and its backward.
+// paired_mix_mma.cuh has the two kernels, whose grids have jobs on tensor cores beside these.
 //
-//   grid   (jobs, B): heads, then rows of k_proj and v_proj; in backward tiles of dout = dy_s Wo1
 //   merge  a block adds up what it needs of the summary's chunks; head 0 keeps mean and gram
 //   direct where N < 2C there was no summary: from q and k without their means, norms and products
 //          too, since Wq M = (Wq (x - mu)^T) (x - mu); and Z = E x right here
+//   bwd    what follows from the sums of one head of one sample, a block each; further blocks make
+//          dq^T (x - mean) and dy_s^T out_s' of each chunk
 #pragma once
-#include "paired_mma_product.cuh"
+#include "paired.cuh"
 
 namespace epa::cuda {
 
@@ -93,8 +94,7 @@ __device__ void multiply_tokens(const Paired<T> &a, int64_t b, int h, const doub
   __syncthreads();
   Products<A> sum(2 * D, C);
   while (sum.next()) {
-    sum.add(
-        N, [&](int i, int k) { return centred[int64_t(k) * 2 * D + i]; }, x);
+    sum.add(N, [&](int i, int k) { return centred[int64_t(k) * 2 * D + i]; }, x);
     sum.each([&](int i, int c, A value) {
       A *to = i < D ? a.q_gram : a.k_gram;
       to[(b * C + h * D + i % D) * C + c] = value;
@@ -237,42 +237,242 @@ template <class T> __device__ void mix_projected(const Paired<T> &a, int64_t b, 
   }
 }
 
-// dout = dy_s Wo1, of TOKEN_ROWS tokens from `start` on.
+// dvalue_matrix and dvalue_constant of a head, from the sums of its sample; the first head leaves
+// those, added up, as dmatrix and dconstant.
 template <class T>
-__device__ void project_back(const Paired<T> &a, int64_t b, int64_t start, const T *dy, T *dout) {
+__device__ void value_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int h,
+                                Accumulate<T> *constants, Accumulate<T> *strip, int width) {
   using A = Accumulate<T>;
-  const int rows = a.N - start < TOKEN_ROWS ? int(a.N - start) : TOKEN_ROWS;
-  Products<A> sum(rows, a.C);
-  while (sum.next()) {
-    sum.add(
-        a.O, [&](int i, int k) { return widen(dy[(b * a.N + start + i) * a.C + k]); },
-        [&](int k, int c) { return a.out_proj_weight[k * a.C + c]; });
-    sum.each(
-        [&](int i, int c, A value) { dout[(b * a.N + start + i) * a.C + c] = narrow<T>(value); });
+  const int C = a.C, D = a.D, O = a.O;
+  const A *constant_sums = g.constant_sums + b * g.chunks * O;
+  const A *matrix_sums = g.matrix_sums + b * g.chunks * O * C;
+  for (int o = threadIdx.x; o < O; o += PAIRED_THREADS) {
+    constants[o] = sum_chunks_of(constant_sums, g.chunks, O, o);
+    if (h == 0) g.dconstant[b * O + o] = constants[o];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < D; i += PAIRED_THREADS) {
+    A constant = 0;
+    if (a.is_sum)
+      constant = constants[h * D + i];
+    else
+      for (int o = 0; o < O; ++o) constant += a.out_proj2_weight[o * C + h * D + i] * constants[o];
+    g.dvalue_constant[b * C + h * D + i] = constant;
+  }
+  for (int first = 0; first < C; first += width) {
+    const int columns = C - first < width ? C - first : width;
+    for (int i = threadIdx.x; i < O * columns; i += PAIRED_THREADS) {
+      const int o = i / columns, c = first + i % columns;
+      // The sums are of x without its mean.
+      strip[i] = sum_chunks_of(matrix_sums, g.chunks, int64_t(O) * C, int64_t(o) * C + c) +
+                 constants[o] * A(a.mean[b * C + c]);
+      if (h == 0) g.dmatrix[(b * O + o) * C + c] = strip[i];
+    }
+    __syncthreads();
+    Products<A> sum(D, columns);
+    while (sum.next()) {
+      if (!a.is_sum)
+        sum.add(
+            O, [&](int i, int o) { return a.out_proj2_weight[o * C + h * D + i]; },
+            [&](int o, int c) { return strip[o * columns + c]; });
+      sum.each([&](int i, int c, A value) {
+        g.dvalue_matrix[(b * C + h * D + i) * C + first + c] =
+            a.is_sum ? strip[(h * D + i) * columns + c] : value;
+      });
+    }
+    __syncthreads();
   }
 }
 
-// `width` columns of the gram at a time; dy is null forward and for kind sum; `chunk` tokens of dout
-// a block, 0 where it is not made on tensor cores.
+// ddots, d|q| / |q|, d|k| / |k| and dtemperature; rows (warps, D) and totals (D) are shared memory.
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_mix_fwd_kernel(Paired<T> a, int width, const T *dy, T *dout, int64_t chunk) {
+__device__ void channel_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int h,
+                                  Accumulate<T> *rows, Accumulate<T> *totals) {
   using A = Accumulate<T>;
-  EPA_DYNAMIC_SHARED(double, mean); // (C), then a strip (C, width); or a job of dout
-  const int64_t b = blockIdx.y;
-  int job = blockIdx.x;
-  if (job < a.H) return mix_head(a, b, job, mean, reinterpret_cast<A *>(mean + a.C), width);
-  job -= a.H;
-  const int blocks = (a.P + PROJECTED_ROWS - 1) / PROJECTED_ROWS;
-  if (job < a.J * blocks) return mix_projected(a, b, job / blocks, job % blocks * PROJECTED_ROWS);
-  job -= a.J * blocks;
-  if constexpr (sizeof(T) <= 4)
-    if (chunk) {
-      const int64_t sample = b * a.N * a.C;
-      return project_mma<T, true>(a, job, chunk, dy + sample, dout + sample,
-                                  reinterpret_cast<T *>(mean));
+  const int C = a.C, D = a.D, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t head = b * C + h * D, square = (b * a.H + h) * D * D;
+  const int64_t seed = a.channel_threshold ? *a.seed : 0;
+  Products<A> dattention(D, D);
+  while (dattention.next()) {
+    dattention.add(
+        C, [&](int i, int k) { return g.dvalue_matrix[(head + i) * C + k]; },
+        [&](int k, int j) { return a.weight(2, h * D + j, k); });
+    dattention.each([&](int i, int j, A value) {
+      g.ddots[square + i * D + j] = value + g.dvalue_constant[head + i] * a.bias(2, h * D + j);
+    });
+  }
+  __syncthreads();
+  const A t = a.temperature[h];
+  for (int i = warp; i < D; i += PAIRED_WARPS) {
+    A *row = g.ddots + square + i * D, *weights = rows + warp * D, along = 0, total = 0,
+      cosines = 0;
+    channel_softmax(a, b, h, i, weights);
+#pragma unroll 1
+    for (int j = lane; j < D; j += 32) {
+      if (a.channel_threshold)
+        row[j] *=
+            dropout_multiplier<A>(seed, (b * a.H + h) * D + i, j, CHANNEL_MAP, a.channel_threshold);
+      along += weights[j] * row[j];
     }
-  project_back(a, b, int64_t(job) * TOKEN_ROWS, dy, dout);
+    along = warp_sum(along);
+    const A q_norm = a.q_norm[head + i];
+    for (int j = lane; j < D; j += 32) {
+      const A dlogit = weights[j] * (row[j] - along), norms = q_norm * a.k_norm[head + j];
+      const A cosine = a.dots[square + i * D + j] / norms;
+      total += dlogit * cosine;
+      cosines += t * dlogit * cosine;
+      row[j] = t * dlogit / norms;
+    }
+    total = warp_sum(total);
+    cosines = warp_sum(cosines);
+    if (lane) continue;
+    totals[i] = total;
+    g.dq_norm[head + i] = norm_gradient(cosines, q_norm);
+  }
+  __syncthreads();
+  for (int j = threadIdx.x; j < D; j += PAIRED_THREADS) {
+    A cosines = 0;
+    for (int i = 0; i < D; ++i) cosines += g.ddots[square + i * D + j] * a.dots[square + i * D + j];
+    g.dk_norm[head + j] = norm_gradient(cosines, a.k_norm[head + j]);
+  }
+  if (threadIdx.x == 0) {
+    A total = 0;
+    for (int i = 0; i < D; ++i) total += totals[i];
+    g.dtemperature[b * a.H + h] = total;
+  }
+  // Nobody writes totals before they are read.
+  __syncthreads();
+}
+
+// From the sums over chunks to dk_proj, dv_proj and all that a bias or a mean takes of them.
+template <class T>
+__device__ void spatial_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b, int h,
+                                  Accumulate<T> *totals) {
+  using A = Accumulate<T>;
+  const int C = a.C, D = a.D, P = a.P, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t head = b * C + h * D, size = head_size(P, D), number = b * a.H + h;
+  A *sums = g.head_totals + number * size;
+  for (int64_t i = threadIdx.x; i < size; i += PAIRED_THREADS)
+    sums[i] = sum_chunks_of(g.head_sums + number * g.chunks * size, g.chunks, size, i);
+  __syncthreads();
+  const A *dkeys = sums, *dv = dkeys + P * D, *dlogits = dv + P * D;
+  const A *k_proj = a.k_proj + number * P * D, *scale = a.scale + head;
+  // The sums are of q without its mean.
+  const auto dkey = [&](int p, int d) {
+    return dkeys[p * D + d] + dlogits[p] * a.q_mean[head + d];
+  };
+  for (int p = warp; p < P; p += PAIRED_WARPS) {
+    A bias[2] = {}, row[2] = {};
+    for (int d = lane; d < D; d += 32) {
+      const A dk = dkey(p, d) * scale[d], value = dv[p * D + d];
+      g.dk_proj[(b * P + p) * C + h * D + d] = dk;
+      g.dv_proj[(b * P + p) * C + h * D + d] = value;
+      bias[0] += dk, bias[1] += value;
+      row[0] += dk * a.bias(1, h * D + d), row[1] += value * a.bias(3, h * D + d);
+    }
+    for (int i = 0; i < 2; ++i) {
+      bias[i] = warp_sum(bias[i]);
+      row[i] = warp_sum(row[i]);
+      if (lane) continue;
+      g.dprojection_bias[(number * 2 + i) * P + p] = bias[i];
+      g.drow_sums[(number * 2 + i) * P + p] = row[i];
+    }
+  }
+  for (int d = warp; d < D; d += PAIRED_WARPS) {
+    A along = 0, total = 0, k_bias = 0, v_bias = 0;
+    for (int p = lane; p < P; p += 32) {
+      along += dkey(p, d) * k_proj[p * D + d];
+      total += dlogits[p] * k_proj[p * D + d];
+      if (!a.qkvv_bias) continue;
+      k_bias += dkey(p, d) * scale[d] * a.row_sums[p];
+      v_bias += dv[p * D + d] * a.row_sums[(a.J - 1) * P + p];
+    }
+    along = warp_sum(along);
+    total = warp_sum(total) * scale[d];
+    k_bias = warp_sum(k_bias), v_bias = warp_sum(v_bias);
+    if (lane) continue;
+    const A norm = a.q_norm[head + d];
+    totals[d] = along / norm;
+    g.dq_norm[head + d] += norm_gradient(along * scale[d], norm);
+    // q_n gets ddots k_n + dq_norm q_n, and k_n gets ddots^T q_n + dk_norm k_n: centred part and
+    // mean apart, so that neither cancels against the other.
+    const A *ddots = g.ddots + number * D * D;
+    A dq_mean = g.dq_norm[head + d] * a.q_mean[head + d];
+    A dk_mean = g.dk_norm[head + d] * a.k_mean[head + d], dvc_bias = 0;
+    for (int i = 0; i < D; ++i) {
+      dq_mean += ddots[d * D + i] * a.k_mean[head + i];
+      dk_mean += ddots[i * D + d] * a.q_mean[head + i];
+      dvc_bias += a.attention[(number * D + i) * D + d] * g.dvalue_constant[head + i];
+    }
+    const int64_t q = b * 2 * C + h * D + d, k = q + C;
+    g.dmeans[q] = dq_mean, g.dmeans[k] = dk_mean;
+    g.dtotals[q] = A(a.N) * dq_mean + total, g.dtotals[k] = A(a.N) * dk_mean;
+    A *dbias = g.dqkvv_bias + b * 4 * C + h * D + d;
+    dbias[0] = g.dtotals[q], dbias[C] = g.dtotals[k] + k_bias;
+    dbias[2 * C] = dvc_bias, dbias[3 * C] = v_bias;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    A total = 0;
+    for (int d = 0; d < D; ++d) total += totals[d];
+    g.dtemperature2[number] = total;
+  }
+  // The head's part of dgram = sum_h factors^T [Wq; Wk].
+  for (int part = 0; part < 2; ++part) {
+    const A *ddots = g.ddots + number * D * D;
+    Products<A> sum(D, C);
+    while (sum.next()) {
+      sum.add(
+          D, [&](int i, int k) { return part ? ddots[k * D + i] : ddots[i * D + k]; },
+          [&](int k, int c) { return a.weight(1 - part, h * D + k, c); });
+      sum.each([&](int i, int c, A value) {
+        const A norm = (part ? g.dk_norm : g.dq_norm)[head + i];
+        g.factors[(b * 2 * C + part * C + h * D + i) * C + c] =
+            value + norm * a.weight(part, h * D + i, c);
+      });
+    }
+  }
+}
+
+// Of a chunk of a sample: rows from `first` on of dq^T (x - mean).
+template <class T>
+__device__ void q_weight_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
+                                   int index, int first) {
+  using A = Accumulate<T>;
+  const int C = a.C, rows = C - first < MATRIX_ROWS ? C - first : MATRIX_ROWS;
+  const int64_t start = index * g.chunk;
+  Products<A> sum(rows, C);
+  while (sum.next()) {
+    sum.add(
+        int(a.N - start < g.chunk ? a.N - start : g.chunk),
+        [&](int i, int n) { return widen(g.dq[(b * a.N + start + n) * C + first + i]); },
+        [&](int n, int c) { return a.centred_x(b, start + n, c); });
+    sum.each([&](int i, int c, A value) {
+      g.q_weight_sums[((b * g.chunks + index) * C + first + i) * C + c] = value;
+    });
+  }
+}
+
+// Of a chunk of a sample: rows from `first` on of dy_s^T out_s', and sums of dy_s.
+template <class T>
+__device__ void out_proj_gradients(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
+                                   int index, int first) {
+  using A = Accumulate<T>;
+  const int C = a.C, O = a.O, outputs = O - first < MATRIX_ROWS ? O - first : MATRIX_ROWS;
+  const int64_t start = index * g.chunk, from = (b * a.N + start) * C;
+  const int tokens = int(a.N - start < g.chunk ? a.N - start : g.chunk);
+  const int64_t at = (b * g.chunks + index) * O + first;
+  const auto dy = [&](int o, int n) { return widen(g.dy[from + int64_t(n) * C + first + o]); };
+  Products<A> sum(outputs, C);
+  while (sum.next()) {
+    sum.add(tokens, dy, [&](int n, int c) { return widen(g.out_s[from + int64_t(n) * C + c]); });
+    sum.each([&](int o, int c, A value) { g.out_proj_sums[(at + o) * C + c] = value; });
+  }
+  if (int(threadIdx.x) < outputs) {
+    A total = 0;
+    for (int n = 0; n < tokens; ++n) total += dy(threadIdx.x, n);
+    g.out_proj_bias_sums[at + threadIdx.x] = total;
+  }
 }
 
 } // namespace epa::cuda

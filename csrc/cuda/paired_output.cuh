@@ -182,25 +182,6 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
   }
 }
 
-// y_s = out_s' Wo1^T + bias, where out_s' went through memory.
-template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_product_kernel(Paired<T> a, const T *out_s, T *y) {
-  using A = Accumulate<T>;
-  const int64_t start = int64_t(blockIdx.x) * TOKEN_ROWS, first = blockIdx.y * a.N + start;
-  const int rows = a.N - start < TOKEN_ROWS ? int(a.N - start) : TOKEN_ROWS, C = a.C;
-  Products<A> sum(rows, a.O);
-  while (sum.next()) {
-    sum.add(
-        C, [&](int i, int k) { return widen(out_s[(first + i) * C + k]); },
-        [&](int k, int o) { return a.out_proj_weight[o * C + k]; });
-    sum.each([&](int i, int o, A value) {
-      if (a.out_proj_bias) value += a.out_proj_bias[o];
-      y[(first + i) * C + o] = narrow<T>(value);
-    });
-  }
-}
-
 // Of a chunk: dmatrix = dy_c^T (x - mean) and dconstant = sum dy_c, some rows of them.
 template <class T>
 __device__ void channel_sums(const Paired<T> &a, const PairedBackward<T> &g, int64_t b,
@@ -324,8 +305,7 @@ __global__ void __launch_bounds__(PAIRED_THREADS, 2)
     }
     Products<A> value_sums(P, D);
     while (value_sums.next()) {
-      value_sums.add(
-          inside, [&](int p, int i) { return map[i * P + p]; }, dout);
+      value_sums.add(inside, [&](int p, int i) { return map[i * P + p]; }, dout);
       value_sums.each(add_to(dv_proj, D));
     }
     for (int p = threadIdx.x; p < P; p += PAIRED_THREADS) {

@@ -13,7 +13,8 @@ constexpr int SUMMARY_SIDE = 64; // rows and columns of a block
 
 // row_sums (J, P) = sum_n E[p, n]
 template <class T>
-__global__ void __launch_bounds__(PAIRED_THREADS, 2) paired_attention_row_sums_kernel(Paired<T> a) {
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
+    paired_attention_row_sums_fwd_kernel(Paired<T> a) {
   using A = Accumulate<T>;
   EPA_SHARED(A, totals, [PAIRED_WARPS]);
   const int p = blockIdx.x, j = blockIdx.y;

@@ -5,10 +5,10 @@
 //   load_transposed  8 x 8 matrices of 16-bit elements from shared memory, transposed
 //   pack<T>          two floats, rounded, the first in the low half
 //
-// Of a lane with g = lane / 4, t = lane % 4: c is rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t,
-// 2t + 1; a word of a is columns 2t, 2t + 1 of row g, then g + 8, then both 8 columns on; a word of
-// b is rows 2t, 2t + 1 of column g, then 8 rows on. So c, packed, is an a. In TF32 a is columns t, t,
-// t + 4, t + 4 of rows g, g + 8, g, g + 8, and b rows t, t + 4 of column g.
+// Of a lane with g = lane / 4, t = lane % 4: c is rows g, g, g + 8, g + 8 and columns 2t, 2t + 1,
+// 2t, 2t + 1; a word of a is columns 2t, 2t + 1 of row g, then g + 8, then both 8 columns on; a
+// word of b is rows 2t, 2t + 1 of column g, then 8 rows on. So c, packed, is an a. In TF32 a is
+// columns t, t, t + 4, t + 4 of rows g, g + 8, g, g + 8, and b rows t, t + 4 of column g.
 #pragma once
 
 #ifdef __CUDACC__

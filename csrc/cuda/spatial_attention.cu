@@ -1,5 +1,5 @@
-// Spatial attention on a GPU: which kernels run, on which grid. reference.spatial_attention is the
-// definition, spatial.cuh the plan.
+// Spatial attention on a GPU: which kernels run, on which grid. The reference is
+// reference.spatial_attention.
 #include "host.h"
 #include "spatial_generic.cuh"
 #include "spatial_mma.cuh"
@@ -9,7 +9,7 @@
 namespace epa::cuda {
 namespace {
 
-constexpr int MOST_ROWS = 16;
+constexpr int MOST_ROWS = 16; // tokens of a tile
 
 template <class T> struct Launcher {
   using A = Accumulate<T>;
@@ -46,24 +46,23 @@ template <class T> struct Launcher {
     const Chunks sums = sum_chunks(a.N), chunks = output_chunks(a.N);
     A *squares = static_cast<A *>(a.workspace);
     if (a.normalize) {
-      EPA_LAUNCH((spatial_attention_square_sums_kernel<T>), grid(sums), MERGE_THREADS, 0, a.stream,
-                 arguments(sums), squares);
-      check("square_sums");
+      EPA_LAUNCH((spatial_attention_square_sums_fwd_kernel<T>), grid(sums), MERGE_THREADS, 0,
+                 a.stream, arguments(sums), squares);
+      check("square_sums_fwd");
     }
     if (is_specialised())
-      return with_head_dim<T>(a.D, [&](auto d) {
-        forward_mma<decltype(d)::value>(chunks, squares, sums.count, out);
-      });
+      return with_head_dim<T>(
+          a.D, [&](auto d) { forward_mma<decltype(d)::value>(chunks, squares, sums.count, out); });
     const int64_t shared = (a.D + GENERIC_WARPS * a.P) * sizeof(A);
-    EPA_LAUNCH((spatial_attention_fwd_kernel<T>), grid(chunks), GENERIC_THREADS, shared, a.stream,
-               arguments(chunks), squares, static_cast<int>(sums.count), heads<T>(out));
-    check("fwd");
+    EPA_LAUNCH((spatial_attention_output_fwd_kernel<T>), grid(chunks), GENERIC_THREADS, shared,
+               a.stream, arguments(chunks), squares, static_cast<int>(sums.count), heads<T>(out));
+    check("output_fwd");
   }
 
   template <int D> void forward_mma(Chunks chunks, const A *squares, int count, View out) const {
-    EPA_LAUNCH((spatial_attention_mma_fwd_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
-               arguments(chunks), squares, count, heads<T>(out));
-    check("mma_fwd");
+    EPA_LAUNCH((spatial_attention_output_fwd_mma_kernel<T, D>), grid(chunks), MMA_THREADS, 0,
+               a.stream, arguments(chunks), squares, count, heads<T>(out));
+    check("output_fwd_mma");
   }
 
   void backward(View dout, const SpatialAttentionGradients &gradients) const {
@@ -76,15 +75,15 @@ template <class T> struct Launcher {
     } else {
       const int64_t scale = a.D * sizeof(A), row = 2 * a.P * sizeof(A);
       const int rows = std::min<int64_t>(MOST_ROWS, (SHARED_LIMIT - scale) / row);
-      EPA_LAUNCH((spatial_attention_bwd_kernel<T>), grid(chunks), GENERIC_THREADS,
+      EPA_LAUNCH((spatial_attention_output_bwd_kernel<T>), grid(chunks), GENERIC_THREADS,
                  scale + rows * row, a.stream, arguments(chunks), heads<const T>(dout),
                  heads<T>(gradients.q), sums, rows);
-      check("bwd");
+      check("output_bwd");
     }
-    EPA_LAUNCH((spatial_attention_merge_kernel<T>), dim3(1, a.H, a.B), MERGE_THREADS, 0, a.stream,
-               arguments(chunks), sums, count, heads<T>(gradients.k_proj),
+    EPA_LAUNCH((spatial_attention_merge_bwd_kernel<T>), dim3(1, a.H, a.B), MERGE_THREADS, 0,
+               a.stream, arguments(chunks), sums, count, heads<T>(gradients.k_proj),
                heads<T>(gradients.v_proj), static_cast<A *>(gradients.temperature), dnorm);
-    check("merge");
+    check("merge_bwd");
     if (!a.normalize) return;
     EPA_LAUNCH((spatial_attention_norm_bwd_kernel<T>), grid(outputs), MERGE_THREADS, 0, a.stream,
                arguments(outputs), dnorm, heads<T>(gradients.q));
@@ -92,9 +91,9 @@ template <class T> struct Launcher {
   }
 
   template <int D> void sums_mma(Chunks chunks, View dout, View dq, A *sums) const {
-    EPA_LAUNCH((spatial_attention_mma_bwd_kernel<T, D>), grid(chunks), MMA_THREADS, 0, a.stream,
-               arguments(chunks), heads<const T>(dout), heads<T>(dq), sums);
-    check("mma_bwd");
+    EPA_LAUNCH((spatial_attention_output_bwd_mma_kernel<T, D>), grid(chunks), MMA_THREADS, 0,
+               a.stream, arguments(chunks), heads<const T>(dout), heads<T>(dq), sums);
+    check("output_bwd_mma");
   }
 };
 

@@ -1,21 +1,24 @@
-// Spatial attention on tensor cores, P up to 64: T __nv_bfloat16 or __half and D in {8, 16, 32, 64},
-// or float and D in {8, 16}.
+// Spatial attention's output pass on tensor cores, P up to 64: T __nv_bfloat16 or __half and D in
+// {8, 16, 32, 64}, or float and D in {8, 16}.
 //
 //   A warp owns 16 tokens of a head, rows g and g + 8 of a lane with g = lane / 4; the map's rows
 //   never leave its registers forward: an accumulator, packed, is the next product's factor.
 //   Backward, sums over tokens need the map transposed: it goes through shared memory, where each
 //   warp then owns 16 projected tokens of both sums.
-//   k_proj and v_proj lie in shared memory once a block: up to 46 KB, for 16 bits and D = 64 backward.
+//   k_proj and v_proj lie in shared memory once a block: up to 46 KB, for 16 bits and D = 64
+//   backward.
 #pragma once
 #include "fragments.cuh"
 #include "spatial.cuh"
 
 namespace epa::cuda {
 
-// Registers for six blocks or four: left to itself, ptxas spills to have eight on sm_100 and sm_120.
+// Registers for six blocks or four: left to itself, ptxas spills to have eight on sm_100 and
+// sm_120.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 6 : 4)
-    spatial_attention_mma_fwd_kernel(Spatial<T> a, const float *squares, int count, Heads<T> out) {
+    spatial_attention_output_fwd_mma_kernel(Spatial<T> a, const float *squares, int count,
+                                            Heads<T> out) {
   EPA_SHARED(T, keys, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, values, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, tiles, [TILE_ROWS * ROW_STRIDE<D>]);
@@ -69,7 +72,8 @@ __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 6 : 4)
 // spills to have more on sm_80 and sm_120.
 template <class T, int D>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 && D < 64 ? 3 : 2)
-    spatial_attention_mma_bwd_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq, float *sums) {
+    spatial_attention_output_bwd_mma_kernel(Spatial<T> a, Heads<const T> dout, Heads<T> dq,
+                                            float *sums) {
   EPA_SHARED(T, keys, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, values, [MAP_COLUMNS * ROW_STRIDE<D>]);
   EPA_SHARED(T, tile, [TILE_ROWS * ROW_STRIDE<D>]);

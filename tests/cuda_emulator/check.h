@@ -1,4 +1,6 @@
-// What the checks of all ops share.
+// What the checks of all ops share. A check runs an op on the emulator, in memory that ends where
+// the tensors end; compares it with its reference in double, and its bits between two orders of
+// blocks and warps. Small grids: ThreadSanitizer counts at most some thousand threads a launch.
 #pragma once
 #include "cuda_kernels.h"
 #include "numbers.h"
@@ -7,7 +9,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <exception>
+#include <functional>
+#include <map>
 #include <random>
+#include <string>
 #include <vector>
 
 namespace check {
@@ -25,7 +31,8 @@ constexpr int ORDERS = 1;
 constexpr int ORDERS = 2;
 #endif
 
-// Channels of a layer of several blocks of them, which takes the sanitizers too many threads, or time.
+// Channels of a layer of several blocks of them, which takes the sanitizers too many threads, or
+// time.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr int64_t WIDE = 32;
 #else
@@ -56,6 +63,27 @@ bool is_close(const char *name, const V &found, const std::vector<double> &exact
 template <class V> void append(std::vector<char> &bits, const V &values) {
   const char *bytes = reinterpret_cast<const char *>(values.data());
   bits.insert(bits.end(), bytes, bytes + values.size() * sizeof(values[0]));
+}
+
+// Arguments are the names of checks, or none for all; before them --planted and a bug's number.
+// Exit status 0: right, 1: wrong, 2: refused by the emulator.
+inline int run_checks(int count, char **arguments,
+                      const std::map<std::string, std::function<bool()>> &checks) {
+  std::vector<std::string> names(arguments + 1, arguments + count);
+  if (names.size() > 1 && names[0] == "--planted") {
+    emulator::planted = std::stoi(names[1]);
+    names.erase(names.begin(), names.begin() + 2);
+  }
+  try {
+    bool right = true;
+    for (const auto &[name, is_right] : checks)
+      if (names.empty() || std::find(names.begin(), names.end(), name) != names.end())
+        right = is_right() && right;
+    return right ? 0 : 1;
+  } catch (const std::exception &error) {
+    std::puts(error.what());
+    return 2;
+  }
 }
 
 } // namespace check

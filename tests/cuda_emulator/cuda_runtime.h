@@ -18,7 +18,8 @@
 
 // csrc/cuda/launch.h has CUDA's own forms of these three.
 #define EPA_LAUNCH(kernel, grid, block, shared, stream, ...)                                       \
-  (static_cast<void>(stream), emulator::run(grid, block, shared, [&] { kernel(__VA_ARGS__); }, #kernel))
+  (static_cast<void>(stream),                                                                      \
+   emulator::run(grid, block, shared, [&] { kernel(__VA_ARGS__); }, #kernel))
 #define EPA_SHARED(T, name, ...)                                                                   \
   static char name##_key;                                                                          \
   auto &name = *static_cast<T(*) __VA_ARGS__>(emulator::shared(&name##_key, sizeof(T __VA_ARGS__)))

@@ -27,6 +27,9 @@ namespace emulator {
 constexpr size_t SHARED_LIMIT = 48 << 10; // of a kernel that asks for no more
 constexpr int MAILBOX = 64;               // bytes that a lane shows its warp
 
+// Number of the planted bug that is on, or -1; the sources of the tests' copies ask for it.
+inline int planted = -1;
+
 // Of warps, lanes and blocks; every launch starts from it.
 void set_seed(uint64_t seed);
 

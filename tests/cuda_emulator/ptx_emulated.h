@@ -84,7 +84,7 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
       sum += double(seen_as_tf32(bits_of(of_row.a[row / 8 + 2 * (k / 4)]))) *
              seen_as_tf32(bits_of(of_column.b[k / 4]));
     }
-    // Tensor cores cut off what a float does not hold.
+    // Tensor cores truncate what a float does not hold.
     const float rounded = float(sum);
     c[i] = std::abs(double(rounded)) > std::abs(sum) ? std::nextafter(rounded, 0.f) : rounded;
   }

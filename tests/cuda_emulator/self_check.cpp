@@ -1,5 +1,5 @@
-// What the emulator promises, one case at a time: `self_check CASE`. Exit status 0: right, 1: wrong,
-// 2: the emulator stopped the kernel and says why.
+// What the emulator promises, one case at a time: `self_check CASE`. Exit status 0: right, 1:
+// wrong, 2: the emulator stopped the kernel and says why.
 #include "launch.h"
 #include "ptx.h"
 

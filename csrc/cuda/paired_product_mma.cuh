@@ -1,8 +1,8 @@
-// The output projection on tensor cores, for every layer of which 64 columns fit in shared memory: in
-// 16 bits C up to 304 forward, up to 608 backward; of float up to 112 and 224.
+// The output projection on tensor cores, for every layer of which 64 columns fit in shared memory:
+// in 16 bits C up to 304 forward, up to 608 backward; of float up to 112 and 224.
 //
-//   product  y_s = out_s' Wo1^T + bias, where out_s' went through memory     grid (jobs, B)
-//   dout     = dy_s Wo1, beside the mix     a job: 64 columns of a chunk of tokens
+//   product_fwd  y_s = out_s' Wo1^T + bias, where out_s' went through memory     grid (jobs, B)
+//   mix_fwd      dout = dy_s Wo1, a job of backward: 64 columns of a chunk of tokens
 //
 //   A block has its columns of the weight, rounded to T, and tokens in tiles of 64, 64 channels of
 //   them at a time; a warp owns 16 tokens and 32 columns.
@@ -88,7 +88,7 @@ __device__ void project_mma(const Paired<T> &a, int job, int64_t chunk, const T 
 
 template <class T>
 __global__ void __launch_bounds__(PAIRED_THREADS, 2)
-    paired_attention_mma_product_kernel(Paired<T> a, int64_t chunk, const T *out_s, T *y) {
+    paired_attention_product_fwd_mma_kernel(Paired<T> a, int64_t chunk, const T *out_s, T *y) {
   EPA_DYNAMIC_SHARED(T, shared);
   const int64_t sample = blockIdx.y * a.N * a.C;
   project_mma<T, false>(a, blockIdx.x, chunk, out_s + sample, y + sample, shared);

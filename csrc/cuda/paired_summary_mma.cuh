@@ -1,18 +1,124 @@
-// The last pass of backward on tensor cores, where paired_mma.cuh has the pass before it.
+// paired_summary.cuh on tensor cores.
 //
-//   A block has a chunk of tokens, four warps with 16 of each tile of 64, and of dx 32 columns of a
-//   sample: dx = dq Wq + (x - mean) dgram + dy_c matrix + E^T dprojected + dtoken, slice by slice of
-//   32 rows of the matrices, of 64 for E. Or it has dE = sum_b dprojected x^T of a projection, a
-//   warp 16 projected tokens. Blocks of a chunk are neighbours, so that E and x come from L2.
-//   dgram and dprojected are of the order of dy / N, below what float16 holds: there each slice is
-//   scaled by a power of two, which changes no digit, and its product scaled back in float32.
+//   fwd  for every layer; a block has 64 x 64 of the gram or of projected of a chunk. Centred
+//        tokens are rounded to T; sums and means are not.
+//   bwd  a block has a chunk of tokens, four warps with 16 of each tile of 64, and of dx 32 columns
+//        of a sample, slice by slice of 32 rows of the matrices, of 64 for E. Or it has dE of a
+//        projection, a warp 16 projected tokens. Blocks of a chunk are neighbours, so that E and x
+//        come from L2.
+//        dgram and dprojected are of the order of dy / N, below what float16 holds: there each
+//        slice is scaled by a power of two, which changes no digit, and its product scaled back in
+//        float32.
 #pragma once
 #include "paired_mma.cuh"
 
 namespace epa::cuda {
 
+// The first pass: of a chunk 64 x 64 of the gram or of projected, as summary_fwd of
+// paired_summary.cuh. Centred tokens are rounded to T; sums and means are not.
+template <class T>
+__global__ void __launch_bounds__(PAIRED_THREADS, 2)
+    paired_attention_summary_fwd_mma_kernel(Paired<T> a) {
+  constexpr int HALF = TILE_ROWS * CHANNEL_STRIDE;
+  EPA_SHARED(T, left, [TILE_ROWS * MAP_STRIDE]); // tokens of the rows' channels; or E, (P, tokens)
+  EPA_SHARED(T, right, [2 * HALF]);
+  EPA_SHARED(float, deltas, [2 * MAP_COLUMNS]);
+  const int64_t index = blockIdx.x, b = blockIdx.z, start = index * a.chunk;
+  const int column_blocks = blocks_of_64(a.C), projected_blocks = blocks_of_64(a.P);
+  const int block = blockIdx.y / column_blocks, first_column = blockIdx.y % column_blocks * 64;
+  const bool is_gram = block < column_blocks;
+  const int j = is_gram ? 0 : (block - column_blocks) / projected_blocks;
+  const int first_row = (is_gram ? block : (block - column_blocks) % projected_blocks) * 64;
+  const int rows = (is_gram ? a.C : a.P) - first_row, columns = a.C - first_column;
+  const int64_t count = a.tokens_of(index);
+  const auto tokens_of = [&](int first, int rest) {
+    return TokenBlock<T>{&a.x.at(b, start, first), a.x.stride_n, a.x.stride_c,
+                         rest < MAP_COLUMNS ? rest : MAP_COLUMNS, nullptr};
+  };
+  const auto left_at = [](int row, int c) { return row * MAP_STRIDE + c; };
+  const auto right_at = [](int row, int c) {
+    return c / CHANNEL_BLOCK * HALF + row * CHANNEL_STRIDE + c % CHANNEL_BLOCK;
+  };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const T *own_half = right + warp / MMA_WARPS * HALF;
+  const int own_row = warp % MMA_WARPS * 16 + g;
+  const int own_column = warp / MMA_WARPS * CHANNEL_BLOCK + 2 * t;
+  // Of the first threads each has a channel: of the rows, then of the columns.
+  const int side = threadIdx.x / MAP_COLUMNS, channel = threadIdx.x % MAP_COLUMNS;
+  const bool has_channel = is_gram && side < 2 && channel < (side ? columns : rows);
+  const float token =
+      has_channel ? widen(a.x.at(b, start, (side ? first_column : first_row) + channel)) : 0.f;
+  float sum[CHANNEL_BLOCK / 8][4] = {}, mean = 0;
+  for (int64_t n = 0; n < count; n += TILE_ROWS) {
+    const int inside = count - n < TILE_ROWS ? int(count - n) : TILE_ROWS;
+    load_block(tokens_of(first_column, columns), n, inside, nullptr, right, right_at);
+    if (is_gram) {
+      load_block(tokens_of(first_row, rows), n, inside, nullptr, left, left_at);
+    } else {
+      for (int i = threadIdx.x; i < MAP_COLUMNS * TILE_ROWS; i += PAIRED_THREADS) {
+        const int p = i / TILE_ROWS, row = i % TILE_ROWS;
+        left[p * MAP_STRIDE + row] = narrow<T>(
+            p < rows && row < inside ? a.projection[j].at(first_row + p, start + n + row) : 0.f);
+      }
+    }
+    __syncthreads();
+    if (is_gram) {
+      const float share = float(inside) / float(n + inside);
+      if (has_channel) {
+        T *tile = side ? right + right_at(0, channel) : left + channel;
+        const int stride = side ? CHANNEL_STRIDE : MAP_STRIDE;
+        // Differences to one token are exact where tokens are nearly constant.
+        float offset = 0;
+        for (int i = 0; i < inside; ++i) offset += widen(tile[i * stride]) - token;
+        offset /= inside;
+        for (int i = 0; i < inside; ++i)
+          tile[i * stride] = narrow<T>(widen(tile[i * stride]) - token - offset);
+        deltas[threadIdx.x] = offset - mean;
+        mean += share * (offset - mean);
+      }
+      __syncthreads();
+      // Chan's formula: from the means of the tokens so far and of the tile to the joint one.
+#pragma unroll
+      for (int c = 0; c < CHANNEL_BLOCK / 8; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (n)
+            sum[c][i] += deltas[own_row + i / 2 * 8] * (share * float(n)) *
+                         deltas[MAP_COLUMNS + own_column + 8 * c + i % 2];
+      add_products<T, CHANNEL_BLOCK>(sum, left, own_half);
+    } else {
+      const RowFactor<T, TILE_ROWS> factor =
+          row_factor<T, TILE_ROWS>(left + warp % MMA_WARPS * 16 * MAP_STRIDE);
+#pragma unroll
+      for (int k = 0; k < TILE_ROWS / DEPTH<T>; ++k)
+#pragma unroll
+        for (int c = 0; c < CHANNEL_BLOCK / 8; ++c) {
+          Word<T> other[2];
+          load_right(other, own_half + DEPTH<T> * k * CHANNEL_STRIDE + 8 * c, CHANNEL_STRIDE);
+          mma<T>(sum[c], factor.word[k], other);
+        }
+    }
+    __syncthreads();
+  }
+  const int64_t at = b * gridDim.x + index;
+  float *to =
+      is_gram ? a.chunk_grams + at * a.C * a.C : a.chunk_projected + (at * a.J + j) * a.P * a.C;
+#pragma unroll
+  for (int c = 0; c < CHANNEL_BLOCK / 8; ++c)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = own_row + i / 2 * 8, column = own_column + 8 * c + i % 2;
+      if (row < rows && column < columns)
+        to[int64_t(first_row + row) * a.C + first_column + column] = sum[c][i];
+    }
+  if (has_channel && side && block == 0)
+    a.chunk_means[at * a.C + first_column + channel] = double(token) + double(mean);
+}
+
+// A slice is the rows of a matrix that one step multiplies, 32 columns of them. Elements of a slice
+// of 32 rows in shared memory, and the most slices of a block.
 constexpr int SLICE = CHANNEL_BLOCK * CHANNEL_STRIDE, MOST_SLICES = 32;
-// Rows of a tile and, before them, of a projection.
+// Elements of a tile's tokens and, before them, of a projection.
 constexpr int ROWS_TILE = TILE_ROWS * CHANNEL_STRIDE, PROJECTION_TILE = MAP_COLUMNS * MAP_STRIDE;
 
 struct GradientTiles {
@@ -274,7 +380,7 @@ __device__ void projection_gradients_mma(const Paired<T> &a, const PairedBackwar
 // Of each chunk: blocks of 32 columns of dx by sample, then a block of each projection.
 template <class T>
 __global__ void __launch_bounds__(MMA_THREADS, sizeof(T) == 2 ? 6 : 2)
-    paired_attention_mma_summary_bwd_kernel(Paired<T> a, PairedBackward<T> g, GradientTiles tiles) {
+    paired_attention_summary_bwd_mma_kernel(Paired<T> a, PairedBackward<T> g, GradientTiles tiles) {
   // The means, a projection's tile, rows of tokens, matrices; or rows of tokens and gradients.
   EPA_DYNAMIC_SHARED(T, shared);
   EPA_SHARED(float, inverses, [MOST_SLICES]);

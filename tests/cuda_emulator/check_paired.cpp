@@ -1,10 +1,11 @@
 // Paired attention, kind shared in the official layout, with biases and dropout: in double its
-// output against the definition, and its gradients along random directions against differences of
+// output against the reference, and its gradients along random directions against differences of
 // it; in other dtypes both against double.
-#pragma once
 #include "check.h"
 
-namespace check {
+namespace {
+
+using namespace check;
 
 struct PairedShape {
   int64_t N, C, H, P;
@@ -15,7 +16,7 @@ struct PairedShape {
 constexpr int PAIRED_INPUTS = 11;
 using PairedTensors = std::vector<std::vector<double>>;
 
-inline std::vector<double> paired_definition(PairedShape s, const PairedTensors &in) {
+std::vector<double> paired_reference(PairedShape s, const PairedTensors &in) {
   const int64_t N = s.N, C = s.C, D = s.C / s.H, P = s.P, O = s.C / 2;
   std::vector<double> flat(N * C), channel(N * C), y(N * C);
   for (int64_t h = 0; h < s.H; ++h) {
@@ -164,7 +165,7 @@ template <class T> bool paired_is_right(PairedShape s, epa::Dtype dtype, double 
   }
   bool right = bits[0] == bits[ORDERS - 1];
   if (!right) std::puts("paired: bits depend on the order");
-  right = is_close("y", found[0], paired_definition(s, in), tolerance) && right;
+  right = is_close("y", found[0], paired_reference(s, in), tolerance) && right;
   if (sizeof(T) < 8) {
     if (ORDERS == 1) return right;
     std::vector<char> ignored;
@@ -179,7 +180,7 @@ template <class T> bool paired_is_right(PairedShape s, epa::Dtype dtype, double 
     const std::vector<double> before = in[i], direction = numbers(before.size(), 1);
     for (int sign = -1; sign <= 1; sign += 2) {
       for (size_t k = 0; k < before.size(); ++k) in[i][k] = before[k] + sign * STEP * direction[k];
-      const std::vector<double> y = paired_definition(s, in);
+      const std::vector<double> y = paired_reference(s, in);
       for (size_t k = 0; k < y.size(); ++k) difference[0] += sign * y[k] * dy[k] / (2 * STEP);
     }
     in[i] = before;
@@ -189,4 +190,21 @@ template <class T> bool paired_is_right(PairedShape s, epa::Dtype dtype, double 
   return right;
 }
 
-} // namespace check
+} // namespace
+
+int main(int count, char **arguments) {
+  return run_checks(
+      count, arguments,
+      {{"paired",
+        [] {
+          return paired_is_right<double>({67, 6, 2, 9}, epa::Dtype::float64, 1e-11) &
+                 paired_is_right<float>({9, 6, 1, 5}, epa::Dtype::float32, 1e-4);
+        }},
+       {"paired_mma",
+        [] { return paired_is_right<__nv_bfloat16>({96, 32, 2, 17}, epa::Dtype::bfloat16, 0.03); }},
+       {"paired_mma_tf32",
+        [] { return paired_is_right<float>({70, 32, 4, 17}, epa::Dtype::float32, 1e-5); }},
+       {"paired_mma_wide", [] {
+          return paired_is_right<__half>({35, WIDE, WIDE / 32, 9}, epa::Dtype::float16, 0.01);
+        }}});
+}
