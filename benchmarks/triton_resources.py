@@ -163,10 +163,10 @@ def device(architecture: str) -> Iterator[None]:
     """Kernels are compiled for an architecture, and the launches are shaped for it."""
     import triton
 
-    from epa_kernels.backends.triton import configs
+    from epa_kernels.backends.triton import launch
 
     triton.runtime.driver.set_active(_Driver(architecture))
-    with mock.patch.object(configs, "architecture", lambda _: architecture):
+    with mock.patch.object(launch, "architecture", lambda _: architecture):
         yield
 
 
@@ -206,8 +206,10 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
                "channel_dropout_p": dropout, "spatial_dropout_p": dropout}  # fmt: skip
     found, direction = [], "forward"
 
-    def record(kernel, *arguments, grid, warmup, **constants):
-        found.append(Launch(direction, kernel, arguments, constants))
+    def record(kernel, *arguments, grid, warmup, **named):
+        named |= zip(kernel.arg_names, arguments, strict=False)
+        names = (p.name for p in kernel.params if not p.is_constexpr)
+        found.append(Launch(direction, kernel, tuple(named.pop(n) for n in names), named))
 
     patch = mock.patch.object(JITFunction, "run", record)
     with device(architecture), multiplying(dtype) as tokens_dtype, patch:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import epa_kernels
 from epa_kernels import dispatch
 from epa_kernels.backends import triton as backend
-from epa_kernels.backends.triton import configs
+from epa_kernels.backends.triton import launch
 from epa_kernels.testing import Guards, make_layer, op_arguments, run_layer
 
 pytest.importorskip("triton", reason="needs the package triton")
@@ -123,7 +123,7 @@ def test_programs_of_the_other_ops_may_run_in_any_order(name, options, shuffle):
 
 def test_logits_that_only_float64_holds(monkeypatch):
     """In several blocks, of 16 as float32 and float64 have them outside of these tests."""
-    monkeypatch.setattr(configs, "WIDE_PROJECTED", 16)
+    monkeypatch.setattr(launch, "WIDE_PROJECTED", 16)
     q, k, v, dout = torch.randn(
         4, 1, 40, 2, 17, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     ).unbind(0)
@@ -364,7 +364,7 @@ print([c.kernel.__name__ for c in calls if c.kernel.__name__ in names and c.comp
 )
 def test_float32_products_follow_the_setting_of_torch(setting, expected):
     code = (
-        f"import torch; from epa_kernels.backends.triton.configs import precision; {setting};"
+        f"import torch; from epa_kernels.backends.triton.launch import precision; {setting};"
         "x, y = torch.empty(0), torch.empty(0, dtype=torch.bfloat16);"
         "print((precision(x), precision(y), precision(x, 'output_backward')))"
     )
