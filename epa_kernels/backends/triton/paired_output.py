@@ -79,7 +79,7 @@ def paired_output_fwd(
     out_s (B, N, C) is for a MODE that goes through memory. A program makes the spatial branch's O
     output channels, and ceil(O HEADS / H) of the channel branch's.
     """
-    tl.static_assert(is_mode(MODE))
+    tl.static_assert(is_mode(MODE), "unknown MODE")
     D: tl.constexpr = C // H
     GROUP_ROWS: tl.constexpr = (O * HEADS + H - 1) // H
     WHOLE_ROWS: tl.constexpr = MODE == "rows" or MODE == "row_sum"
@@ -218,7 +218,7 @@ def paired_output_bwd(
     goes through memory, dout (B, N, C) is its gradient, and out_s gets it again; else dout is dy.
     A program has one block of columns of x and one of projected tokens, if there are so many.
     """
-    tl.static_assert(is_mode(MODE))
+    tl.static_assert(is_mode(MODE), "unknown MODE")
     D: tl.constexpr = C // H
     COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
     P_BLOCKS: tl.constexpr = (P + BP - 1) // BP
