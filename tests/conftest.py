@@ -20,6 +20,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "daily(is_daily): is_daily(**parameters) is false of what is exhaustive"
+    )
     device = config.getoption("--device")
     if device == "cpu":
         # The Triton kernels run in Python on CPU tensors. Set before triton is imported, too.
@@ -91,7 +94,11 @@ def other_folder(tmp_path_factory):
     os.chdir(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(not m.args[0](**item.callspec.params) for m in item.iter_markers("daily")):
+            item.add_marker("exhaustive")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -4,7 +4,6 @@ That they compute what the reference does is tested where every backend is.
 """
 
 import ast
-import itertools
 import os
 import subprocess
 import sys
@@ -34,16 +33,6 @@ SHAPES = {"rows": (2, 160, 32, 2, 9), "flat": (1, 130, 40, 2, 5), "direct": (2, 
 MEMORY_SHAPES = SHAPES | {"blocks": (1, 96, 32, 2, 70), "flat-blocks": (1, 60, 24, 2, 130)}
 
 
-def daily(daily_cases, *axes):
-    """The product of axes for parametrize; what is not among the daily cases is exhaustive."""
-    cases = list(itertools.product(*axes))
-    assert set(daily_cases) <= set(cases)
-    return [
-        pytest.param(*case, marks=() if case in daily_cases else pytest.mark.exhaustive)
-        for case in cases
-    ]
-
-
 # Each MODE, kind and layout, both plans, P in one block and several.
 MEMORY_CASES = (
     ("rows", "shared", "official"),  # MODE rows
@@ -60,7 +49,10 @@ MEMORY_CASES = (
 )
 
 
-@pytest.mark.parametrize("shape, kind, layout", daily(MEMORY_CASES, MEMORY_SHAPES, KINDS, LAYOUTS))
+@pytest.mark.daily(lambda shape, kind, layout: (shape, kind, layout) in MEMORY_CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", MEMORY_SHAPES)
 def test_nothing_is_touched_outside_and_everything_written(shape, kind, layout, monkeypatch):
     """Reads outside would bring NaN into a result, and what is not written would be NaN."""
     shape = MEMORY_SHAPES[shape]
@@ -175,7 +167,9 @@ def assert_exact(layer, shape):
 WIDE_CASES = (("sum", "official"), ("shared", "tokens"))  # the latter is MODE flat_tokens
 
 
-@pytest.mark.parametrize("kind, layout", daily(WIDE_CASES, KINDS, LAYOUTS))
+@pytest.mark.daily(lambda kind, layout: (kind, layout) in WIDE_CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_columns_in_several_blocks(kind, layout):
     """C beyond one block: sums of the output pass's backward are split over programs."""
     shape = (1, 70, 144, 2, 5)
@@ -200,7 +194,9 @@ WIDTH_CASES = (
 )
 
 
-@pytest.mark.parametrize("width, layout", daily(WIDTH_CASES, WIDTHS, LAYOUTS))
+@pytest.mark.daily(lambda width, layout: (width, layout) in WIDTH_CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", WIDTHS)
 def test_any_head_dim_and_number_of_projected_tokens(width, layout):
     shape, kind = WIDTHS[width]
     assert_exact(make_layer(shape, kind, layout, dropout=0.2), shape)
