@@ -68,7 +68,7 @@ def daily_if_interpreted(*cases):
             all(parameters[name] in values for name, values in case.items()) for case in cases
         )
 
-    return pytest.mark.daily(is_daily)
+    return pytest.mark.daily.with_args(is_daily)
 
 
 def draws(dtype, backend):

@@ -85,7 +85,7 @@ def is_daily(backend, shape, options, dtype, op):
     return shape == (SHAPES[1] if dtype == torch.bfloat16 else SHAPES[3])
 
 
-@pytest.mark.daily(is_daily)
+@pytest.mark.daily.with_args(is_daily)
 @pytest.mark.parametrize("dtype", DRAWS)
 @pytest.mark.parametrize("op, options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=shape_id)

@@ -49,7 +49,7 @@ MEMORY_CASES = (
 )
 
 
-@pytest.mark.daily(lambda shape, kind, layout: (shape, kind, layout) in MEMORY_CASES)
+@pytest.mark.daily.with_args(lambda shape, kind, layout: (shape, kind, layout) in MEMORY_CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", MEMORY_SHAPES)
@@ -167,7 +167,7 @@ def assert_exact(layer, shape):
 WIDE_CASES = (("sum", "official"), ("shared", "tokens"))  # the latter is MODE flat_tokens
 
 
-@pytest.mark.daily(lambda kind, layout: (kind, layout) in WIDE_CASES)
+@pytest.mark.daily.with_args(lambda kind, layout: (kind, layout) in WIDE_CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_in_several_blocks(kind, layout):
@@ -194,7 +194,7 @@ WIDTH_CASES = (
 )
 
 
-@pytest.mark.daily(lambda width, layout: (width, layout) in WIDTH_CASES)
+@pytest.mark.daily.with_args(lambda width, layout: (width, layout) in WIDTH_CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_any_head_dim_and_number_of_projected_tokens(width, layout):
