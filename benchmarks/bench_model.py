@@ -11,6 +11,7 @@ import torch
 from benchmarks.published import published_order
 from benchmarks.report import REFERENCE
 from epa_kernels import dispatch, use_backend
+from epa_kernels.contract import call_on
 from epa_kernels.testing import kept_for_backward
 from unetrpp import UNETRPP, create_model
 from unetrpp.losses import deep_supervision_loss
@@ -36,7 +37,8 @@ def training_step(model, x, label, *, loss=deep_supervision_loss, autocast=False
 def setting(request):
     """Backend, network, a batch of volumes and their labels."""
     backend, config = request.param, request.config
-    if reasons := dispatch.BACKENDS[backend].why_not("paired_attention", torch.empty(1, 64, 32)):
+    call = call_on("paired_attention", torch.empty(1, 64, 32))
+    if reasons := dispatch.BACKENDS[backend].why_not(call):
         pytest.skip("; ".join(reasons))
     torch.manual_seed(0)
     model = UNETRPP.from_preset(
@@ -78,9 +80,8 @@ def sibling(request):
 @pytest.mark.parametrize("backend", BACKENDS)
 def bench_sibling(sibling, backend, benchmark):
     name, model, x = sibling
-    if reasons := dispatch.BACKENDS[backend].why_not(
-        "spatial_attention", torch.empty(1, 64, 1, 32)
-    ):
+    call = call_on("spatial_attention", torch.empty(1, 64, 1, 32))
+    if reasons := dispatch.BACKENDS[backend].why_not(call):
         pytest.skip("; ".join(reasons))
     benchmark.extra_info |= {
         "case": name,

@@ -17,7 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import floor
 from benchmarks.report import COMPILED, REFERENCE
-from epa_kernels import dispatch
+from epa_kernels import contract, dispatch
 from epa_kernels.testing import assert_as_accurate, kept_for_backward, make_layer, run_layer
 
 PROVIDERS = (REFERENCE, COMPILED, *(name for name in dispatch.BACKENDS if name != REFERENCE))
@@ -77,7 +77,9 @@ def provided(request):
     setting = make_setting(case, option("--batch"), option("--dropout"))
     layer = copy.deepcopy(setting.layer).float()
     layer.backend = REFERENCE if provider == COMPILED else provider
-    if reasons := dispatch.BACKENDS[layer.backend].why_not("paired_attention", setting.x):
+    if reasons := dispatch.BACKENDS[layer.backend].why_not(
+        contract.call_on("paired_attention", setting.x)
+    ):
         pytest.skip("; ".join(reasons))
     if provider == COMPILED:
         torch.compiler.reset()  # the graphs of earlier cases count against a limit

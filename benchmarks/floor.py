@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from epa_kernels.ops import plan
+from epa_kernels.contract import plan
 
 REPETITIONS = 20
 

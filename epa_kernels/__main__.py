@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from . import __version__, dispatch
+from . import EPA, __version__, dispatch
 from .backends import cpu, cuda
 
 
@@ -26,9 +26,11 @@ def main() -> None:
     print(f"EPA_KERNELS_BACKEND: {forced or 'not set, the first backend that can run is taken'}\n")
     for device in devices:
         tokens = torch.zeros(1, 4096, 64, device=device)
-        heads = tokens.view(1, 4096, 4, 16)
-        for op in dispatch.OPS:
-            dispatch.explain(op, tokens if op == "paired_attention" else heads)
+        q, k_proj = tokens.view(1, 4096, 4, 16), tokens[:, :64].view(1, 64, 4, 16)
+        temperature = torch.ones(1, device=device)
+        dispatch.explain(EPA(4096, 64, 64, 4, device=device), tokens)
+        dispatch.explain("spatial_attention", q, k_proj, k_proj, temperature)
+        dispatch.explain("channel_attention", q, q, q, temperature)
 
 
 if __name__ == "__main__":

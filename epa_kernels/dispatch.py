@@ -10,32 +10,31 @@ A backend that is forced, by `use_backend`, the environment variable EPA_KERNELS
 
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
 from .backends import cpu, cuda, triton
-
-OPS = ("paired_attention", "spatial_attention", "channel_attention")
+from .contract import AXES, OPS, Call, call_on
 
 
 class Backend(NamedTuple):
     """One implementation of the three ops.
 
     functions: op name -> function with the signature of `reference.<op>`.
-    why_not: (op, x) -> every reason why it cannot run on x, each a noun phrase; empty if it can.
+    why_not: every reason why it cannot run a call, each a noun phrase; empty if it can.
     why_not_chosen: () -> reasons that keep it from being chosen unless forced.
     """
 
     functions: dict[str, Callable[..., Tensor]]
-    why_not: Callable[[str, Tensor], list[str]]
+    why_not: Callable[[Call], list[str]]
     why_not_chosen: Callable[[], list[str]]
 
 
 def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # the older ONNX exporter traces
 
 
 def _no_reason(*_: object) -> list[str]:
@@ -108,16 +107,14 @@ class use_backend:
         _forced = self._previous
 
 
-def _order(x: Tensor) -> Sequence[str]:
-    return ORDER.get(x.device.type, ORDER["other"])
+def _order(call: Call) -> Sequence[str]:
+    return ORDER.get(call.device.type, ORDER["other"])
 
 
-def select(op: str, x: Tensor, backend: str | None = None) -> str:
-    """Name of the backend that runs `op` on x.
+def select(call: Call, backend: str | None = None) -> str:
+    """Name of the backend that runs a call.
 
     Args:
-        op: one of OPS.
-        x: the op's first tensor.
         backend: forces one for this call, over `use_backend` and the environment.
 
     Raises:
@@ -126,40 +123,49 @@ def select(op: str, x: Tensor, backend: str | None = None) -> str:
     """
     forced = backend or _forced
     if forced is None:
-        for name in _order(x):
+        for name in _order(call):
             # In this order: what is not to be chosen is not to be loaded either.
-            if not BACKENDS[name].why_not_chosen() and not BACKENDS[name].why_not(op, x):
+            if not BACKENDS[name].why_not_chosen() and not BACKENDS[name].why_not(call):
                 return name
-        raise AssertionError("reference runs on every tensor")
-    forced = check_backend(op if backend else "EPA_KERNELS_BACKEND", forced)
-    reasons = BACKENDS[forced].why_not(op, x)
+        raise AssertionError("reference runs every call")
+    forced = check_backend(call.op if backend else "EPA_KERNELS_BACKEND", forced)
+    reasons = BACKENDS[forced].why_not(call)
     if reasons:
-        able = [name for name in _order(x) if not BACKENDS[name].why_not(op, x)]
+        able = [name for name in _order(call) if not BACKENDS[name].why_not(call)]
         raise RuntimeError(
-            f"{op}: backend {forced!r} was forced but cannot run: {'; '.join(reasons)}. "
-            f"Available: {', '.join(able)}. epa_kernels.explain({op!r}, x) prints all reasons."
+            f"{call.op}: backend {forced!r} was forced but cannot run: {'; '.join(reasons)}. "
+            f"Available: {', '.join(able)}. epa_kernels.explain({call.op!r}, x) prints all reasons."
         )
     return forced
 
 
-def explain(op: str, x: Tensor) -> None:
-    """Print which backend would run `op` on x, and for every other one why not.
+def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -> None:
+    """Print which backend would run a call, and for every other one why not.
 
     Args:
-        op: "paired_attention", "spatial_attention" or "channel_attention".
-        x: the op's first tensor; its device, dtype and shape decide.
+        op: "paired_attention", "spatial_attention" or "channel_attention"; or an `EPA` layer.
+        inputs: tensors of the function of that name, or the layer's x. The first one of a function
+            will do; limits on sizes that it does not tell are then left out of the answer.
+        options: `num_heads` and `kind` of paired_attention, where all its tensors are given.
+
+    Raises:
+        ValueError: no such op, or no tensor.
 
     Example:
+        >>> epa_kernels.explain(epa_kernels.EPA(64, 32, 16), torch.randn(1, 64, 32))
         >>> epa_kernels.explain("paired_attention", torch.randn(1, 64, 32))
     """
-    if op not in OPS:
-        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}.")
-    print(f"{op} on {x.device.type} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}")
+    call = _explained_call(op, inputs, options)
+    sizes = {axis: n for axis in AXES if (n := getattr(call, axis))}
+    print(
+        f"{call.op} on {call.device.type} {str(call.dtype).removeprefix('torch.')}, "
+        + ", ".join(f"{axis} = {n}" for axis, n in sizes.items())
+    )
     forced = _forced and check_backend("EPA_KERNELS_BACKEND", _forced)
     chosen = forced
-    for name in dict.fromkeys([*_order(x), *([forced] if forced else [])]):
+    for name in dict.fromkeys([*_order(call), *([forced] if forced else [])]):
         backend = BACKENDS[name]
-        reasons = backend.why_not(op, x)
+        reasons = backend.why_not(call)
         if forced is None:
             reasons = reasons + backend.why_not_chosen()
             chosen = chosen or (None if reasons else name)
@@ -170,3 +176,16 @@ def explain(op: str, x: Tensor) -> None:
         else:
             verdict = "can run"
         print(f"  {name:<10} {verdict}")
+
+
+def _explained_call(op: Any, inputs: tuple, options: dict) -> Call:
+    if isinstance(op, torch.nn.Module):
+        return OPS["paired_attention"].call(*op.arguments(*inputs))
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPS)} or a layer, got {op!r}.")
+    if not inputs:
+        raise ValueError(f"explain: {op} needs its first tensor, got none.")
+    if len(inputs) == 1:
+        return call_on(op, inputs[0])
+    contract = OPS[op]
+    return contract.call(contract.Inputs(*inputs), contract.Options(**options))

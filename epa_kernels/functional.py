@@ -1,14 +1,40 @@
-"""The public functions: contract, checks, autocast and seed; the math is `reference`."""
+"""The public functions: checks against the contract, autocast and seed; the math is `reference`."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 
 from . import dispatch
+from .contract import (
+    KINDS,
+    LAYOUTS,
+    OPS,
+    PER_HEAD,
+    Call,
+    ChannelInputs,
+    ChannelOptions,
+    Input,
+    Op,
+    PairedInputs,
+    PairedOptions,
+    SpatialInputs,
+    SpatialOptions,
+    shape_getter,
+)
 from .rng import draw_seed
 
-KINDS = ("shared", "split", "sum")
-LAYOUTS = ("official", "tokens")
+PAIRED, SPATIAL, CHANNEL = OPS.values()
+# op -> name, contract and shape of each input.
+_RULES = {
+    op.name: [
+        (name, rule, None if rule.axes == PER_HEAD else shape_getter(rule.axes))
+        for name, rule in op.inputs.items()
+    ]
+    for op in OPS.values()
+}
 
 
 def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -17,44 +43,104 @@ def check_choice(function: str, name: str, value: object, choices: tuple[str, ..
         raise ValueError(f"{function}: {name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
-def _check_shape(function: str, name: str, t: Tensor, shape: tuple[int, ...], axes: str) -> None:
-    if tuple(t.shape) != shape:
-        raise ValueError(
-            f"{function}: {name} must have shape {axes} = {shape}, got {tuple(t.shape)}."
-        )
-
-
-def _check_tensors(function: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
-    """One device; one floating dtype, but float32 parameters may go with a bf16 or fp16 input."""
-    if not first.is_floating_point():
-        raise ValueError(
-            f"{function}: {first_name} must be a floating tensor, got {first.dtype}; "
-            f"convert it with .float()."
-        )
-    if first.numel() == 0:
-        raise ValueError(
-            f"{function}: {first_name} must not be empty, got shape {tuple(first.shape)}; "
-            f"skip the layer when a batch has no sample."
-        )
-    low_precision = first.dtype in (torch.float16, torch.bfloat16)
-    for name, t in others.items():
-        if t is None:
-            continue
-        if t.device != first.device:
-            raise ValueError(
-                f"{function}: {name} is on {t.device} but {first_name} is on {first.device}; "
-                f"move both to one device."
-            )
-        if t.dtype != first.dtype and not (low_precision and t.dtype == torch.float32):
-            raise ValueError(
-                f"{function}: {name} is {t.dtype} but {first_name} is {first.dtype}; use one "
-                f"dtype, or float32 parameters with a bfloat16 or float16 input."
-            )
-
-
 def _check_dropout(function: str, name: str, p: float) -> None:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{function}: {name} must be in [0, 1), got {p}.")
+
+
+def _check_rank(function: str, name: str, t: Tensor, rule: Input) -> None:
+    if t.dim() != len(rule.axes):
+        raise _wrong_shape(function, name, t, rule, {})
+
+
+def _check_heads(op: Op, *activations: Tensor) -> None:
+    """Four axes, before sizes are read from them."""
+    for name, t in zip(op.view_names, activations, strict=True):
+        if t.dim() != 4:
+            _check_rank(op.name, name, t, op.inputs[name])
+
+
+def _wrong_shape(
+    function: str, name: str, t: Tensor, rule: Input, sizes: Mapping[str, int]
+) -> ValueError:
+    axes = ", ".join(rule.axes)
+    numbers = f" = {tuple(sizes[axis] for axis in rule.axes)}" if sizes else ""
+    hint = f"; {rule.hint}" if rule.hint else ""
+    return ValueError(
+        f"{function}: {name} must have shape ({axes}){numbers}, got {tuple(t.shape)}{hint}."
+    )
+
+
+def _check_dtype(function: str, name: str, t: Tensor, rule: Input, first_name: str, first: Tensor):
+    """One floating dtype, but float32 parameters may go with a bfloat16 or float16 input."""
+    if rule.role == "activation":
+        raise ValueError(
+            f"{function}: {name} is {t.dtype} but {first_name} is {first.dtype}; convert one of "
+            f"them, activations share a dtype."
+        )
+    if first.dtype not in (torch.float16, torch.bfloat16) or t.dtype != torch.float32:
+        raise ValueError(
+            f"{function}: {name} is {t.dtype} but {first_name} is {first.dtype}; use one "
+            f"dtype, or float32 parameters with a bfloat16 or float16 input."
+        )
+
+
+def _check_first(function: str, name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise ValueError(
+            f"{function}: {name} must be a floating tensor, got {t.dtype}; "
+            f"convert it with .float()."
+        )
+    if t.numel() == 0:
+        raise ValueError(
+            f"{function}: {name} must not be empty, got shape {tuple(t.shape)}; "
+            f"skip the layer when a batch has no sample."
+        )
+
+
+def _check_kind(function: str, name: str, t: Tensor | None, rule: Input, kind: str) -> None:
+    """Each kind of paired attention has weights of its own."""
+    if t is None and kind in rule.kinds and not rule.optional:
+        raise ValueError(f"{function}: kind {kind!r} needs {name}, got None.")
+    if t is not None and kind not in rule.kinds:
+        raise ValueError(
+            f"{function}: kind {kind!r} takes no {name}, as kind {' or '.join(rule.kinds)} does; "
+            f"pass None."
+        )
+
+
+def _check(op: Op, inputs: Any, options: Any) -> Call:
+    """Hold inputs to the contract; ValueError names input, rule, value and remedy."""
+    function = op.name
+    first_name, first = op.view_names[0], inputs[0]
+    _check_first(function, first_name, first)
+    call = op.call(inputs, options)
+    if call.P == 0 and op is not CHANNEL:
+        raise ValueError(
+            f"{function}: {op.view_names[1]} must have at least one projected token, got P = 0."
+        )
+    sizes, device, dtype, kind = call.sizes(), first.device, first.dtype, call.kind
+    for (name, rule, shape), t in zip(_RULES[function], inputs, strict=True):
+        if rule.kinds and (t is None) == (kind in rule.kinds):
+            _check_kind(function, name, t, rule, kind)
+        if t is None:
+            continue
+        if t.device != device:
+            raise ValueError(
+                f"{function}: {name} is on {t.device} but {first_name} is on {device}; "
+                f"move both to one device."
+            )
+        if t.dtype != dtype:
+            _check_dtype(function, name, t, rule, first_name, first)
+        if shape is None:
+            if t.numel() not in (1, call.H):
+                raise ValueError(
+                    f"{function}: {name} must have 1 or H = {call.H} elements, got shape "
+                    f"{tuple(t.shape)}."
+                )
+        elif t.shape != shape(sizes):
+            raise _wrong_shape(function, name, t, rule, sizes)
+    return call
 
 
 def _seed_for(function: str, x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
@@ -70,31 +156,35 @@ def _seed_for(function: str, x: Tensor, dropout_p: float, seed: Tensor | None) -
     return seed
 
 
-def _autocasts(device_type: str) -> bool:
+def _autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What autocast computes in on the device of t; None where it is off."""
+    device_type = t.device.type
     # torch 2.11 cannot compile the question; what is compiled for has autocast.
     is_available = torch.compiler.is_compiling() or is_autocast_available(device_type)
-    return is_available and torch.is_autocast_enabled(device_type)
+    if is_available and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
-def _to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _cast(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Activations in the autocast dtype, as nn.Linear takes them; float64 is left alone."""
-    device_type = tensors[0].device.type
-    if not _autocasts(device_type):
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
 
 
-def _run(op: str, backend: str | None, *tensors: Tensor | None, **options) -> Tensor:
-    run = dispatch.BACKENDS[dispatch.select(op, tensors[0], backend)].functions[op]
-    device_type = tensors[0].device.type
-    if not _autocasts(device_type):
-        return run(*tensors, **options)
+def _run(
+    op: Op, call: Call, backend: str | None, inputs: Any, options: Any, seed: Tensor | None,
+    autocast: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    run = dispatch.BACKENDS[dispatch.select(call, backend)].functions[op.name]
+    if autocast is None:
+        return run(*inputs, seed=seed, **options._asdict())
     # Inside, dtypes are chosen explicitly.
-    with torch.autocast(device_type, enabled=False):
-        return run(*tensors, **options)
+    with torch.autocast(call.device.type, enabled=False):
+        return run(*inputs, seed=seed, **options._asdict())
 
 
 def paired_attention(
@@ -173,133 +263,34 @@ def paired_attention(
 
     Source: Shaker et al., "UNETR++", TMI 2024.
     """
-    function = "paired_attention"
+    function = PAIRED.name
     check_choice(function, "kind", kind, KINDS)
     check_choice(function, "layout", layout, LAYOUTS)
     _check_dropout(function, "channel_dropout_p", channel_dropout_p)
     _check_dropout(function, "spatial_dropout_p", spatial_dropout_p)
-    if x.dim() != 3:
-        raise ValueError(
-            f"{function}: x must have shape (B, N, C), got {tuple(x.shape)}; a volume "
-            f"(B, C, X, Y, Z) becomes tokens by x.flatten(2).transpose(1, 2)."
-        )
-    (x,) = _to_autocast(x)
-    _check_tensors(
-        function,
-        "x",
-        x,
-        qkvv_weight=qkvv_weight,
-        qkvv_bias=qkvv_bias,
-        proj_k_weight=proj_k_weight,
-        proj_k_bias=proj_k_bias,
-        proj_v_weight=proj_v_weight,
-        proj_v_bias=proj_v_bias,
-        temperature=temperature,
-        temperature2=temperature2,
-        out_proj_weight=out_proj_weight,
-        out_proj_bias=out_proj_bias,
-        out_proj2_weight=out_proj2_weight,
-        out_proj2_bias=out_proj2_bias,
-    )
-    _, N, C = x.shape
+    for name, t in (("x", x), ("proj_k_weight", proj_k_weight)):
+        _check_rank(function, name, t, PAIRED.inputs[name])
+    autocast = _autocast_dtype(x)
+    (x,) = _cast(autocast, x)
+    C = x.shape[2]
     if num_heads < 1 or C % num_heads:
         raise ValueError(
             f"{function}: num_heads must divide the {C} channels of x, got {num_heads}."
         )
-    _check_shape(function, "qkvv_weight", qkvv_weight, (4 * C, C), "(4C, C)")
-    if proj_k_weight.dim() != 2 or proj_k_weight.shape[1] != N:
-        raise ValueError(
-            f"{function}: proj_k_weight must have shape (P, N) with N = {N} tokens as x has, got "
-            f"{tuple(proj_k_weight.shape)}; a layer is bound to the token count it was made for."
-        )
-    P = proj_k_weight.shape[0]
-    if P == 0:
-        raise ValueError(f"{function}: proj_k_weight must have at least one row, got P = 0.")
-    if (proj_v_weight is not None) != (kind == "split"):
-        raise ValueError(
-            f"{function}: kind {kind!r} takes proj_v_weight "
-            f"{'of its own' if kind == 'split' else 'None: keys and values share a projection'}."
-        )
-    if proj_v_weight is None and proj_v_bias is not None:
-        raise ValueError(f"{function}: proj_v_bias was given without proj_v_weight.")
-    for name, t in (("out_proj_weight", out_proj_weight), ("out_proj2_weight", out_proj2_weight)):
-        if (t is None) != (kind == "sum"):
-            rule = "adds the branches: pass None as" if kind == "sum" else "needs"
-            raise ValueError(f"{function}: kind {kind!r} {rule} {name}.")
-    optional = (
-        ("qkvv_bias", qkvv_bias, (4 * C,), "(4C)"),
-        ("proj_k_bias", proj_k_bias, (P,), "(P)"),
-        ("proj_v_weight", proj_v_weight, (P, N), "(P, N)"),
-        ("proj_v_bias", proj_v_bias, (P,), "(P)"),
-        ("temperature", temperature, (num_heads, 1, 1), "(H, 1, 1)"),
-        ("temperature2", temperature2, (num_heads, 1, 1), "(H, 1, 1)"),
-        ("out_proj_weight", out_proj_weight, (C // 2, C), "(C/2, C)"),
-        ("out_proj_bias", out_proj_bias, (C // 2,), "(C/2)"),
-        ("out_proj2_weight", out_proj2_weight, (C // 2, C), "(C/2, C)"),
-        ("out_proj2_bias", out_proj2_bias, (C // 2,), "(C/2)"),
-    )
-    for name, t, shape, axes in optional:
-        if t is not None:
-            _check_shape(function, name, t, shape, axes)
-            if kind == "sum" and name.startswith("out_proj"):
-                raise ValueError(
-                    f"{function}: kind 'sum' has no output projection: pass {name}=None."
-                )
     if kind != "sum" and C % 2:
         raise ValueError(
             f"{function}: x must have an even number of channels for kind {kind!r}, got {C}; "
             f"kind 'sum' takes odd ones."
         )
-    return _run(
-        function,
-        backend,
-        x,
-        qkvv_weight,
-        qkvv_bias,
-        proj_k_weight,
-        proj_k_bias,
-        proj_v_weight,
-        proj_v_bias,
-        temperature,
-        temperature2,
-        out_proj_weight,
-        out_proj_bias,
-        out_proj2_weight,
+    inputs = PairedInputs(
+        x, qkvv_weight, qkvv_bias, proj_k_weight, proj_k_bias, proj_v_weight, proj_v_bias,
+        temperature, temperature2, out_proj_weight, out_proj_bias, out_proj2_weight,
         out_proj2_bias,
-        num_heads=num_heads,
-        kind=kind,
-        layout=layout,
-        channel_dropout_p=channel_dropout_p,
-        spatial_dropout_p=spatial_dropout_p,
-        seed=_seed_for(function, x, max(channel_dropout_p, spatial_dropout_p), seed),
-    )
-
-
-def _check_attention(
-    function: str, q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor, temperature: Tensor
-) -> None:
-    for name, t in (("q", q), (k_name, k), (v_name, v)):
-        if t.dim() != 4:
-            raise ValueError(
-                f"{function}: {name} must have shape (B, tokens, H, D), got {tuple(t.shape)}."
-            )
-    _check_tensors(function, "q", q, **{k_name: k, v_name: v}, temperature=temperature)
-    B, _, H, D = q.shape
-    if (k.shape[0], *k.shape[2:]) != (B, H, D) or k.shape != v.shape or k.shape[1] == 0:
-        raise ValueError(
-            f"{function}: {k_name} and {v_name} must have one shape, with the batch, heads and "
-            f"head dim of q {tuple(q.shape)}, got {tuple(k.shape)} and {tuple(v.shape)}."
-        )
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"{function}: q, {k_name} and {v_name} must share a dtype, got {q.dtype}, {k.dtype} "
-            f"and {v.dtype}."
-        )
-    if temperature.numel() not in (1, H):
-        raise ValueError(
-            f"{function}: temperature must have 1 or H = {H} elements, got shape "
-            f"{tuple(temperature.shape)}."
-        )
+    )  # fmt: skip
+    options = PairedOptions(num_heads, kind, layout, channel_dropout_p, spatial_dropout_p)
+    call = _check(PAIRED, inputs, options)
+    seed = _seed_for(function, x, max(channel_dropout_p, spatial_dropout_p), seed)
+    return _run(PAIRED, call, backend, inputs, options, seed, autocast)
 
 
 def spatial_attention(
@@ -336,20 +327,15 @@ def spatial_attention(
         >>> spatial_attention(q, k, v, torch.tensor(8 ** -0.5)).shape
         torch.Size([1, 100, 4, 8])
     """
-    q, k_proj, v_proj = _to_autocast(q, k_proj, v_proj)
-    _check_attention("spatial_attention", q, "k_proj", k_proj, "v_proj", v_proj, temperature)
-    _check_dropout("spatial_attention", "dropout_p", dropout_p)
-    return _run(
-        "spatial_attention",
-        backend,
-        q,
-        k_proj,
-        v_proj,
-        temperature,
-        normalize=normalize,
-        dropout_p=dropout_p,
-        seed=_seed_for("spatial_attention", q, dropout_p, seed),
-    )
+    function = SPATIAL.name
+    _check_dropout(function, "dropout_p", dropout_p)
+    _check_heads(SPATIAL, q, k_proj, v_proj)
+    autocast = _autocast_dtype(q)
+    inputs = SpatialInputs(*_cast(autocast, q, k_proj, v_proj), temperature)
+    options = SpatialOptions(normalize, dropout_p)
+    call = _check(SPATIAL, inputs, options)
+    seed = _seed_for(function, q, dropout_p, seed)
+    return _run(SPATIAL, call, backend, inputs, options, seed, autocast)
 
 
 def channel_attention(
@@ -384,21 +370,12 @@ def channel_attention(
         >>> channel_attention(q, k, v, torch.ones(4, 1, 1)).shape
         torch.Size([1, 100, 4, 8])
     """
-    q, k, v = _to_autocast(q, k, v)
-    _check_attention("channel_attention", q, "k", k, "v", v, temperature)
-    if q.shape != k.shape:
-        raise ValueError(
-            f"channel_attention: q and k must have one shape, got {tuple(q.shape)} and "
-            f"{tuple(k.shape)}."
-        )
-    _check_dropout("channel_attention", "dropout_p", dropout_p)
-    return _run(
-        "channel_attention",
-        backend,
-        q,
-        k,
-        v,
-        temperature,
-        dropout_p=dropout_p,
-        seed=_seed_for("channel_attention", q, dropout_p, seed),
-    )
+    function = CHANNEL.name
+    _check_dropout(function, "dropout_p", dropout_p)
+    _check_heads(CHANNEL, q, k, v)
+    autocast = _autocast_dtype(q)
+    inputs = ChannelInputs(*_cast(autocast, q, k, v), temperature)
+    options = ChannelOptions(dropout_p)
+    call = _check(CHANNEL, inputs, options)
+    seed = _seed_for(function, q, dropout_p, seed)
+    return _run(CHANNEL, call, backend, inputs, options, seed, autocast)

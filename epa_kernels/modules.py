@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, functional
+from .contract import KINDS, LAYOUTS, PairedInputs, PairedOptions
 
 
 class EfficientPairedAttention(nn.Module):
@@ -54,8 +55,8 @@ class EfficientPairedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        functional.check_choice("EfficientPairedAttention", "kind", kind, functional.KINDS)
-        functional.check_choice("EfficientPairedAttention", "layout", layout, functional.LAYOUTS)
+        functional.check_choice("EfficientPairedAttention", "kind", kind, KINDS)
+        functional.check_choice("EfficientPairedAttention", "layout", layout, LAYOUTS)
         if backend is not None:
             dispatch.check_backend("EfficientPairedAttention", backend)
         for name, value in (
@@ -101,35 +102,35 @@ class EfficientPairedAttention(nn.Module):
             self.out_proj = nn.Linear(hidden_size, hidden_size // 2, **factory)
             self.out_proj2 = nn.Linear(hidden_size, hidden_size // 2, **factory)
 
+    def arguments(self, x: Tensor) -> tuple[PairedInputs, PairedOptions]:
+        """Inputs and options of `epa_kernels.paired_attention` that compute the layer on x."""
+        qkvv, temperatures = self.qkvv, (self.temperature, self.temperature2)
+        if self.kind == "sum":
+            inputs = PairedInputs(
+                x, qkvv.weight, qkvv.bias, self.EF.t(), None, None, None, *temperatures,
+                None, None, None, None,
+            )  # fmt: skip
+        else:
+            E, out_proj, out_proj2 = self.E, self.out_proj, self.out_proj2
+            F = (self.F.weight, self.F.bias) if self.kind == "split" else (None, None)
+            inputs = PairedInputs(
+                x, qkvv.weight, qkvv.bias, E.weight, E.bias, *F, *temperatures,
+                out_proj.weight, out_proj.bias, out_proj2.weight, out_proj2.bias,
+            )  # fmt: skip
+        channel, spatial = self.attn_drop, self.attn_drop_2
+        options = PairedOptions(
+            self.num_heads,
+            self.kind,
+            self.layout,
+            channel.p if channel.training else 0.0,
+            spatial.p if spatial.training else 0.0,
+        )
+        return inputs, options
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C); x may have any strides."""
-        if self.kind == "sum":
-            projection = (self.EF.t(), None, None, None)
-            output = (None, None, None, None)
-        else:
-            projection = (self.E.weight, self.E.bias)
-            projection += (self.F.weight, self.F.bias) if self.kind == "split" else (None, None)
-            output = (
-                self.out_proj.weight,
-                self.out_proj.bias,
-                self.out_proj2.weight,
-                self.out_proj2.bias,
-            )
-        return functional.paired_attention(
-            x,
-            self.qkvv.weight,
-            self.qkvv.bias,
-            *projection,
-            self.temperature,
-            self.temperature2,
-            *output,
-            num_heads=self.num_heads,
-            kind=self.kind,
-            layout=self.layout,
-            channel_dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
-            spatial_dropout_p=self.attn_drop_2.p if self.attn_drop_2.training else 0.0,
-            backend=self.backend,
-        )
+        inputs, options = self.arguments(x)
+        return functional.paired_attention(*inputs, **options._asdict(), backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kind={self.kind!r}, layout={self.layout!r}"

@@ -1,4 +1,4 @@
-"""THE SPEC: paired, spatial and channel attention in plain PyTorch.
+"""The reference: paired, spatial and channel attention in plain PyTorch.
 
 Every other backend is tested against these functions. They take any floating dtype, are twice
 differentiable, and export (torch.export, ONNX). Matrix products run in the dtype of the input;
@@ -13,14 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contract import NORM_EPS, accumulate_dtype
+from .layout import from_heads
 from .rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
-
-NORM_EPS = 1e-12
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every smaller floating dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def normalize_tokens(t: Tensor) -> Tensor:
@@ -103,27 +98,6 @@ def spatial_attention(
     return torch.einsum("bhnp,bphd->bnhd", attention, v_proj)
 
 
-def heads_view(tokens: Tensor, num_heads: int, layout: str) -> Tensor:
-    """The spatial branch's result, stored as (B, N, C), seen as (B, N, H, D) without a copy.
-
-    "tokens" stores head after head: channel h*D + d of token n. "official" is what the published
-    code stores and checkpoints expect: the flat order (d, h, n), so that element
-    f = (d*H + h)*N + n lies at row f // C, column f % C; C need not divide N.
-    """
-    B, N, C = tokens.shape
-    if layout == "official":
-        return tokens.view(B, C // num_heads, num_heads, N).permute(0, 3, 2, 1)
-    return tokens.view(B, N, num_heads, C // num_heads)
-
-
-def from_heads(out: Tensor, layout: str) -> Tensor:
-    """Inverse of `heads_view`: (B, N, H, D) -> (B, N, C) in the order of `layout`."""
-    B, N, H, D = out.shape
-    if layout == "official":
-        out = out.permute(0, 3, 2, 1)
-    return out.reshape(B, N, H * D)
-
-
 def paired_attention(
     x: Tensor,
     qkvv_weight: Tensor,
@@ -156,7 +130,7 @@ def paired_attention(
         y = concat(out_s' out_proj_weight^T + out_proj_bias,
                    out_c out_proj2_weight^T + out_proj2_bias)      kind "sum":  y = out_c + out_s'
 
-    out_s' is out_s in `layout` ("official" or "tokens", see `heads_view`).
+    out_s' is out_s in `layout` ("official" or "tokens", see `layout`).
 
     Returns:
         y (B, N, C), dtype of x.

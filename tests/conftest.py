@@ -111,8 +111,9 @@ def backend_runs(request):
     import torch
 
     from epa_kernels import dispatch
+    from epa_kernels.contract import call_on
 
     device = getattr(request.module, "DEVICE", "cpu")
     x = torch.empty(0, dtype=params.get("dtype", torch.float32), device=device)
-    if reasons := dispatch.BACKENDS[params["backend"]].why_not("paired_attention", x):
+    if reasons := dispatch.BACKENDS[params["backend"]].why_not(call_on("paired_attention", x)):
         pytest.skip("; ".join(reasons))

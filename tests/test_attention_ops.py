@@ -172,12 +172,18 @@ def test_paired_attention_is_made_of_the_two(backend):
     "call, message",
     (
         (lambda q, k: spatial_attention(q[0], k, k, torch.ones(1)), "q must have shape"),
-        (lambda q, k: spatial_attention(q, k[..., :3], k, torch.ones(1)), "k_proj and v_proj"),
+        (
+            lambda q, k: spatial_attention(q, k[..., :3], k, torch.ones(1)),
+            r"k_proj must have shape \(B, P, H, D\) = \(1, 5, 2, 4\), got \(1, 5, 2, 3\)",
+        ),
         (lambda q, k: spatial_attention(q, k, k, torch.ones(3)), "1 or H = 2 elements"),
         (lambda q, k: spatial_attention(q, k.double(), k, torch.ones(1)), "float64"),
         (lambda q, k: spatial_attention(q[:0], k[:0], k[:0], torch.ones(1)), "must not be empty"),
         (lambda q, k: spatial_attention(q.int(), k, k, torch.ones(1)), "floating tensor"),
-        (lambda q, k: channel_attention(q, k, k, torch.ones(1)), "q and k must have one shape"),
+        (
+            lambda q, k: channel_attention(q, k, k, torch.ones(1)),
+            r"k must have shape \(B, N, H, D\) = \(1, 6, 2, 4\), got \(1, 5, 2, 4\)",
+        ),
         (lambda q, k: channel_attention(q, q, q, torch.ones(1), dropout_p=1.0), r"\[0, 1\)"),
         (
             lambda q, k: channel_attention(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from cases import KINDS, LAYOUTS, shape_id
 
+import epa_kernels
 from epa_kernels import reference
 from epa_kernels.backends import cuda, two_pass
-from epa_kernels.ops import OPS
+from epa_kernels.contract import OPS
 from epa_kernels.testing import (
     Errors,
     Guards,
@@ -18,6 +19,8 @@ from epa_kernels.testing import (
     relative_l2,
     strided,
 )
+
+PAIRED = OPS["paired_attention"]
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -307,8 +310,9 @@ def test_launches(emulated_cuda, shape, kind, layout, bias, dtype, expected):
 def test_workspace_stays_small(shape, forward, backward):
     tensors, options = op_arguments(shape, "shared", "official", torch.float32)
     tensors = cast(tensors, torch.bfloat16, torch.float32)
-    _, *kept = OPS["paired_attention"].fake(*tensors)
-    op, _, _alive = cuda._paired(tensors, SEED, kept, **options)
+    inputs, seed, options = PAIRED.forward((*tensors, SEED), options)
+    _, kept = PAIRED.allocate(inputs, options)
+    op, _, _alive = cuda._paired(inputs, kept, seed, options)
     assert op.fwd_workspace() <= (forward + 0.05) * 2**20
     assert op.bwd_workspace() <= (backward + 0.05) * 2**20
 
@@ -329,13 +333,14 @@ def test_zero_channel_is_finite_and_equal():
 
 
 def test_sizes_beyond_the_limits_are_refused():
-    """What only other tensors than the first tell, before anything is launched."""
-    tensors, options = op_arguments((1, 3, 8, 2, 513), "shared", "official")
-    with pytest.raises(NotImplementedError, match="P 513 > 512; use backend 'two_pass'"):
-        cuda.paired_attention(*tensors, SEED, **options)
-    tensors, options = op_arguments((1, 3, 1026, 2, 1), "shared", "official")
-    with pytest.raises(NotImplementedError, match="channels 1026 > 1024, head dim 513 > 512"):
-        cuda.paired_attention(*tensors, SEED, **options)
+    """What only other tensors than the first tell, too."""
+
+    def why_not(shape):
+        tensors, options = op_arguments(shape, "shared", "official")
+        return cuda.why_not(PAIRED.call(PAIRED.Inputs(*tensors), PAIRED.Options(**options)))
+
+    assert why_not((1, 3, 8, 2, 513))[-1:] == ["number of projected tokens 513 > 512"]
+    assert why_not((1, 3, 1026, 2, 1))[-2:] == ["channels 1026 > 1024", "head dim 513 > 512"]
     q, k = torch.ones(1, 3, 1, 2), torch.ones(1, 513, 1, 2)
-    with pytest.raises(NotImplementedError, match="spatial_attention: .* P 513 > 512"):
-        cuda.spatial_attention(q, k, k, torch.ones(1), None, normalize=False, dropout_p=0.0)
+    with pytest.raises(RuntimeError, match="spatial_attention: .*; number of projected .* 513 > "):
+        epa_kernels.spatial_attention(q, k, k, torch.ones(1), backend="cuda")

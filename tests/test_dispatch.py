@@ -13,6 +13,7 @@ import torch
 import epa_kernels
 from epa_kernels import dispatch
 from epa_kernels.backends import cpu, cuda
+from epa_kernels.contract import call_on
 
 needs_module = pytest.mark.skipif(cpu.module is None, reason=str(cpu.missing))
 needs_cuda_module = pytest.mark.skipif(
@@ -25,7 +26,7 @@ def picky(monkeypatch):
     """A backend that comes first but cannot run, for two reasons."""
     backend = dispatch.Backend(
         dispatch.BACKENDS["two_pass"].functions,
-        lambda op, x: ["head dim 160 > 128", "no kernel image for sm_75"],
+        lambda call: ["head dim 160 > 128", "no kernel image for sm_75"],
         lambda: [],
     )
     monkeypatch.setitem(dispatch.BACKENDS, "picky", backend)
@@ -46,28 +47,29 @@ def run_python(code, **environment):
 
 
 X = torch.zeros(1, 8, 4)
+CALL = call_on("paired_attention", X)
 FASTEST = "two_pass" if cpu.module is None else "cpu"
 
 
 def test_fastest_that_can_run_is_chosen(picky):
-    assert dispatch.select("paired_attention", X) == "two_pass"
+    assert dispatch.select(CALL) == "two_pass"
 
 
 def test_what_is_not_to_be_chosen_is_not_even_asked(monkeypatch):
     """Its answer may load a module, and may fail."""
 
-    def fail(op, x):
+    def fail(call):
         raise AssertionError("asked")
 
     name = dispatch.ORDER["cpu"][0]
     untried = dispatch.BACKENDS[name]._replace(why_not=fail, why_not_chosen=lambda: ["untried"])
     monkeypatch.setitem(dispatch.BACKENDS, name, untried)
-    assert dispatch.select("paired_attention", X) == "two_pass"
+    assert dispatch.select(CALL) == "two_pass"
 
 
 def test_forced_backend_raises_with_every_reason(picky):
     with epa_kernels.use_backend("picky"), pytest.raises(RuntimeError) as error:
-        dispatch.select("paired_attention", X)
+        dispatch.select(CALL)
     message = str(error.value)
     for part in (
         "head dim 160 > 128",
@@ -80,23 +82,23 @@ def test_forced_backend_raises_with_every_reason(picky):
 
 def test_use_backend_holds_in_its_block_or_from_now_on():
     with epa_kernels.use_backend("reference"):
-        assert dispatch.select("paired_attention", X) == "reference"
+        assert dispatch.select(CALL) == "reference"
         with epa_kernels.use_backend("two_pass"):
-            assert dispatch.select("paired_attention", X) == "two_pass"
-        assert dispatch.select("paired_attention", X) == "reference"
-    assert dispatch.select("paired_attention", X) == FASTEST
+            assert dispatch.select(CALL) == "two_pass"
+        assert dispatch.select(CALL) == "reference"
+    assert dispatch.select(CALL) == FASTEST
     block = epa_kernels.use_backend("reference")
     for _ in range(2):
         with block:
-            assert dispatch.select("paired_attention", X) == "reference"
-        assert dispatch.select("paired_attention", X) == FASTEST
+            assert dispatch.select(CALL) == "reference"
+        assert dispatch.select(CALL) == FASTEST
     epa_kernels.use_backend("reference")
     try:
-        assert dispatch.select("paired_attention", X) == "reference"
-        assert dispatch.select("paired_attention", X, backend="two_pass") == "two_pass"
+        assert dispatch.select(CALL) == "reference"
+        assert dispatch.select(CALL, backend="two_pass") == "two_pass"
     finally:
         epa_kernels.use_backend(None)
-    assert dispatch.select("paired_attention", X) == FASTEST
+    assert dispatch.select(CALL) == FASTEST
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_use_backend_holds_in_its_block_or_from_now_on():
     (
         lambda: epa_kernels.use_backend("cudnn"),
         lambda: epa_kernels.EPA(8, 4, 2, backend="cudnn"),
-        lambda: dispatch.select("paired_attention", X, backend="cudnn"),
+        lambda: dispatch.select(CALL, backend="cudnn"),
     ),
 )
 def test_unknown_backend_is_refused_with_the_names(call):
@@ -112,7 +114,7 @@ def test_unknown_backend_is_refused_with_the_names(call):
         ValueError, match="must be one of cpu, cuda, triton, two_pass, reference, got 'cudnn'"
     ):
         call()
-    assert dispatch.select("paired_attention", X) == FASTEST
+    assert dispatch.select(CALL) == FASTEST
 
 
 def test_environment_variable_forces_a_backend():
@@ -136,24 +138,24 @@ def test_explain_prints_every_backend_with_its_reasons(picky, capsys):
 
 
 def test_without_the_module_the_next_backend_is_chosen_and_the_reason_printed(no_module, capsys):
-    assert dispatch.select("paired_attention", X) == "two_pass"
+    assert dispatch.select(CALL) == "two_pass"
     epa_kernels.explain("paired_attention", X)
     printed = capsys.readouterr().out
     assert "cpu        cannot run: the extension is not there (no compiler)" in printed
     assert "two_pass   runs" in printed
     with pytest.raises(RuntimeError, match="'cpu' was forced but cannot run: the extension is not"):
-        dispatch.select("paired_attention", X, backend="cpu")
+        dispatch.select(CALL, backend="cpu")
 
 
 def test_cpu_gives_every_reason_at_once(no_module):
     with pytest.raises(RuntimeError) as error:
-        dispatch.select("paired_attention", X.to("meta", torch.int32), backend="cpu")
+        dispatch.select(call_on("paired_attention", X.to("meta", torch.int32)), backend="cpu")
     for part in ("not there", "x is on meta", "dtype torch.int32 is none of torch.float32"):
         assert part in str(error.value)
 
 
 def test_order_falls_to_other_where_a_device_has_no_row():
-    assert dispatch.select("paired_attention", X.to("meta")) == "two_pass"
+    assert dispatch.select(call_on("paired_attention", X.to("meta"))) == "two_pass"
 
 
 @pytest.mark.parametrize("switch", ("EPA_KERNELS_CPU", "EPA_KERNELS_CUDA"))
@@ -199,11 +201,13 @@ def gpu(monkeypatch, unasked):
 
 
 def on_gpu(*shape, dtype=torch.float32):
-    """What `why_not` reads of a tensor on a GPU."""
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=shape)
+    """A call of spatial_attention on a GPU."""
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=shape)
+    return call_on("spatial_attention", x)
 
 
 SMALL = on_gpu(2, 64, 4, 16)
+GPU_TENSOR = {"device": SMALL.device, "dtype": SMALL.dtype, "shape": (2, 64, 4, 16)}
 
 
 @pytest.mark.parametrize(
@@ -258,14 +262,14 @@ SMALL = on_gpu(2, 64, 4, 16)
 )
 def test_cuda_runs_on_gpus_that_it_was_compiled_for(x, settings, expected, gpu):
     gpu(**settings)
-    assert cuda.why_not("spatial_attention", x) == expected
+    assert cuda.why_not(x) == expected
 
 
 def test_cuda_is_chosen_by_force_alone(gpu, capsys):
     gpu((9, 0))
-    assert dispatch.select("spatial_attention", SMALL) == "two_pass"
-    assert dispatch.select("spatial_attention", SMALL, backend="cuda") == "cuda"
-    epa_kernels.explain("spatial_attention", SMALL)
+    assert dispatch.select(SMALL) == "two_pass"
+    assert dispatch.select(SMALL, backend="cuda") == "cuda"
+    epa_kernels.explain("spatial_attention", SimpleNamespace(**GPU_TENSOR))
     assert "cuda       cannot run: it has not run on a GPU yet" in capsys.readouterr().out
 
 
@@ -273,7 +277,7 @@ def test_cuda_gives_every_reason_at_once(monkeypatch, unasked, capsys):
     missing = SimpleNamespace(missing="the extension is not there (no nvcc)")
     monkeypatch.setattr(cuda, "module", missing)
     with pytest.raises(RuntimeError) as error:
-        dispatch.select("spatial_attention", HEADS.int(), backend="cuda")
+        dispatch.select(call_on("spatial_attention", HEADS.int()), backend="cuda")
     parts = ["(no nvcc)", "x is on cpu, the kernels run on", "dtype torch.int32"]
     if torch.version.cuda is None:
         parts.append(f"torch {torch.__version__}, which is built without CUDA")
@@ -286,9 +290,11 @@ def test_cuda_gives_every_reason_at_once(monkeypatch, unasked, capsys):
 
 def test_cuda_is_asked_without_a_graph_break():
     asked = torch.compile(
-        lambda x: x + len(cuda.why_not("spatial_attention", x)), fullgraph=True, backend="eager"
+        lambda x: x + len(cuda.why_not(call_on("spatial_attention", x))),
+        fullgraph=True,
+        backend="eager",
     )
-    expected = len(cuda.why_not("spatial_attention", HEADS))
+    expected = len(cuda.why_not(call_on("spatial_attention", HEADS)))
     assert torch.equal(asked(HEADS), HEADS + expected)
 
 
@@ -296,8 +302,8 @@ def test_cuda_module_is_not_loaded_by_the_import():
     code = (
         "import sys, torch, epa_kernels; x = torch.zeros(2, 9, 2, 4)\n"
         "epa_kernels.spatial_attention(x, x, x, torch.ones(1))\n"
-        "from epa_kernels.backends import cuda\n"
-        "assert 'epa_kernels._C_cuda' not in sys.modules; cuda.why_not('spatial_attention', x)\n"
+        "from epa_kernels.backends import cuda; from epa_kernels.contract import call_on\n"
+        "assert 'epa_kernels._C_cuda' not in sys.modules; cuda.why_not(call_on('spatial_attention', x))\n"
         "print(('epa_kernels._C_cuda' in sys.modules) == (cuda.module.missing is None))"
     )
     result = run_python(code)

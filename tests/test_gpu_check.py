@@ -301,7 +301,7 @@ def test_a_report_of_the_sanitizer_is_a_failure(errors, tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("ERRORS", str(errors))
     monkeypatch.setenv("CHECK", "racecheck")
-    able = dispatch.BACKENDS["cuda"]._replace(why_not=lambda op, x: [])
+    able = dispatch.BACKENDS["cuda"]._replace(why_not=lambda call: [])
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", able)
     if errors:
         with pytest.raises(RuntimeError, match="ERROR SUMMARY: 3 errors"):
@@ -316,7 +316,7 @@ def test_without_the_sanitizer_or_the_kernels_its_checks_are_skipped(tmp_path, m
     stand_in = device.Cpu()
     share = list(sanitizer.items(stand_in, dry_run=False))
     steps.run(stand_in, share[:1], writer, lambda key: False, time.time() + 60)
-    able = dispatch.BACKENDS["cuda"]._replace(why_not=lambda op, x: [])
+    able = dispatch.BACKENDS["cuda"]._replace(why_not=lambda call: [])
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", able)
     monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
     steps.run(stand_in, share[1:], writer, lambda key: False, time.time() + 60)

@@ -108,9 +108,9 @@ def test_attention_inputs_are_those_of_the_first_calls(name, monkeypatch):
     """`unetrpp info` explains with them which backend runs."""
     calls, select = {}, dispatch.select
 
-    def recorded(op, x, backend=None):
-        calls.setdefault(op, tuple(x.shape))
-        return select(op, x, backend)
+    def recorded(call, backend=None):
+        calls.setdefault(call.op, tuple(call.activations[0].shape))
+        return select(call, backend)
 
     monkeypatch.setattr(dispatch, "select", recorded)
     model = small_model(name)

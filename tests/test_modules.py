@@ -97,7 +97,10 @@ def test_dropout_follows_mode_and_torch_s_seed():
         (lambda: EPA(0, 8, 5), "input_size must be at least 1"),
         (lambda: EPA(20, 8, 5, kind="both"), "kind must be one of shared, split, sum"),
         (lambda: EPA(20, 8, 5, layout="heads"), "layout must be one of official, tokens"),
-        (lambda: EPA(20, 8, 5)(torch.randn(2, 21, 8)), r"\(P, N\) with N = 21 tokens"),
+        (
+            lambda: EPA(20, 8, 5)(torch.randn(2, 21, 8)),
+            r"\(P, N\) = \(5, 21\), got \(5, 20\); a layer is bound",
+        ),
         (lambda: EPA(20, 8, 5)(torch.randn(2, 20, 12)), r"qkvv_weight must have shape"),
         (lambda: EPA(20, 8, 5)(torch.randn(0, 20, 8)), "must not be empty"),
         (lambda: EPA(20, 8, 5)(torch.randn(2, 8, 20, 1, 1)), "becomes tokens by"),
@@ -114,10 +117,13 @@ def test_bad_input_is_refused_with_the_rule(call, message):
 @pytest.mark.parametrize(
     "change, message",
     (
-        ({"kind": "split"}, "proj_v_weight of its own"),
-        ({"kind": "sum"}, "adds the branches: pass None as out_proj_weight"),
-        ({"out_proj2_weight": None}, "needs out_proj2_weight"),
-        ({"proj_v_bias": torch.ones(5)}, "proj_v_bias was given without"),
+        ({"kind": "split"}, "kind 'split' needs proj_v_weight, got None"),
+        (
+            {"kind": "sum"},
+            "kind 'sum' takes no out_proj_weight, as kind shared or split does; pass None",
+        ),
+        ({"out_proj2_weight": None}, "kind 'shared' needs out_proj2_weight"),
+        ({"proj_v_bias": torch.ones(5)}, "kind 'shared' takes no proj_v_bias, as kind split does"),
         ({"proj_k_weight": torch.ones(0, 20)}, "at least one row"),
         ({"num_heads": 3}, "num_heads must divide the 8 channels"),
         ({"temperature": torch.ones(4)}, "temperature must have shape"),

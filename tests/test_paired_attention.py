@@ -24,7 +24,6 @@ from cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import epa_kernels
-from epa_kernels import reference
 from epa_kernels.backends import two_pass
 from epa_kernels.testing import (
     DEVICE,
@@ -338,13 +337,13 @@ def test_official_layout_is_the_published_order():
     B, N, H, D = 2, 10, 2, 3
     C = H * D
     out = torch.arange(B * N * H * D).view(B, N, H, D)
-    stored = reference.from_heads(out, "official")
+    stored = layout.from_heads(out, "official")
     for h in range(H):
         for n in range(N):
             for d in range(D):
                 f = (d * H + h) * N + n
                 assert torch.equal(stored[:, f // C, f % C], out[:, n, h, d])
-    assert torch.equal(reference.heads_view(stored, H, "official"), out)
+    assert torch.equal(layout.heads_view(stored, H, "official"), out)
 
 
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)

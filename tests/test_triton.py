@@ -17,6 +17,7 @@ import epa_kernels
 from epa_kernels import dispatch
 from epa_kernels.backends import triton as backend
 from epa_kernels.backends.triton import launch
+from epa_kernels.contract import OPS, call_on
 from epa_kernels.testing import Guards, make_layer, op_arguments, run_layer
 
 pytest.importorskip("triton", reason="needs the package triton")
@@ -31,6 +32,7 @@ from epa_kernels.backends.triton import paired  # noqa: E402
 SHAPES = {"rows": (2, 160, 32, 2, 9), "flat": (1, 130, 40, 2, 5), "direct": (2, 20, 24, 3, 5)}
 # And more projected tokens than a tile of tokens meets at a time.
 MEMORY_SHAPES = SHAPES | {"blocks": (1, 96, 32, 2, 70), "flat-blocks": (1, 60, 24, 2, 130)}
+PAIRED, SPATIAL, CHANNEL = OPS.values()
 
 
 # Each MODE, kind and layout, both plans, P in one block and several.
@@ -493,33 +495,38 @@ def test_sizes_that_were_never_compiled_are_refused():
     q, k = torch.randn(1, 5, 1, 256), torch.randn(1, 600, 1, 256)
     for call, message in (
         (lambda: epa_kernels.EPA(8, 256, 2, 1, backend="triton")(torch.randn(1, 8, 256)),
-         "paired_attention: .*'triton' cannot run: head dim 256 > 128; use backend 'two_pass'"),
+         "paired_attention: backend 'triton' was forced but cannot run: head dim 256 > 128. Avail"),
         (lambda: epa_kernels.channel_attention(q, q, q, torch.ones(1), backend="triton"),
          "channel_attention: .*head dim 256 > 128"),
         (lambda: epa_kernels.spatial_attention(q, k, k, torch.ones(1), backend="triton"),
-         "head dim 256 > 128, number of projected tokens 600 > 512; use"),
+         "head dim 256 > 128; number of projected tokens 600 > 512. Available"),
     ):  # fmt: skip
-        with pytest.raises(NotImplementedError, match=message):
+        with pytest.raises(RuntimeError, match=message):
             call()
 
 
 def test_offsets_beyond_32_bits_are_refused():
     """Of channels and heads; those of tokens and samples may be as wide."""
-    refused = pytest.raises(
-        NotImplementedError, match="offset of a channel of a token 2147483648 >"
-    )
     wide = torch.empty_strided((1, 1, 1, 2), (0, 0, 0, 2**31), device="meta")
     near = torch.empty(1, 1, 1, 2, device="meta")
-    temperature = torch.ones(1)
-    for tensors in ((wide, near, near), (near, wide, near), (near, near, wide)):
-        with refused:
-            backend.channel_attention(*tensors, temperature, None, dropout_p=0.0)
-        with refused:
-            backend.spatial_attention(*tensors, temperature, None, normalize=True, dropout_p=0.0)
+    calls = [
+        call
+        for tensors in ((wide, near, near), (near, wide, near), (near, near, wide))
+        for call in (
+            SPATIAL.call(SPATIAL.Inputs(*tensors, torch.ones(1)), SPATIAL.Options()),
+            CHANNEL.call(CHANNEL.Inputs(*tensors, torch.ones(1)), CHANNEL.Options()),
+        )
+    ]
     tensors, options = op_arguments((1, 1, 2, 1, 1), "shared", "official")
     tensors[0] = wide.view(1, 1, 2)
-    with refused:
-        backend.paired_attention(*tensors, None, **options)
+    calls.append(PAIRED.call(PAIRED.Inputs(*tensors), PAIRED.Options(**options)))
+    for call in calls:
+        assert "offset of a channel of a token 2147483648 > 2147483647" in backend.why_not(call)
+    # Projected tokens are walked like channels; the gradient of the result is made dense.
+    far = torch.empty_strided((1, 2, 1, 2), (0, 2**31, 0, 1), device="meta")
+    call = SPATIAL.call(SPATIAL.Inputs(near, far, far, torch.ones(1)), SPATIAL.Options())
+    assert "offset of a channel of a token 2147483649 > 2147483647" in backend.why_not(call)
+    assert launch.within_reach(wide).is_contiguous() and launch.within_reach(near) is near
 
 
 def test_triton_is_imported_with_the_first_tensor_it_runs_on():
@@ -537,17 +544,18 @@ def test_triton_is_imported_with_the_first_tensor_it_runs_on():
 
 def test_reasons_are_given_where_it_cannot_run(monkeypatch):
     x = torch.zeros(1, 8, 4)
+    call = call_on("paired_attention", x)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="x is on cpu, the kernels run on GPUs"):
-        dispatch.select("paired_attention", x, backend="triton")
+        dispatch.select(call, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch.select("paired_attention", x, backend="triton") == "triton"
+    assert dispatch.select(call, backend="triton") == "triton"
     with pytest.raises(RuntimeError, match="dtype torch.int32 is none of"):
-        dispatch.select("paired_attention", x.int(), backend="triton")
+        dispatch.select(call._replace(dtype=torch.int32), backend="triton")
     monkeypatch.setattr(backend, "missing", lambda: "Triton cannot be imported (broken)")
     with pytest.raises(RuntimeError, match="cannot be imported .broken."):
-        dispatch.select("paired_attention", x, backend="triton")
-    assert dispatch.select("paired_attention", x) != "triton"
+        dispatch.select(call, backend="triton")
+    assert dispatch.select(call) != "triton"
     monkeypatch.undo()
     monkeypatch.setattr(backend.shutil, "which", lambda _: None)
     monkeypatch.delenv("CC", raising=False)

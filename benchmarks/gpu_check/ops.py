@@ -21,7 +21,9 @@ import epa_kernels
 from benchmarks import floor
 from benchmarks.bench_ops import CASES, Case
 from benchmarks.report import COMPILED, REFERENCE
-from epa_kernels import dispatch, reference
+from epa_kernels import dispatch
+from epa_kernels.contract import call_on
+from epa_kernels.layout import from_heads
 from epa_kernels.testing import assert_as_accurate, kept_for_backward, make_layer, run_layer
 
 from . import device as devices
@@ -61,7 +63,9 @@ def rows(dry_run):
 def backends(device, dtype):
     """Names of the backends that can run on the device, the reference last."""
     x = torch.empty(0, dtype=dtype, device=device.kind)
-    able = [n for n, b in dispatch.BACKENDS.items() if not b.why_not("paired_attention", x)]
+    able = [
+        n for n, b in dispatch.BACKENDS.items() if not b.why_not(call_on("paired_attention", x))
+    ]
     return sorted(able, key=lambda name: name == REFERENCE)
 
 
@@ -86,7 +90,7 @@ class Sdpa(epa_kernels.EPA):
         )
         attention = ((q.mT @ k) * self.temperature.to(x.dtype)).softmax(-1)  # (B, H, D, D)
         out_c = (attention @ vc.mT).permute(0, 3, 1, 2).reshape(B, N, C)
-        out_s = reference.from_heads(out_s.transpose(1, 2), self.layout)
+        out_s = from_heads(out_s.transpose(1, 2), self.layout)
         if self.kind == "sum":
             return out_c + out_s
         y_s, y_c = (

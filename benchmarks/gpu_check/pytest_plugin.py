@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from epa_kernels import dispatch
+from epa_kernels.contract import call_on
 
 from . import device, lines
 
@@ -70,7 +71,7 @@ class Recorder:
         if kind is None or name is None:
             return None
         x = torch.empty(0, device=kind)
-        if dispatch.BACKENDS[name].why_not("paired_attention", x):
+        if dispatch.BACKENDS[name].why_not(call_on("paired_attention", x)):
             return None
         return list(dispatch.BACKENDS).index(name)
 

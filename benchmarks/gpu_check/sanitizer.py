@@ -18,6 +18,7 @@ import torch
 
 import epa_kernels
 from epa_kernels import dispatch
+from epa_kernels.contract import call_on
 from epa_kernels.testing import make_layer
 
 from .steps import Skipped
@@ -46,7 +47,7 @@ def check(name, kind, dry_run):
     command, backend = [], "two_pass" if dry_run else "cuda"
     if not dry_run:
         q = torch.empty(1, 1, 1, 16, device=kind)
-        if reasons := dispatch.BACKENDS[backend].why_not("spatial_attention", q):
+        if reasons := dispatch.BACKENDS[backend].why_not(call_on("spatial_attention", q)):
             raise Skipped("; ".join(reasons))
         if find_tool() is None:
             raise Skipped(f"{TOOL} is neither on the PATH nor in CUDA_HOME")
@@ -88,7 +89,7 @@ def run_ops(kind, backend):
         layer.backend = backend
         x = torch.randn(shape[:3], device=kind, dtype=dtype, requires_grad=True)
         for op in dispatch.OPS:
-            if not dispatch.BACKENDS[backend].why_not(op, x):
+            if not dispatch.BACKENDS[backend].why_not(call_on(op, x)):
                 forward(op, layer, x).sum().backward()
                 print(f"{op}, {dtype}, {shape}")
 

@@ -1,7 +1,4 @@
-"""What the compiled backends share: how a module is loaded, and tensors as its kernels take them.
-
-The numbers of dtypes, kinds and layouts are those of csrc/kernels.h.
-"""
+"""What the compiled backends share: how a module is loaded, and tensors as kernels take them."""
 
 import importlib
 from importlib.util import find_spec
@@ -11,11 +8,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-KINDS = {"shared": 0, "split": 1, "sum": 2}
-LAYOUTS = {"official": 0, "tokens": 1}
-# Inputs of paired_attention: those that the kernels take as views, and those as dense weights.
-VIEWS, WEIGHTS = (0, 3, 5), (1, 2, 4, 6, 7, 8, 9, 10, 11, 12)
+from ..contract import DTYPES, KINDS, LAYOUTS, Call
+
+# As csrc/kernels.h numbers them: in the order of the contract.
+DTYPE_NUMBERS, KIND_NUMBERS, LAYOUT_NUMBERS = (
+    {value: number for number, value in enumerate(values)} for values in (DTYPES, KINDS, LAYOUTS)
+)
 
 _PACKAGE = __package__.partition(".")[0]
 _SOURCE = Path(__file__).parents[2]
@@ -45,15 +43,24 @@ def load(name: str, switch: str, compiler: str) -> tuple[ModuleType | None, str 
     )
 
 
-def unknown_dtype(x: Tensor) -> list[str]:
-    """The reason why kernels cannot run on x, if its dtype is one."""
-    known = ", ".join(map(str, DTYPES))
-    return [] if x.dtype in DTYPES else [f"dtype {x.dtype} is none of {known}"]
+def unknown_dtype(call: Call) -> list[str]:
+    """The reason why kernels cannot run a call, if its dtype is one."""
+    if call.dtype in DTYPES:
+        return []
+    return [f"dtype {call.dtype} is none of {', '.join(map(str, DTYPES))}"]
+
+
+def float32_is_exact() -> bool:
+    """Whether torch multiplies float32 matrices on a GPU in float32: new setting, or old one."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # once the new setting was used, torch refuses the old one
+        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 def view(t: Tensor | None) -> tuple[int, ...] | None:
     """Address, dtype, strides in elements."""
-    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], *t.stride())
+    return None if t is None else (t.data_ptr(), DTYPE_NUMBERS[t.dtype], *t.stride())
 
 
 def address(t: Tensor | None) -> int:
@@ -61,4 +68,7 @@ def address(t: Tensor | None) -> int:
 
 
 def dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype).contiguous()
+    # Asked first: to and contiguous take two microseconds where they have nothing to do.
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()

@@ -1,7 +1,7 @@
 """Paired, spatial and channel attention, forward and hand-written backward, in plain PyTorch.
 
-The definition is `reference`; this is the form that every kernel computes, on any device. q, k, vc
-and vs are linear in x, so a sum over tokens is taken over x itself, once:
+The math is that of `reference`; this is the form that every kernel computes, on any device. q, k,
+vc and vs are linear in x, so a sum over tokens is taken over x itself, once:
 
     summary  mu = mean_n x (B,C),  M = sum_n (x-mu)(x-mu)^T (B,C,C),  Z = E x (B,J,P,C)
              J = 1, or 2 where values have a projection of their own
@@ -12,7 +12,7 @@ and vs are linear in x, so a sum over tokens is taken over x itself, once:
 Exact. Backward runs the same two passes from x, mu, M, Z and the seed. M is centred, tile by tile
 (Chan's formula), since x^T x squares the condition number and the norms of nearly constant tokens
 would cancel. Tokens go through in tiles: nothing of size N x P or N x 4C exists. For few tokens
-(`ops.plan`) the direct form, with q, k, vc and vs in memory, costs less.
+(`contract.plan`) the direct form, with q, k, vc and vs in memory, costs less.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import empty_gradient, mean_dtype, plan, temperature_gradient
-from ..reference import NORM_EPS, accumulate_dtype, heads_view
+from ..contract import NORM_EPS, OPS, accumulate_dtype, mean_dtype, plan
+from ..layout import heads_view
 from ..rng import CHANNEL_MAP, SPATIAL_MAP, dropout_multiplier
+from .gradients import empty_gradient, temperature_gradient
+
+PAIRED, SPATIAL, CHANNEL = OPS.values()
 
 # Elements of a tile's (B, H, tile, P) map. On a CPU the few that live at once fit a second-level
 # cache; on an accelerator the tile only bounds memory.
@@ -133,36 +136,38 @@ def _fold_temperature_backward(k_proj, q_norm, temperature, keys, dkeys):
 class _Layer:
     """The tensors and options of one call of paired_attention, in the accumulation dtype."""
 
-    def __init__(
-        self, x, qkvv_weight, qkvv_bias, proj_k_weight, proj_k_bias, proj_v_weight, proj_v_bias,
-        temperature, temperature2, out_proj_weight, out_proj_bias, out_proj2_weight,
-        out_proj2_bias, seed, num_heads, kind, layout, channel_dropout_p, spatial_dropout_p,
-    ):  # fmt: skip
+    def __init__(self, inputs, seed, options):
+        x, kind = inputs.x, options.kind
         self.B, self.N, self.C = x.shape
-        self.H, self.D, self.P = num_heads, self.C // num_heads, proj_k_weight.shape[0]
+        self.H, self.P = options.num_heads, inputs.proj_k_weight.shape[0]
+        self.D = self.C // self.H
         self.dtype = accumulate_dtype(x.dtype)
-        self.x, self.seed, self.layout, self.kind = x, seed, layout, kind
-        self.channel_dropout_p, self.spatial_dropout_p = channel_dropout_p, spatial_dropout_p
-        self.weight = qkvv_weight.to(self.dtype).view(4, self.H, self.D, self.C)
-        if qkvv_bias is None:
-            self.bias = self.weight.new_zeros(4, self.H, self.D)
+        self.x, self.seed, self.layout, self.kind = x, seed, options.layout, kind
+        self.channel_dropout_p = options.channel_dropout_p
+        self.spatial_dropout_p = options.spatial_dropout_p
+
+        def cast(t):
+            return None if t is None else t.to(self.dtype)
+
+        self.weight = cast(inputs.qkvv_weight).view(4, self.H, self.D, self.C)
+        if inputs.qkvv_bias is None:
+            self.bias = self.weight.new_zeros((4, self.H, self.D))
         else:
-            self.bias = qkvv_bias.to(self.dtype).view(4, self.H, self.D)
+            self.bias = cast(inputs.qkvv_bias).view(4, self.H, self.D)
         # Projections stay in their own dtype, tile by tile: they can be as large as x.
-        self.projections = (proj_k_weight,) if kind != "split" else (proj_k_weight, proj_v_weight)
-        self.projection_biases = [
-            None if e is None else e.to(self.dtype).view(-1, 1)
-            for e in (proj_k_bias, proj_v_bias if kind == "split" else proj_k_bias)
-        ]
-        self.temperature, self.temperature2 = (
-            temperature.to(self.dtype),
-            temperature2.to(self.dtype),
+        self.projections, biases = (inputs.proj_k_weight,), (inputs.proj_k_bias,) * 2
+        if kind == "split":
+            self.projections += (inputs.proj_v_weight,)
+            biases = inputs.proj_k_bias, inputs.proj_v_bias
+        self.projection_biases = [None if e is None else cast(e).view(-1, 1) for e in biases]
+        self.temperature = cast(inputs.temperature)
+        self.temperature2 = cast(inputs.temperature2)
+        self.out_proj_weight, self.out_proj_bias = map(
+            cast, (inputs.out_proj_weight, inputs.out_proj_bias)
         )
-        if kind != "sum":
-            self.out_proj_weight = out_proj_weight.to(self.dtype)
-            self.out_proj2_weight = out_proj2_weight.to(self.dtype)
-            self.out_proj_bias = None if out_proj_bias is None else out_proj_bias.to(self.dtype)
-            self.out_proj2_bias = None if out_proj2_bias is None else out_proj2_bias.to(self.dtype)
+        self.out_proj2_weight, self.out_proj2_bias = map(
+            cast, (inputs.out_proj2_weight, inputs.out_proj2_bias)
+        )
 
     def tiles(self):
         return _tiles(self.N, self.B * max(self.H * self.P, self.C), self.x.device)
@@ -487,7 +492,7 @@ def _direct_backward(layer, dy):
 
 def paired_attention(*tensors, **options):
     """Op `paired_attention`, see `ops`."""
-    layer = _Layer(*tensors, **options)
+    layer = _Layer(*PAIRED.forward(tensors, options))
     return (
         _direct_forward(layer) if plan(layer.N, layer.C) == "direct" else _two_pass_forward(layer)
     )
@@ -495,24 +500,14 @@ def paired_attention(*tensors, **options):
 
 def paired_attention_bwd(dy, *tensors, **options):
     """Op `paired_attention_bwd`, see `ops`."""
-    *inputs, mean, gram, projected, seed = tensors
-    layer = _Layer(*inputs, seed, **options)
+    inputs, kept, seed, options = PAIRED.backward(tensors, options)
+    layer = _Layer(inputs, seed, options)
     if plan(layer.N, layer.C) == "direct":
         grads, dprojections = _direct_backward(layer, dy)
     else:
-        grads, dprojections = _two_pass_backward(layer, dy, mean, gram, projected)
+        grads, dprojections = _two_pass_backward(layer, dy, *kept)
     grads["proj_k_weight"], grads["proj_v_weight"] = dprojections[0], dprojections[-1]
-    return tuple(
-        _gradient(grads.get(name), t, inputs[0])
-        for name, t in zip(PAIRED_INPUTS, inputs, strict=True)
-    )
-
-
-PAIRED_INPUTS = (
-    "x", "qkvv_weight", "qkvv_bias", "proj_k_weight", "proj_k_bias", "proj_v_weight",
-    "proj_v_bias", "temperature", "temperature2", "out_proj_weight", "out_proj_bias",
-    "out_proj2_weight", "out_proj2_bias",
-)  # fmt: skip
+    return tuple(_gradient(grads.get(n), t, inputs.x) for n, t in inputs._asdict().items())
 
 
 def _head_major(t):
@@ -522,35 +517,41 @@ def _head_major(t):
 class _Spatial:
     """The tensors of one call of spatial_attention."""
 
-    def __init__(self, q, k_proj, v_proj, temperature, seed, q_norm, dropout_p):
-        self.k_proj, self.temperature = _head_major(k_proj), temperature.to(q_norm.dtype)
+    def __init__(self, inputs, q_norm, seed, options):
+        q = inputs.q
+        self.k_proj, self.temperature = (
+            _head_major(inputs.k_proj),
+            inputs.temperature.to(q_norm.dtype),
+        )
         self.q_norm = q_norm.clamp_min(NORM_EPS)
         self.keys = _fold_temperature(self.k_proj, self.q_norm, self.temperature)
-        self.map = _SpatialMap(self.keys, _head_major(v_proj), q.shape[1], dropout_p, seed)
+        values = _head_major(inputs.v_proj)
+        self.map = _SpatialMap(self.keys, values, q.shape[1], options.dropout_p, seed)
         self.tiles = list(_tiles(q.shape[1], self.keys[..., 0].numel(), q.device))
 
 
-def spatial_attention(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
-    """Op `spatial_attention`, see `ops`; keeps |q| (B,H,D), ones where q is not normalised."""
+def spatial_attention(*tensors, **options):
+    """Op `spatial_attention`, see `ops`."""
+    inputs, seed, options = SPATIAL.forward(tensors, options)
+    q = inputs.q
     B, N, H, D = q.shape
     dtype = accumulate_dtype(q.dtype)
-    if normalize:
+    if options.normalize:
         q_norm = torch.linalg.vector_norm(q, dim=1, dtype=dtype)
     else:
         q_norm = torch.ones(B, H, D, dtype=dtype, device=q.device)
-    spatial = _Spatial(q, k_proj, v_proj, temperature, seed, q_norm, dropout_p)
-    out = q.new_empty(B, N, H, D)
+    spatial = _Spatial(inputs, q_norm, seed, options)
+    out = q.new_empty((B, N, H, D))
     for tile in spatial.tiles:
         out[:, tile] = spatial.map.forward(_head_major(q[:, tile]), tile).transpose(1, 2)
     return out, q_norm
 
 
-def spatial_attention_bwd(
-    dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, dropout_p
-):
+def spatial_attention_bwd(dout, *tensors, **options):
     """Op `spatial_attention_bwd`, see `ops`."""
-    spatial = _Spatial(q, k_proj, v_proj, temperature, seed, q_norm, dropout_p)
-    dq = torch.empty(q.shape, dtype=q_norm.dtype, device=q.device)
+    inputs, kept, seed, options = SPATIAL.backward(tensors, options)
+    q, spatial = inputs.q, _Spatial(inputs, kept.q_norm, seed, options)
+    dq = torch.empty(q.shape, dtype=kept.q_norm.dtype, device=q.device)
     dkeys, dvalues = torch.zeros_like(spatial.keys), torch.zeros_like(spatial.keys)
     for tile in spatial.tiles:
         q_tile = _head_major(q[:, tile])
@@ -561,38 +562,42 @@ def spatial_attention_bwd(
     dk_proj, dq_norm, dtemperature = _fold_temperature_backward(
         spatial.k_proj, spatial.q_norm, spatial.temperature, spatial.keys, dkeys
     )
-    if normalize:
+    if options.normalize:
         dq += q * dq_norm.unsqueeze(1)
     return (
         _gradient(dq, q),
-        _gradient(dk_proj.transpose(1, 2), k_proj),
-        _gradient(dvalues.transpose(1, 2), v_proj),
-        temperature_gradient(dtemperature, temperature),
+        _gradient(dk_proj.transpose(1, 2), inputs.k_proj),
+        _gradient(dvalues.transpose(1, 2), inputs.v_proj),
+        temperature_gradient(dtemperature, inputs.temperature),
     )
 
 
-def channel_attention(q, k, v, temperature, seed, *, dropout_p):
-    """Op `channel_attention`, see `ops`; keeps <q_i, k_j> (B,H,D,D), |q| and |k| (B,H,D)."""
+def channel_attention(*tensors, **options):
+    """Op `channel_attention`, see `ops`."""
+    inputs, seed, options = CHANNEL.forward(tensors, options)
+    q, k, v, temperature = inputs
     dtype = accumulate_dtype(q.dtype)
     q_norm, k_norm = (torch.linalg.vector_norm(t, dim=1, dtype=dtype) for t in (q, k))
     B, N, H, D = q.shape
-    dots = torch.zeros(B, H, D, D, dtype=dtype, device=q.device)
+    gram = torch.zeros(B, H, D, D, dtype=dtype, device=q.device)
     tiles = list(_tiles(N, B * H * D, q.device))
     for tile in tiles:
-        dots += _head_major(q[:, tile]).mT @ _head_major(k[:, tile])
-    channel = _ChannelMap(dots, q_norm, k_norm, temperature.to(dtype), dropout_p, seed)
-    out = q.new_empty(B, N, H, D)
+        gram += _head_major(q[:, tile]).mT @ _head_major(k[:, tile])
+    channel = _ChannelMap(gram, q_norm, k_norm, temperature.to(dtype), options.dropout_p, seed)
+    out = q.new_empty((B, N, H, D))
     for tile in tiles:
         out[:, tile] = (_head_major(v[:, tile]) @ channel.attention.mT).transpose(1, 2)
-    return out, dots, q_norm, k_norm
+    return out, gram, q_norm, k_norm
 
 
-def channel_attention_bwd(dout, q, k, v, temperature, dots, q_norm, k_norm, seed, *, dropout_p):
+def channel_attention_bwd(dout, *tensors, **options):
     """Op `channel_attention_bwd`, see `ops`."""
-    channel = _ChannelMap(dots, q_norm, k_norm, temperature.to(dots.dtype), dropout_p, seed)
-    dattention = torch.zeros_like(dots)
+    inputs, kept, seed, options = CHANNEL.backward(tensors, options)
+    q, k, v, temperature = inputs
+    channel = _ChannelMap(*kept, temperature.to(kept.gram.dtype), options.dropout_p, seed)
+    dattention = torch.zeros_like(kept.gram)
     dq, dk, dv = (empty_gradient(t, q) for t in (q, k, v))
-    tiles = list(_tiles(q.shape[1], q_norm.numel(), q.device))
+    tiles = list(_tiles(q.shape[1], kept.q_norm.numel(), q.device))
     for tile in tiles:
         dout_tile = _head_major(dout[:, tile])
         dattention += dout_tile.mT @ _head_major(v[:, tile])

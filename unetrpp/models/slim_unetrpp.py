@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from epa_kernels import channel_attention, spatial_attention
-from epa_kernels.reference import from_heads
+from epa_kernels.layout import from_heads
 
 from .layers import (
     TransformerBlock,

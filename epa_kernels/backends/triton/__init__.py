@@ -51,7 +51,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...contract import Call
 from ..compiled import unknown_dtype
+from .launch import LARGEST_OFFSET, LIMITS, largest_offset
 
 
 @functools.cache
@@ -83,16 +85,19 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(op: str, x: Tensor) -> list[str]:
-    """Every reason why the kernels cannot run `op` on x."""
-    reasons = []
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and _is_interpreted()):
-        reasons.append(f"x is on {x.device.type}, the kernels run on GPUs")
+def why_not(call: Call) -> list[str]:
+    """Every reason why the kernels cannot run a call."""
+    device, reasons = call.device.type, []
+    if device != "cuda" and not (device == "cpu" and _is_interpreted()):
+        reasons.append(f"x is on {device}, the kernels run on GPUs")
     elif not torch.compiler.is_compiling() and (reason := missing()):  # inductor needs it itself
         reasons.append(reason)
     elif not (torch.compiler.is_compiling() or _is_interpreted()) and (reason := no_launcher()):
         reasons.append(reason)
-    return reasons + unknown_dtype(x)
+    reasons += unknown_dtype(call) + call.beyond(LIMITS)
+    if (offset := largest_offset(call)) > LARGEST_OFFSET:
+        reasons.append(f"offset of a channel of a token {offset} > {LARGEST_OFFSET}")
+    return reasons
 
 
 def _implementation(module: str, function: str) -> Callable[..., tuple[Tensor, ...]]:

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from ... import rng
-from ...ops import empty_gradient, per_head, temperature_gradient
-from ...reference import accumulate_dtype
-from .launch import block, check, chunks, precision, prepare_heads
+from ...contract import accumulate_dtype
+from ..gradients import empty_gradient, per_head, temperature_gradient
+from .launch import block, chunks, precision, prepare_heads, within_reach
 from .primitives import (
     channel_map,
     clamp_norm,
@@ -209,7 +209,6 @@ def channel_output_bwd(
 def forward(q, k, v, temperature, seed, *, dropout_p):
     """Op `channel_attention`, see `ops`."""
     B, N, H, D = q.shape
-    check("channel_attention", B, D, 0, (q, k, v))
     dtype = accumulate_dtype(q.dtype)
     launch, common = prepare_heads("channel_gram_fwd", q)
     count, size = chunks(N, launch)
@@ -237,7 +236,7 @@ def forward(q, k, v, temperature, seed, *, dropout_p):
 def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_p):
     """Op `channel_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
-    check("channel_attention", B, D, 0, (q, k, v, dout))
+    dout = within_reach(dout)
     launch, common = prepare_heads("channel_gram_bwd", q)
     count, size = chunks(N, launch)
     sums = gram.new_empty(B, H, count, D, D)

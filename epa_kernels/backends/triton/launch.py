@@ -5,18 +5,17 @@ other sizes mean, and their units, says the docstring of the package.
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...ops import float32_is_exact
+from ...contract import Call
+from ..compiled import float32_is_exact
 
-# Beyond these sizes nothing was ever compiled, and there are no registers: see `beyond`.
-LIMITS = {"batch": 65535, "head dim": 128, "number of projected tokens": 512}
-# Of a channel within its token, in elements: kernels hold it in 32 bits.
-LARGEST_OFFSET = 2**31 - 1
+# Beyond these sizes nothing was ever compiled, and there are no registers.
+LIMITS = {"B": 65535, "D": 128, "P": 512}
+LARGEST_OFFSET = 2**31 - 1  # of a channel within its token, in elements: kernels take 32 bits
 # Up to so many tokens are one chunk: a launch that adds up chunks costs more than a longer loop.
 # Where that launch would be one too many, up to FEW_TOKENS are.
 ONE_CHUNK, FEW_TOKENS = 128, 512
@@ -100,13 +99,13 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
     channel_gram = Launch(32 if wide else 64, warps=8 if wide or D > 64 else 4, chunks=64)
     if wide:
         output = Launch(max(16, min(tokens // 4, 4096 // min(C, 128))), 64, 8)
-        output_backward = Launch(32 if D <= 32 else 16, 32 if C > 64 else 64, 8, 1, 64)
+        output_bwd = Launch(32 if D <= 32 else 16, 32 if C > 64 else 64, 8, 1, 64)
         summary = Launch(64 if C <= 32 else 32, 64, 4 if C <= 32 else 8, 2, 64)
-        summary_backward = Launch(32, 64, 4 if C <= 32 else 8, 2)
-        channel_backward = Launch(64, 16, 8 if D <= 32 else 16)
+        summary_bwd = Launch(32, 64, 4 if C <= 32 else 8, 2)
+        channel_output_bwd = Launch(64, 16, 8 if D <= 32 else 16)
     else:
         output = Launch(min(tokens, 64) if C == 64 else tokens, 64, few)
-        output_backward = Launch(
+        output_bwd = Launch(
             min(tokens, 64 if D <= 16 else 32 if D <= 64 else 16),
             128 if C == 256 else 64,
             few,
@@ -114,13 +113,13 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
             64,
         )
         summary = Launch(128 if C <= 32 else 64, 64, 4 if C <= 32 else 8, 2, 128)
-        summary_backward = Launch(128 if C <= 32 else 64, 64, 4)
-        channel_backward = Launch(64, 32, 8 if D > 64 else 4)
+        summary_bwd = Launch(128 if C <= 32 else 64, 64, 4)
+        channel_output_bwd = Launch(64, 32, 8 if D > 64 else 4)
     if in_parts:  # each factor is two
         output, summary = Launch(16, 32, 8), Launch(32, 32, 4, 2, 64)
-        summary_backward, channel_backward = Launch(32, 64, 8, 2), Launch(32, 16)
+        summary_bwd, channel_output_bwd = Launch(32, 64, 8, 2), Launch(32, 16)
     if projected > P:  # in several blocks
-        output_backward = output_backward._replace(rows=16, warps=8)
+        output_bwd = output_bwd._replace(rows=16, warps=8)
     return {
         "paired_summary_fwd": summary,
         "paired_merge_fwd": Launch(128),
@@ -129,11 +128,11 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
         ),
         "paired_output_fwd": output,
         "paired_product_fwd": Launch(64, 32 if in_parts else 64),
-        "paired_output_bwd": output_backward,
+        "paired_output_bwd": output_bwd,
         "paired_merge_bwd": Launch(256),
         "paired_mix_bwd": Launch(32, 32, max(8, mixing) if in_parts else mixing, 1, 16),
         "paired_gather_bwd": Launch(16, 16 if exact and D > 32 else 32, 4 if exact else few),
-        "paired_summary_bwd": summary_backward,
+        "paired_summary_bwd": summary_bwd,
         "spatial_norm_fwd": Launch(64 if D > 64 else 128, chunks=64),
         "spatial_output_fwd": Launch(max(16, tokens // 2) if wide else tokens, warps=8),
         "spatial_query_bwd": Launch(16 if wide else min(tokens, 64), warps=8),
@@ -147,7 +146,7 @@ def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str
         "channel_mix_fwd": Launch(0, warps=4 if D <= 32 else 8),
         "channel_output_fwd": Launch(64, 16 if wide else 64),
         "channel_mix_bwd": Launch(0, warps=mixing if D > 32 else 4),
-        "channel_output_bwd": channel_backward,
+        "channel_output_bwd": channel_output_bwd,
     }[kernel]
 
 
@@ -219,29 +218,21 @@ def numbers(x: Tensor, kernel: str) -> str:
     return "half" if x.element_size() == 2 else precision(x, kernel)
 
 
-def beyond(batch: int, head_dim: int, projected: int = 0) -> list[str]:
-    """Every size that is beyond LIMITS, as a reason."""
-    sizes = zip(LIMITS.items(), (batch, head_dim, projected), strict=True)
-    return [f"{name} {size} > {most}" for (name, most), size in sizes if size > most]
+def offset(t: Tensor, axes: int) -> int:
+    """Largest offset that the last axes of a tensor span, in elements."""
+    steps = zip(t.shape[-axes:], t.stride()[-axes:], strict=True)
+    return sum((n - 1) * step for n, step in steps)
 
 
-def far_channels(tensors: Iterable[Tensor]) -> list[str]:
-    """The reason, if a channel's offset within its token takes more than 32 bits.
-
-    tensors: (B, N, ...)
-    """
-    offset = max(
-        sum((n - 1) * step for n, step in zip(t.shape[2:], t.stride()[2:], strict=True))
-        for t in tensors
-    )
-    if offset <= LARGEST_OFFSET:
-        return []
-    return [f"offset of a channel of a token {offset} > {LARGEST_OFFSET}"]
+def largest_offset(call: Call) -> int:
+    """Of a channel within a token, or within the projected tokens, of a call's activations."""
+    # Kernels walk projected tokens as they walk channels.
+    axes = [1 if t.dim() == 3 else 2 for t in call.activations]
+    if call.op == "spatial_attention":
+        axes[1:] = [3, 3]
+    return max((offset(t, n) for t, n in zip(call.activations, axes, strict=False)), default=0)
 
 
-def check(op: str, batch: int, head_dim: int, projected: int, tensors: Iterable[Tensor]) -> None:
-    """Raise NotImplementedError with every reason why the kernels cannot run."""
-    if reasons := beyond(batch, head_dim, projected) + far_channels(tensors):
-        raise NotImplementedError(
-            f"{op}: backend 'triton' cannot run: {', '.join(reasons)}; use backend 'two_pass'."
-        )
+def within_reach(t: Tensor) -> Tensor:
+    """t (B, N, H, D), dense if an offset of a channel within a token would not fit 32 bits."""
+    return t if offset(t, 2) <= LARGEST_OFFSET else t.contiguous()

@@ -7,10 +7,9 @@ import triton
 from torch import Tensor
 
 from ... import rng
-from ...ops import ParameterGradients, empty_gradient, mean_dtype, plan
-from ...reference import accumulate_dtype
-from ..compiled import WEIGHTS
-from .launch import block, check, chunks, precision, prepare, projected_block
+from ...contract import OPS, accumulate_dtype, mean_dtype, plan
+from ..gradients import ParameterGradients, empty_gradient
+from .launch import block, chunks, precision, prepare, projected_block
 from .paired_gather import SECTIONS, paired_gather_bwd
 from .paired_mix import paired_mix_bwd, paired_mix_fwd
 from .paired_output import (
@@ -23,8 +22,9 @@ from .paired_output import (
 from .paired_product import paired_product_fwd
 from .paired_summary import paired_merge_fwd, paired_summary_bwd, paired_summary_fwd
 
+PAIRED = OPS["paired_attention"]
 # Up to so many channels out_s is projected on the spot; beyond, registers do not suffice.
-SPOT_CHANNELS, SPOT_CHANNELS_BACKWARD = 128, 32
+SPOT_CHANNELS, SPOT_CHANNELS_BWD = 128, 32
 # Elements of a block where the gather adds up, and how many terms of each are read at a time.
 GATHER_BLOCK, GATHER_DEPTH = 256, 8
 
@@ -32,46 +32,45 @@ GATHER_BLOCK, GATHER_DEPTH = 256, 8
 class _Layer:
     """The tensors, options and block sizes of one call."""
 
-    def __init__(
-        self, x, qkvv_weight, qkvv_bias, proj_k_weight, proj_k_bias, proj_v_weight, proj_v_bias,
-        temperature, temperature2, out_proj_weight, out_proj_bias, out_proj2_weight,
-        out_proj2_bias, seed, *, num_heads, kind, layout, channel_dropout_p, spatial_dropout_p,
-    ):  # fmt: skip
+    def __init__(self, inputs, seed, options):
+        x, kind = inputs.x, options.kind
         B, N, C = self.shape = x.shape
-        H, P = num_heads, proj_k_weight.shape[0]
+        H, P = options.num_heads, inputs.proj_k_weight.shape[0]
         self.B, self.N, self.C, self.H, self.P, self.D = B, N, C, H, P, C // H
-        check("paired_attention", B, self.D, P, [x])
         self.J = 2 if kind == "split" else 1
         self.O = C if kind == "sum" else C // 2
         self.is_sum = kind == "sum"
         self.dtype = accumulate_dtype(x.dtype)
-        self.x, self.proj_k, self.proj_v = x, proj_k_weight, proj_v_weight
-        (
-            self.qkvv_weight, self.qkvv_bias, self.proj_k_bias, self.proj_v_bias, self.temperature,
-            self.temperature2, self.out_proj_weight, self.out_proj_bias, self.out_proj2_weight,
-            self.out_proj2_bias,
-        ) = (
-            None if t is None else t.contiguous()
-            for t in (
-                qkvv_weight, qkvv_bias, proj_k_bias,
-                proj_v_bias if kind == "split" else proj_k_bias, temperature, temperature2,
-                out_proj_weight, out_proj_bias, out_proj2_weight, out_proj2_bias,
-            )
-        )  # fmt: skip
+        self.x, self.proj_k, self.proj_v = x, inputs.proj_k_weight, inputs.proj_v_weight
+
+        def dense(t):
+            return None if t is None else t.contiguous()
+
+        self.qkvv_weight, self.qkvv_bias = dense(inputs.qkvv_weight), dense(inputs.qkvv_bias)
+        self.proj_k_bias = dense(inputs.proj_k_bias)
+        self.proj_v_bias = dense(inputs.proj_v_bias) if kind == "split" else self.proj_k_bias
+        self.temperature = dense(inputs.temperature)
+        self.temperature2 = dense(inputs.temperature2)
+        self.out_proj_weight = dense(inputs.out_proj_weight)
+        self.out_proj_bias = dense(inputs.out_proj_bias)
+        self.out_proj2_weight = dense(inputs.out_proj2_weight)
+        self.out_proj2_bias = dense(inputs.out_proj2_bias)
+        channel_dropout_p, spatial_dropout_p = options.channel_dropout_p, options.spatial_dropout_p
         self.channel_threshold = rng.threshold(channel_dropout_p)
         self.spatial_threshold = rng.threshold(spatial_dropout_p)
         self.channel_dropout, self.spatial_dropout = channel_dropout_p > 0, spatial_dropout_p > 0
         self.seed = seed if self.channel_dropout or self.spatial_dropout else None
         self.row_sums = None
-        if qkvv_bias is not None:
+        if inputs.qkvv_bias is not None:
             self.row_sums = self.empty(self.J, P)
-            for row, projection in zip(self.row_sums, (proj_k_weight, proj_v_weight), strict=False):
+            projections = inputs.proj_k_weight, inputs.proj_v_weight
+            for row, projection in zip(self.row_sums, projections, strict=False):
                 torch.sum(projection, 1, dtype=self.dtype, out=row)
         self.BD, self.BO = block(self.D), block(self.O)
         self.BP = projected_block(self.D, P, x.element_size())
         self.ROWS = -(-self.O // H)  # of the channel branch's matrix, a head
         self.whole_rows = C == block(C) and N % C == 0  # C tokens make up rows of out_s'
-        self.layout = layout
+        self.layout = options.layout
         self.precision = precision(x)
         # The parts of a wide head's map do not fit shared memory.
         self.mix_precision = "ieee" if self.D > 64 else self.precision
@@ -176,7 +175,7 @@ def _product(layer, a, w, bias, y, add=False):
 
 def forward(*tensors, **options):
     """Op `paired_attention`, see `ops`."""
-    layer = _Layer(*tensors, **options)
+    layer = _Layer(*PAIRED.forward(tensors, options))
     B, N, C, H, P, O = layer.B, layer.N, layer.C, layer.H, layer.P, layer.O
     kept = _summary(layer)
     mixed = _mix(layer, *kept)
@@ -204,7 +203,7 @@ def forward(*tensors, **options):
     return y, *kept
 
 
-def _output_backward(layer, mode, dy, dout, mean, mixed):
+def _output_bwd(layer, mode, dy, dout, mean, mixed):
     """dq (B,N,C), the sums over tokens (B,H,SIZE), and with dout out_s' (B,N,C)."""
     B, N, C, H, P, D, O = layer.B, layer.N, layer.C, layer.H, layer.P, layer.D, layer.O
     size = offset("dout_proj", C, D, P, layer.ROWS)
@@ -241,17 +240,17 @@ def _output_backward(layer, mode, dy, dout, mean, mixed):
 
 def backward(dy, *tensors, **options):
     """Op `paired_attention_bwd`, see `ops`."""
-    *inputs, mean, gram, projected, seed = tensors
-    layer = _Layer(*inputs, seed, **options)
+    inputs, (mean, gram, projected), seed, options = PAIRED.backward(tensors, options)
+    layer = _Layer(inputs, seed, options)
     B, N, C, H, P, J, O = layer.B, layer.N, layer.C, layer.H, layer.P, layer.J, layer.O
     if plan(N, C) == "direct":
         mean, gram, projected = _summary(layer)
     dy = dy.contiguous()
-    mode = layer.mode(SPOT_CHANNELS_BACKWARD)
+    mode = layer.mode(SPOT_CHANNELS_BWD)
     is_flat = through_memory(mode)
     dout = torch.empty_like(dy) if is_flat else None
     mixed = _mix(layer, mean, gram, projected, dout, dy)
-    dq, sums, out_s = _output_backward(layer, mode, dy, dout, mean, mixed)
+    dq, sums, out_s = _output_bwd(layer, mode, dy, dout, mean, mixed)
     size = sums.shape[-1]
 
     attention, ddots = layer.empty(B, H, layer.D, layer.D), layer.empty(B, H, layer.D, layer.D)
@@ -277,7 +276,7 @@ def backward(dy, *tensors, **options):
     )  # fmt: skip
 
     # Of x and the token projections the last pass makes the gradients.
-    gradients = ParameterGradients([inputs[i] for i in WEIGHTS], layer.x)
+    gradients = ParameterGradients(PAIRED.addresses(inputs), layer.x)
     dgram, dtoken = layer.empty(B, C, C), layer.empty(B, C)
     dprojected = layer.empty(B, J, P, C)
     drows = None if layer.qkvv_bias is None else layer.empty(J, P)
@@ -309,8 +308,7 @@ def backward(dy, *tensors, **options):
         BK=min(layer.BD, 32), BLOCK=BLOCK, BT=GATHER_DEPTH, PRECISION=layer.precision, **common,
     )  # fmt: skip
 
-    dx, dproj_k = empty_gradient(inputs[0], layer.x), empty_gradient(inputs[3], layer.x)
-    dproj_v = empty_gradient(inputs[5], layer.x)
+    dx, dproj_k, dproj_v = (empty_gradient(t, layer.x) for t in PAIRED.views(inputs))
     launch, common = layer.prepare("paired_summary_bwd")
     T, BC, BP = launch.rows, block(C, launch.columns), block(P, 64)
     grid = triton.cdiv(N, T), B + 1, max(triton.cdiv(C, BC), J * triton.cdiv(P, BP))
@@ -320,5 +318,6 @@ def backward(dy, *tensors, **options):
         dproj_v if J == 2 else dproj_k, *(dproj_v if J == 2 else dproj_k).stride(), N, B,
         C=C, P=P, J=J, O=O, T=T, BC=BC, BP=BP, PRECISION=layer.precision, **common,
     )  # fmt: skip
-    results = {0: dx, 3: dproj_k, 5: dproj_v} | dict(zip(WEIGHTS, gradients.finish(), strict=True))
-    return tuple(results[i] for i in range(len(inputs)))
+    names = PAIRED.view_names + PAIRED.address_names
+    results = zip(names, (dx, dproj_k, dproj_v, *gradients.finish()), strict=True)
+    return tuple(inputs._replace(**dict(results)))

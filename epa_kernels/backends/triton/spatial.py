@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from ... import rng
-from ...ops import empty_gradient, per_head, temperature_gradient
-from ...reference import accumulate_dtype
-from .launch import block, check, chunks, precision, prepare_heads, projected_block
+from ...contract import accumulate_dtype
+from ..gradients import empty_gradient, per_head, temperature_gradient
+from .launch import block, chunks, precision, prepare_heads, projected_block, within_reach
 from .primitives import (
     LOG2E,
     attend,
@@ -285,7 +285,6 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
     P, dtype = k_proj.shape[1], accumulate_dtype(q.dtype)
-    check("spatial_attention", B, D, P, (q, k_proj.unsqueeze(1), v_proj.unsqueeze(1)))
     sums, count = None, 0
     if normalize:
         launch, common = prepare_heads("spatial_norm_fwd", q, P)
@@ -308,7 +307,7 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
     """Op `spatial_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
     P = k_proj.shape[1]
-    check("spatial_attention", B, D, P, (q, dout, k_proj.unsqueeze(1), v_proj.unsqueeze(1)))
+    dout = within_reach(dout)
     dq, dk_proj, dv_proj = (empty_gradient(t, q) for t in (q, k_proj, v_proj))
     tensors = (
         dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),

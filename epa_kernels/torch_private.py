@@ -1,0 +1,104 @@
+"""Every name of torch's private API that the package uses, and what serves where torch lacks it.
+
+tests/test_torch_private.py looks for each name in the torch at hand, and tries each fallback.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# What `register_autograd` needs.
+AUTOGRAD_NAMES = (
+    "_C._AutoDispatchBelowAutograd",
+    "_C._after_autograd_keyset",
+    "_C._any_requires_grad",
+    "_C._are_functorch_transforms_active",
+    "autograd.forward_ad._current_level",
+)
+DRIVER_VERSION = "_C._cuda_getDriverVersion"  # absent in builds without CUDA
+CONSTANT_MARK = "_dynamo_marked_constant"  # what torch.compiler.assume_constant_result sets
+
+
+def find(path: str) -> Any:
+    """torch.<path>, None where it is missing."""
+    return reduce(lambda found, name: getattr(found, name, None), path.split("."), torch)
+
+
+def cuda_driver_version() -> int | None:
+    """The newest CUDA that the driver runs, 13000 for 13.0; None where torch does not tell."""
+    version = find(DRIVER_VERSION)
+    return None if version is None else version()
+
+
+def constant_result(function: Callable) -> Callable:
+    """torch.compile takes the function's result as a constant and does not look inside.
+
+    torch.compiler.assume_constant_result does the same, but imports the compiler.
+    """
+    setattr(function, CONSTANT_MARK, True)
+    return function
+
+
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
+
+
+def register_autograd(
+    library: torch.library.Library,
+    op: torch._ops.OpOverload,
+    save: Callable[[Any, tuple, dict, Any], None],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """torch.library.register_autograd, without its reading of the schema at each call.
+
+    That takes 0.1 ms for an op of twenty inputs, as long as a small layer. Forward-mode derivatives
+    and those of torch.func raise, since a tangent that got lost would be a derivative of zero.
+
+    Args:
+        op: an op that `library` defines.
+        save: (ctx, inputs, options, results), keeps what `gradients` needs.
+        gradients: (ctx, *gradients of the results) -> a gradient for each input.
+    """
+    name = op.name().partition("::")[2]
+    if any(find(path) is None for path in AUTOGRAD_NAMES):
+
+        def setup_context(ctx, inputs, keyword_only_inputs, output):
+            save(ctx, inputs, keyword_only_inputs, output)
+
+        torch.library.register_autograd(
+            op.name(), gradients, setup_context=setup_context, lib=library
+        )
+        return
+
+    def below(keyset, inputs, options):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs, **options)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, options, *inputs):
+            results = below(keyset, inputs, options)
+            save(ctx, inputs, options, results)
+            return results
+
+        @staticmethod
+        def backward(ctx, *douts):
+            return None, None, *gradients(ctx, *douts)
+
+    def autograd(keyset, *inputs, **options):
+        is_forward = forward_ad._current_level >= 0 and any(map(_has_tangent, inputs))
+        is_backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if is_forward or (is_backward and torch._C._are_functorch_transforms_active()):
+            raise RuntimeError(
+                f"{name}: this backend has neither forward-mode derivatives nor those of "
+                f"torch.func; take them under epa_kernels.use_backend('reference')."
+            )
+        if is_backward:
+            return Function.apply(keyset, options, *inputs)
+        return below(keyset, inputs, options)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
