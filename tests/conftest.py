@@ -20,9 +20,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "daily(is_daily): is_daily(**parameters) is false of what is exhaustive"
-    )
     device = config.getoption("--device")
     if device == "cpu":
         # The Triton kernels run in Python on CPU tensors. Set before triton is imported, too.

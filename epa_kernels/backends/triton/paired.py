@@ -289,11 +289,7 @@ def backward(dy, *tensors, **options):
         4 * H * triton.cdiv(C, BC),
         triton.cdiv(O * C, BLOCK),
     )
-    names = (
-        "dqkvv_weight", "dqkvv_bias", "dproj_k_bias", "dproj_v_bias", "dtemperature",
-        "dtemperature2", "dout_proj_weight", "dout_proj_bias", "dout_proj2_weight",
-        "dout_proj2_bias",
-    )  # fmt: skip
+    dense = zip(PAIRED.address_names, gradients.dense, strict=True)
     paired_gather_bwd[(blocks, SECTIONS)](
         sums=sums, mean=mean, projected=projected, q_gram=mixed.q_gram, k_gram=mixed.k_gram,
         attention=attention, ddots=ddots, dheads=dheads, sample_qkvv_bias=sample_qkvv_bias,
@@ -301,7 +297,7 @@ def backward(dy, *tensors, **options):
         qkvv_weight=layer.qkvv_weight, out_proj2_weight=layer.out_proj2_weight,
         value_matrix=mixed.value_matrix, value_constant=mixed.value_constant, dgram=dgram,
         dtoken=dtoken, dprojected=dprojected, drows=drows, matrix=matrix,
-        **dict(zip(names, gradients.dense, strict=True)),
+        **{f"d{name}": gradient for name, gradient in dense},
         chunk_out_proj_weight=chunk_out_proj[0], chunk_out_proj_bias=chunk_out_proj[1],
         chunks=count, B=B,
         C=C, H=H, P=P, J=J, O=O, ROWS=layer.ROWS, SIZE=size, MODE=mode, BM=BM, BC=BC, BD=layer.BD,
