@@ -46,6 +46,7 @@ RESOURCES = ("registers", "spilled", "shared", "tensor_core")
 LAUNCH = ("architecture", "layer", "dtype", "pass", "kernel", *BLOCKS, *RESOURCES, "key")
 SUMMARY = ("architecture", "kernel", "launches", "registers", "spilled", "spilled_beyond", "shared",
            "tensor_core", "widest", "keys")  # fmt: skip
+NUMBERS = {*RESOURCES, "launches", "spilled_beyond"}
 TABLE = Path(__file__).parent / "results" / "triton_resources.csv"
 KERNELS = Path(__file__).parents[1] / "epa_kernels" / "backends" / "triton"
 TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|v_mfma"
@@ -337,7 +338,7 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         lines = (line for line in file if not line.startswith("#"))
         return [
-            {name: int(v) if v.isdecimal() and name != "key" else v for name, v in row.items()}
+            {name: int(v) if name in NUMBERS else v for name, v in row.items()}
             for row in csv.DictReader(lines)
         ]
 
