@@ -1,12 +1,18 @@
 """What every Triton kernel takes on every architecture, compiled with no GPU.
 
-    python benchmarks/triton_resources.py            writes results/triton_resources.csv anew
-    python benchmarks/triton_resources.py --check    says whether the sources still give that table
+    python -m benchmarks.triton_resources               writes results/triton_resources.csv anew
+    python -m benchmarks.triton_resources --full FILE   writes FILE too, a row for every launch
+    python -m benchmarks.triton_resources --check       says whether the sources still give it
 
-Each launch of the ops at the layers below is compiled as it would be on the device: registers and
-bytes spilled a thread, shared memory a block, and how many tensor-core instructions there are. A
-row's key stands for all that it depends on (sources, compile-time arguments, architecture, version
-of Triton), so that --check need not compile; a launch that several layers share stands once.
+Each launch of the ops at the layers below is compiled as it would be on the device. The table has a
+row for each architecture and kernel, over all its launches: the most registers and the most bytes
+spilled by a thread, the most shared memory of a block, and the fewest tensor-core instructions of
+launches in 16 bits. Layers of MAY_SPILL spill apart, in spilled_beyond. A launch that several
+layers share counts once.
+
+A launch has a key, a hash of all that it depends on: sources, compile-time arguments, architecture,
+version of Triton. A row's keys are a hash of its launches' keys. So --check need not compile, and a
+row or a launch in FILE is compiled again only where its key is another one.
 """
 
 import argparse
@@ -14,12 +20,13 @@ import ast
 import csv
 import functools
 import hashlib
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
@@ -35,7 +42,13 @@ SHARED_LIMITS = {
 ARCHITECTURES = tuple(SHARED_LIMITS)
 DTYPES = ("bfloat16", "float16", "float32", "tf32", "float64")  # tf32: see `multiplying`
 BLOCKS = ("T", "BM", "BC", "BP", "num_warps", "num_stages")
+RESOURCES = ("registers", "spilled", "shared", "tensor_core")
+LAUNCH = ("architecture", "layer", "dtype", "pass", "kernel", *BLOCKS, *RESOURCES, "key")
+SUMMARY = ("architecture", "kernel", "launches", "registers", "spilled", "spilled_beyond", "shared",
+           "tensor_core", "widest", "keys")  # fmt: skip
+NUMBERS = {*RESOURCES, "launches", "spilled_beyond"}
 TABLE = Path(__file__).parent / "results" / "triton_resources.csv"
+KERNELS = Path(__file__).parents[1] / "epa_kernels" / "backends" / "triton"
 TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|v_mfma"
 
 
@@ -77,6 +90,10 @@ LAYERS = {
     "heads-D128": Layer(4096, 512, 4, 64, "heads"),
     "heads-D128-P512": Layer(4096, 512, 4, 512, "heads"),
 }
+# Of these, which no published network has, a launch must fit but may spill.
+MAY_SPILL = ("D128", "D64-P512", "D128-P512", "heads-D128", "heads-D128-P512")
+
+Row = dict[str, Any]  # of a table, numbers as int
 
 
 class Launch(NamedTuple):
@@ -99,7 +116,11 @@ class Launch(NamedTuple):
         parts = [triton.__version__, architecture, code(self.kernel)]
         parts += [_specialized(value) for value in self.arguments]
         parts += [f"{name}={value}" for name, value in sorted(self.constants.items())]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+        return digest(parts)
+
+
+def digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 @functools.cache
@@ -110,22 +131,34 @@ def code(kernel: Any) -> str:
 def sources(kernel: Any, seen: set[str] | None = None) -> Iterator[str]:
     """Code of a kernel and of all it calls, without comments and docstrings; its constants."""
     import triton.language as tl
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import JITCallable
 
     seen = set() if seen is None else seen
     seen.add(kernel.__name__)
     tree = ast.parse(kernel.src)
-    body = tree.body[0].body
-    if isinstance(body[0], ast.Expr):
-        del body[0]
-    yield ast.unparse(tree)
+    yield undocumented(tree)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - seen
     for name in sorted(names):
         value = kernel.fn.__globals__.get(name)
-        if isinstance(value, JITFunction):
+        if isinstance(value, JITCallable):
             yield from sources(value, seen)
         elif isinstance(value, tl.constexpr):
             yield f"{name} = {value.value}"
+
+
+def undocumented(tree: ast.AST) -> str:
+    """The code of a tree without comments and docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def fingerprint() -> str:
+    """Of the sources of the kernels, of their launches and of this file: a cheap `check`."""
+    files = (*sorted(KERNELS.glob("*.py")), Path(__file__))
+    return digest(undocumented(ast.parse(file.read_text(encoding="utf-8"))) for file in files)
 
 
 def _specialized(value: Any) -> str:
@@ -163,10 +196,10 @@ def device(architecture: str) -> Iterator[None]:
     """Kernels are compiled for an architecture, and the launches are shaped for it."""
     import triton
 
-    from epa_kernels.backends.triton import configs
+    from epa_kernels.backends.triton import launch
 
     triton.runtime.driver.set_active(_Driver(architecture))
-    with mock.patch.object(configs, "architecture", lambda _: architecture):
+    with mock.patch.object(launch, "architecture", lambda _: architecture):
         yield
 
 
@@ -206,8 +239,10 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
                "channel_dropout_p": dropout, "spatial_dropout_p": dropout}  # fmt: skip
     found, direction = [], "forward"
 
-    def record(kernel, *arguments, grid, warmup, **constants):
-        found.append(Launch(direction, kernel, arguments, constants))
+    def record(kernel, *arguments, grid, warmup, **named):
+        named |= zip(kernel.arg_names, arguments, strict=False)
+        names = (p.name for p in kernel.params if not p.is_constexpr)
+        found.append(Launch(direction, kernel, tuple(named.pop(n) for n in names), named))
 
     patch = mock.patch.object(JITFunction, "run", record)
     with device(architecture), multiplying(dtype) as tokens_dtype, patch:
@@ -217,13 +252,13 @@ def launches(architecture: str, layer: Layer, dtype: str, dropout: float = 0.1) 
             q, t = x.view(2, N, H, C // H), size(H, 1, 1)
             k_proj = q.new_empty(2, P, H, C // H)
             rate = {"dropout_p": dropout if normalize else 0.0}
-            _, q_norm = spatial.forward(q, k_proj, k_proj, t, seed, normalize=normalize, **rate)
+            _, norm = spatial.forward(q, k_proj, k_proj, t, seed, normalize=normalize, **rate)
             if normalize:
-                _, *norms = channel.forward(q, q, q, t, seed, **rate)
+                _, gram, q_norm, k_norm = channel.forward(q, q, q, t, seed, **rate)
             direction = "backward"
-            spatial.backward(q, q, k_proj, k_proj, t, q_norm, seed, normalize=normalize, **rate)
+            spatial.backward(q, q, k_proj, k_proj, t, norm, seed, normalize=normalize, **rate)
             if normalize:
-                channel.backward(q, q, q, q, t, *norms, seed, **rate)
+                channel.backward(q, q, q, q, t, gram, q_norm, k_norm, seed, **rate)
             return found
         y, *kept = paired.forward(x, *weights, seed, **options)
         direction = "backward"
@@ -240,14 +275,14 @@ def resources(binary) -> dict[str, int]:
     if "amdgcn" in binary.asm:
         code = binary.asm["amdgcn"]
         registers, spilled = (
-            int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
+            int(re.findall(rf"\.{name}:\s*(\d+)", code)[0])
             for name in ("vgpr_count", "private_segment_fixed_size")
         )
     else:
         from triton.backends.nvidia.compiler import get_ptxas
 
         code = binary.asm["ptx"]
-        target = re.search(r"\.target (\w+)", code)[1]
+        (target,) = re.findall(r"\.target (\w+)", code)
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(code)
             file.flush()
@@ -256,7 +291,7 @@ def resources(binary) -> dict[str, int]:
                  f"--gpu-name={target}", file.name, "-o", os.devnull],
                 capture_output=True, text=True, check=True,
             ).stderr  # fmt: skip
-        registers = int(re.search(r"Used (\d+) registers", said)[1])
+        (registers,) = map(int, re.findall(r"Used (\d+) registers", said))
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     return {
         "registers": registers,
@@ -276,9 +311,13 @@ def is_needed(architecture: str, layer: str, dtype: str) -> bool:
     return architecture in ("sm_90", "sm_86", "gfx942")
 
 
-def needed(architectures=ARCHITECTURES, layers=tuple(LAYERS), dtypes=DTYPES) -> dict[str, Any]:
+def needed(
+    architectures: Iterable[str] = ARCHITECTURES,
+    layers: Iterable[str] = tuple(LAYERS),
+    dtypes: Iterable[str] = DTYPES,
+) -> dict[str, tuple[Row, Launch]]:
     """{key: (row without resources, launch)} of every launch that differs from those before it."""
-    found = {}
+    found: dict[str, tuple[Row, Launch]] = {}
     for architecture in architectures:
         for layer in layers:
             for dtype in dtypes:
@@ -294,30 +333,96 @@ def needed(architectures=ARCHITECTURES, layers=tuple(LAYERS), dtypes=DTYPES) -> 
     return found
 
 
-def read() -> dict[str, dict[str, str]]:
-    """{key: row} of the table."""
-    with TABLE.open(newline="") as file:
-        return {row["key"]: row for row in csv.DictReader(file)}
+def read(path: Path) -> list[Row]:
+    """The rows of a table that `write` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = (line for line in file if not line.startswith("#"))
+        return [
+            {name: int(v) if name in NUMBERS else v for name, v in row.items()}
+            for row in csv.DictReader(lines)
+        ]
 
 
-def check() -> None:
-    """Exit with a sentence if the table is not what the sources and this Triton give."""
-    keys, rows = set(needed()), set(read())
-    if keys != rows:
-        sys.exit(
-            f"triton_resources: {len(keys - rows)} launches are not in {TABLE.name} and "
-            f"{len(rows - keys)} rows of it are of other sources or another Triton; run "
-            f"python benchmarks/triton_resources.py and commit what it writes."
-        )
+def write(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# {header()}\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def rows_of(architecture: str, old: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
-    """The table's rows of one architecture; only what is not in `old` is compiled."""
-    return [
-        # An old row may be of another layer.
-        (old.get(key) or resources(launch.compile(architecture)) | {"key": key}) | row
-        for key, (row, launch) in needed([architecture]).items()
-    ]
+def header() -> str:
+    """The first line of a table: what it was generated by and from."""
+    version = importlib.metadata.version("triton")
+    return (
+        f"generated by python -m benchmarks.triton_resources with triton {version} "
+        f"from sources {fingerprint()}"
+    )
+
+
+def summarise(rows: list[Row]) -> Row:
+    """The row of an architecture and kernel, over the rows of its launches."""
+
+    def most(name: str, among: list[Row]) -> int:
+        return max((row[name] for row in among), default=0)
+
+    halves = [row["tensor_core"] for row in rows if row["dtype"] in ("bfloat16", "float16")]
+    widest = max(rows, key=lambda row: row["registers"])
+    return {
+        "architecture": rows[0]["architecture"],
+        "kernel": rows[0]["kernel"],
+        "launches": len(rows),
+        "registers": widest["registers"],
+        "spilled": most("spilled", [row for row in rows if row["layer"] not in MAY_SPILL]),
+        "spilled_beyond": most("spilled", [row for row in rows if row["layer"] in MAY_SPILL]),
+        "shared": most("shared", rows),
+        "tensor_core": min(halves, default=0),
+        "widest": f"{widest['layer']} {widest['dtype']}",
+        "keys": digest(sorted(row["key"] for row in rows)),
+    }
+
+
+def by_kernel(architecture: str) -> dict[str, dict[str, tuple[Row, Launch]]]:
+    """{kernel: {key: (row without resources, launch)}} of one architecture."""
+    found: dict[str, dict[str, tuple[Row, Launch]]] = {}
+    for key, (row, launch) in needed([architecture]).items():
+        found.setdefault(row["kernel"], {})[key] = row, launch
+    return found
+
+
+def stale() -> list[str]:
+    """Architecture and kernel of each row of the table that the sources do not give."""
+    expected = {
+        (architecture, kernel): digest(sorted(group))
+        for architecture in ARCHITECTURES
+        for kernel, group in by_kernel(architecture).items()
+    }
+    found = {(row["architecture"], row["kernel"]): row["keys"] for row in read(TABLE)}
+    return sorted(" ".join(pair) for pair, _ in expected.items() ^ found.items())
+
+
+def compiled(
+    architecture: str, summaries: dict[str, Row], known: dict[str, Row]
+) -> tuple[list[Row], list[Row]]:
+    """The rows of an architecture: of kernels, and of launches where no summary has their keys.
+
+    Args:
+        summaries: keys of a row -> the row; its launches are not compiled.
+        known: key -> row of a launch, which is not compiled.
+    """
+    table, rows = [], []
+    for group in by_kernel(architecture).values():
+        summary = summaries.get(digest(sorted(group)))
+        if summary is None:
+            launches_of_kernel = []
+            for key, (row, launch) in group.items():
+                # A known row may be of another layer.
+                taken = known.get(key) or resources(launch.compile(architecture))
+                launches_of_kernel.append(row | {n: taken[n] for n in RESOURCES} | {"key": key})
+            rows += launches_of_kernel
+            summary = summarise(launches_of_kernel)
+        table.append(summary)
+    return table, rows
 
 
 def main() -> None:
@@ -325,19 +430,26 @@ def main() -> None:
         sys.exit(
             "triton_resources: TRITON_INTERPRET must not be 1, the interpreter compiles nothing."
         )
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compile nothing, compare the keys")
-    if parser.parse_args().check:
-        return check()
-    old = read() if TABLE.exists() else {}
+    parser.add_argument("--full", type=Path, metavar="FILE", help="write every launch, too")
+    args = parser.parse_args()
+    if args.check:
+        if rows := stale():
+            sys.exit(
+                f"triton_resources: {len(rows)} rows of {TABLE.name} are of other sources or "
+                f"another Triton ({', '.join(rows[:3])}, ...); run "
+                f"python -m benchmarks.triton_resources and commit what it writes."
+            )
+        return
+    known = {row["key"]: row for row in read(args.full)} if args.full and args.full.exists() else {}
+    # Where every launch is to be written, the summaries do not save the compiling.
+    old = {} if args.full or not TABLE.exists() else {row["keys"]: row for row in read(TABLE)}
     with ProcessPoolExecutor() as pool:
-        rows = [row for part in pool.map(rows_of, ARCHITECTURES, repeat(old)) for row in part]
-    with TABLE.open("w", newline="") as file:
-        columns = ["architecture", "layer", "dtype", "pass", "kernel", *BLOCKS]
-        columns += ["registers", "spilled", "shared", "tensor_core", "key"]
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        parts = list(pool.map(compiled, ARCHITECTURES, repeat(old), repeat(known)))
+    write(TABLE, SUMMARY, [row for table, _ in parts for row in table])
+    if args.full:
+        write(args.full, LAUNCH, [row for _, rows in parts for row in rows])
 
 
 if __name__ == "__main__":

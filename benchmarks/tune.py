@@ -1,28 +1,26 @@
-"""Re-derive the table of launch shapes in epa_kernels/backends/triton/configs.py.
+"""Re-derive the table of launch shapes in epa_kernels/backends/triton/launch.py.
 
     python -m benchmarks.tune                  on a GPU: the fastest for it
     python -m benchmarks.tune --compile-only   with no GPU: the nearest that fits, on --architecture
 
-A candidate differs from `configs.rule` in warps, stages and blocks. With no GPU the nearest one is
+A candidate differs from `launch.rule` in warps, stages and blocks. With no GPU the nearest one is
 taken that compiles without a spilled byte and within the shared memory of a block, for every layer
 with the same head dim and projected tokens. On a GPU a candidate must also be as accurate as the
-definition (tests/cases.py), and the fastest is taken, one kernel after the other. Each kernel's
-line of the table is printed; --write puts the lines into configs.py.
+reference (`epa_kernels.testing`), and the fastest is taken, one kernel after the other. Each
+kernel's line of the table is printed; --write puts the lines into launch.py.
 """
 
 import argparse
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).parents[1]
-
-from benchmarks.triton_resources import (  # noqa: E402
+from benchmarks.triton_resources import (
     ARCHITECTURES,
     LAYERS,
     SHARED_LIMITS,
@@ -32,22 +30,23 @@ from benchmarks.triton_resources import (  # noqa: E402
     resources,
 )
 
-DTYPES = ("bfloat16", "float32", "tf32")  # one of each `configs.numbers`
+DTYPES = ("bfloat16", "float32", "tf32")  # one of each `launch.numbers`
 GAIN = 0.02  # share of the time that a candidate must save, or the noise would choose
 TABLE = "TABLE: dict[tuple[str, str, int, int, str], Launch] = "
+Table = dict[tuple[str, str, int, int, str], Any]  # of `launch`, which is imported late
 
 
-def candidates(launch) -> Iterator:
+def candidates(shape: Any) -> Iterator[Any]:
     """The launch shape itself, then those around it, nearest first."""
     seen = set()
     for rows in (1, 0.5, 2, 0.25):
         for columns in (1, 0.5, 2, 0.25):
             for warps in (1, 2, 0.5, 4, 0.25):
-                for stages in (launch.stages, 1, 2):
-                    candidate = launch._replace(
-                        rows=launch.rows and max(16, int(launch.rows * rows)),
-                        columns=launch.columns and max(16, int(launch.columns * columns)),
-                        warps=min(16, max(1, int(launch.warps * warps))),
+                for stages in (shape.stages, 1, 2):
+                    candidate = shape._replace(
+                        rows=shape.rows and max(16, int(shape.rows * rows)),
+                        columns=shape.columns and max(16, int(shape.columns * columns)),
+                        warps=min(16, max(1, int(shape.warps * warps))),
                         stages=stages,
                     )
                     if candidate not in seen:
@@ -55,28 +54,29 @@ def candidates(launch) -> Iterator:
                         yield candidate
 
 
-def kernels(architecture: str, layer: Layer, dtype: str) -> dict:
+def kernels(architecture: str, layer: Layer, dtype: str) -> Table:
     """{table key: launch shape by the rule} of every kernel of a layer."""
-    from epa_kernels.backends.triton import configs
+    from epa_kernels.backends.triton import launch
 
-    found, pick = {}, configs.pick
+    found: Table = {}
+    pick = launch.pick
 
     def record(kernel, x, channels, head_dim, projected):
-        launch = pick(kernel, x, channels, head_dim, projected)
-        found[architecture, kernel, head_dim, projected, configs.numbers(x, kernel)] = launch
-        return launch
+        shape = pick(kernel, x, channels, head_dim, projected)
+        found[architecture, kernel, head_dim, projected, launch.numbers(x, kernel)] = shape
+        return shape
 
-    with mock.patch.object(configs, "pick", record), mock.patch.object(configs, "TABLE", {}):
+    with mock.patch.object(launch, "pick", record), mock.patch.object(launch, "TABLE", {}):
         launches(architecture, layer, dtype)
     return found
 
 
 def misfit(architecture: str, layer: Layer, dtype: str, kernel: str) -> str | None:
     """Why the kernel cannot launch in its present shape, None if it can."""
-    for launch in launches(architecture, layer, dtype):
-        if launch.kernel.__name__ != kernel:
+    for call in launches(architecture, layer, dtype):
+        if call.kernel.__name__ != kernel:
             continue
-        taken = resources(launch.compile(architecture))
+        taken = resources(call.compile(architecture))
         if taken["spilled"]:
             return f"{taken['spilled']} bytes spilled"
         if taken["shared"] > SHARED_LIMITS[architecture]:
@@ -84,22 +84,22 @@ def misfit(architecture: str, layer: Layer, dtype: str, kernel: str) -> str | No
     return None
 
 
-def fitting(architecture: str, layers: list[Layer], dtype: str, only: list[str] = ()) -> dict:
+def fitting(architecture: str, layers: list[Layer], dtype: str, only: Sequence[str] = ()) -> Table:
     """{key: launch shape} where the rule's does not fit every layer."""
-    from epa_kernels.backends.triton import configs
+    from epa_kernels.backends.triton import launch
 
-    rules = {}
+    rules: dict[tuple, list[tuple[Layer, Any]]] = {}
     for layer in layers:
-        for key, launch in kernels(architecture, layer, dtype).items():
-            rules.setdefault(key, []).append((layer, launch))
-    found = {}
+        for key, shape in kernels(architecture, layer, dtype).items():
+            rules.setdefault(key, []).append((layer, shape))
+    found: Table = {}
     for key, uses in rules.items():
         kernel = key[1]
         if only and kernel not in only:
             continue
         for candidate in candidates(uses[0][1]):
-            same = all(candidate == launch for _, launch in uses)
-            with mock.patch.object(configs, "TABLE", {} if same else {key: candidate}):
+            same = all(candidate == shape for _, shape in uses)
+            with mock.patch.object(launch, "TABLE", {} if same else {key: candidate}):
                 reasons = (misfit(architecture, layer, dtype, kernel) for layer, _ in uses)
                 why = next(filter(None, reasons), None)
             if why is None:
@@ -113,14 +113,14 @@ def fitting(architecture: str, layers: list[Layer], dtype: str, only: list[str] 
 
 
 def fastest(
-    layer: Layer, dtype: Any, where: str, repetitions: int, most: int, only: list[str] = ()
-) -> dict:
+    layer: Layer, dtype: Any, where: str, repetitions: int, most: int, only: Sequence[str] = ()
+) -> Table:
     """{key: launch shape} for the GPU at hand, where another one than the rule's is faster."""
-    os.environ["EPA_KERNELS_TEST_DEVICE"] = where  # before cases is imported
+    os.environ["EPA_KERNELS_TEST_DEVICE"] = where  # before epa_kernels.testing is imported
     import torch
 
     from benchmarks.gpu_check import device
-    from epa_kernels.backends.triton import configs
+    from epa_kernels.backends.triton import launch
     from epa_kernels.testing import assert_as_accurate, make_layer, run_layer
 
     gpu, batch = device.get(where), 2
@@ -134,16 +134,18 @@ def fastest(
     exact = run_layer(module, x, gy, backend="reference", dtype=torch.float64)
     # As autocast leaves them: parameters in float32.
     low = {"dtype": dtype, "parameter_dtype": torch.float32}
-    definition = run_layer(module, x, gy, backend="reference", **low)
+    same_dtype = run_layer(module, x, gy, backend="reference", **low)
     x.requires_grad_()
     module.backend = "triton"
-    launched, pick, table = {}, configs.pick, {}
+    launched: Table = {}
+    table: Table = {}
+    pick = launch.pick
 
     def record(kernel, x, channels, head_dim, projected):
-        launch = pick(kernel, x, channels, head_dim, projected)
-        key = configs.architecture(x), kernel, head_dim, projected, configs.numbers(x, kernel)
-        launched[key] = launch
-        return launch
+        shape = pick(kernel, x, channels, head_dim, projected)
+        key = launch.architecture(x), kernel, head_dim, projected, launch.numbers(x, kernel)
+        launched[key] = shape
+        return shape
 
     def both():
         return torch.autograd.grad(module(x), (x, *module.parameters()), gy)
@@ -151,18 +153,18 @@ def fastest(
     def seconds():
         """Median, of a replayed graph: launches do not count."""
         found = run_layer(module, x, gy, backend="triton", **low)
-        assert_as_accurate(found, definition, exact)
+        assert_as_accurate(found, same_dtype, exact)
         replay, _result = gpu.capture(both)
         return statistics.median(gpu.seconds(replay, repetitions))
 
-    with mock.patch.object(configs, "TABLE", table):
-        with mock.patch.object(configs, "pick", record):
+    with mock.patch.object(launch, "TABLE", table):
+        with mock.patch.object(launch, "pick", record):
             best = first = seconds()
-        for key, launch in launched.items():
+        for key, shape in launched.items():
             if only and key[1] not in only:
                 continue
             chosen = None
-            for candidate in islice(candidates(launch), 1, most):
+            for candidate in islice(candidates(shape), 1, most):
                 table[key] = candidate
                 try:
                     time = seconds()
@@ -180,23 +182,23 @@ def fastest(
     return table
 
 
-def lines(table: dict) -> str:
-    """The table as it stands in configs.py."""
+def lines(table: Table) -> str:
+    """The table as it stands in launch.py."""
     rows = [
-        f'    ("{arch}", "{kernel}", {D}, {P}, "{kind}"): Launch({", ".join(map(str, launch))}),\n'
-        for (arch, kernel, D, P, kind), launch in sorted(table.items())
+        f'    ("{arch}", "{kernel}", {D}, {P}, "{kind}"): Launch({", ".join(map(str, shape))}),\n'
+        for (arch, kernel, D, P, kind), shape in sorted(table.items())
     ]
     return "{\n" + "".join(rows) + "}" if rows else "{}"
 
 
-def write(table: dict, path: Path) -> None:
-    """Put the lines of `table` into configs.py; those of other architectures stay."""
-    text = path.read_text()
+def write(table: Table, path: Path) -> None:
+    """Put the lines of `table` into launch.py; those of other architectures stay."""
+    text = path.read_text(encoding="utf-8")
     head, separator, rest = text.partition(TABLE)
     if not separator:
         sys.exit(f"tune: {path} has no line that begins with {TABLE!r}.")
     end = rest.index("}\n") + 2
-    path.write_text(head + separator + lines(table) + "\n" + rest[end:])
+    path.write_text(head + separator + lines(table) + "\n" + rest[end:], encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -211,15 +213,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", nargs="*", default=(), help="default all")
     parser.add_argument("--candidates", type=int, default=24, help="tried a kernel, default 24")
     parser.add_argument("--repetitions", type=int, default=50, help="timed, default 50")
-    parser.add_argument("--write", action="store_true", help="put the table into configs.py")
+    parser.add_argument("--write", action="store_true", help="put the table into launch.py")
     args = parser.parse_args(arguments)
 
     import torch
 
-    from epa_kernels.backends.triton import configs
+    from epa_kernels.backends.triton import launch
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    table = dict(configs.TABLE)
+    table = dict(launch.TABLE)
     names = args.layer or [n for n in LAYERS if args.compile_only or n.startswith("synapse/")]
     if args.compile_only:
         if interpreted:
@@ -246,10 +248,10 @@ def main(arguments: list[str] | None = None) -> None:
                         LAYERS[name], tokens, where, args.repetitions, args.candidates, args.kernel
                     )
                 if args.write:  # after each, so that an end by force loses little
-                    write(table, Path(configs.__file__))
+                    write(table, Path(launch.__file__))
     print(TABLE + lines(table))
     if args.write and args.compile_only:
-        write(table, Path(configs.__file__))
+        write(table, Path(launch.__file__))
 
 
 if __name__ == "__main__":

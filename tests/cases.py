@@ -57,6 +57,20 @@ def backend_shapes(shapes=SHAPES, interpreted=INTERPRETED_SHAPES):
     ]
 
 
+def daily_if_interpreted(*cases):
+    """A mark: of an interpreted backend only these cases are daily, the others exhaustive.
+
+    cases: {parameter's name: its values in the case}
+    """
+
+    def is_daily(backend, **parameters):
+        return backend not in INTERPRETED or any(
+            all(parameters[name] in values for name, values in case.items()) for case in cases
+        )
+
+    return pytest.mark.daily.with_args(is_daily)
+
+
 def draws(dtype, backend):
     few = backend in INTERPRETED and DRAWS[dtype] > 2
     return range(DRAWS[dtype] // 3 if few else DRAWS[dtype])

@@ -97,7 +97,11 @@ def other_folder(tmp_path_factory):
     os.chdir(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(not m.args[0](**item.callspec.params) for m in item.iter_markers("daily")):
+            item.add_marker("exhaustive")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

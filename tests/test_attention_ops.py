@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cases import BACKENDS, COMPILED_BACKENDS, DRAWS, FUSED_BACKENDS, draws
+from cases import (
+    BACKENDS,
+    COMPILED_BACKENDS,
+    DRAWS,
+    FUSED_BACKENDS,
+    INTERPRETED,
+    daily_if_interpreted,
+    draws,
+)
 
 import epa_kernels
 from epa_kernels import channel_attention, spatial_attention
@@ -53,6 +61,7 @@ OPTIONS = (
 OPTION_IDS = ("channel", "channel-dropout", "spatial", "spatial-normalize", "spatial-dropout")
 
 
+@daily_if_interpreted({"per_head": (True,)}, {"shape": (SHAPES[1],)})
 @pytest.mark.parametrize("per_head", (True, False), ids=("per-head", "one-temperature"))
 @pytest.mark.parametrize("op, options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -67,6 +76,16 @@ def test_matches_spec_in_float64(backend, shape, op, options, per_head):
         assert (found[name] - truth).abs().max() <= 1e-11 * scale, name
 
 
+def is_daily(backend, shape, options, dtype, op):
+    """Of an interpreted backend every option in 16 bits, and each op in float32."""
+    if backend not in INTERPRETED:
+        return True
+    if dtype == torch.float32:
+        return shape == SHAPES[1] and "seed" in options
+    return shape == (SHAPES[1] if dtype == torch.bfloat16 else SHAPES[3])
+
+
+@pytest.mark.daily.with_args(is_daily)
 @pytest.mark.parametrize("dtype", DRAWS)
 @pytest.mark.parametrize("op, options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=shape_id)
@@ -81,6 +100,7 @@ def test_low_precision_is_as_accurate_as_spec(backend, shape, op, options, dtype
     errors.check()
 
 
+@daily_if_interpreted({"projected": (70,)}, {"op": (channel_attention,)})
 @pytest.mark.parametrize(
     "op, options, projected",
     [
@@ -102,6 +122,7 @@ def test_small_gradients_keep_their_digits_in_float16(backend, op, options, proj
         assert relative_l2(found[name], exact[name]) <= factor * allowed, name
 
 
+@daily_if_interpreted({"dtype": (torch.bfloat16,)})
 @pytest.mark.parametrize("dtype, factor", ((torch.float32, 2), (torch.bfloat16, 1)))
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_temperature_gradient_of_peaked_softmax(backend, dtype, factor):

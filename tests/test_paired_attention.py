@@ -18,6 +18,7 @@ from cases import (
     LAYOUTS,
     SHAPES,
     backend_shapes,
+    daily_if_interpreted,
     draws,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,6 +89,7 @@ def golden_layer(metadata):
     return layer, x, gy
 
 
+@daily_if_interpreted({"name": (GOLDEN_INTERPRETED[0], GOLDEN_INTERPRETED[2])})
 @pytest.mark.parametrize(
     "backend, name",
     [(b, name) for b in BACKENDS for name in (GOLDEN_INTERPRETED if b in INTERPRETED else GOLDEN)],
@@ -126,6 +128,10 @@ def test_golden_temperatures(backend, key):
     assert found <= 4 * published, (math.sqrt(found), math.sqrt(published))
 
 
+@daily_if_interpreted(
+    {"shape": INTERPRETED_SHAPES[:2], "dropout": (0.3,)},
+    {"shape": INTERPRETED_SHAPES[2:], "dropout": (0.0,), "kind": ("sum",), "layout": ("tokens",)},
+)
 @pytest.mark.parametrize("dropout", (0.0, 0.3))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,6 +153,12 @@ def test_matches_spec_in_float64(backend, shape, kind, layout, dropout, small_ti
 LOW_PRECISION_SHAPES = (INTERPRETED_SHAPES[0], (1, 63, 40, 2, 70))
 
 
+@daily_if_interpreted(
+    {"shape": LOW_PRECISION_SHAPES[:1], "kind": ("sum",), "dtype": (torch.float32,)},
+    {"shape": LOW_PRECISION_SHAPES[:1], "kind": ("shared",), "dtype": (torch.bfloat16,)},
+    {"shape": LOW_PRECISION_SHAPES[:1], "kind": ("split",), "dtype": (torch.float16,)},
+    {"shape": LOW_PRECISION_SHAPES[1:], "kind": ("split",), "dtype": (torch.bfloat16,)},
+)
 @pytest.mark.parametrize("dtype", DRAWS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend, shape", backend_shapes(SHAPES[1:], LOW_PRECISION_SHAPES))
@@ -166,6 +178,9 @@ def test_low_precision_is_as_accurate_as_spec(backend, shape, kind, dtype, small
     errors.check()
 
 
+@daily_if_interpreted(
+    {"kind": ("split",), "projected": (70,)}, {"kind": ("shared", "sum"), "size": (1e-3,)}
+)
 @pytest.mark.parametrize("size, projected", ((1e-3, 33), (1e-5, 33), (1e-5, 70)))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
@@ -196,6 +211,7 @@ CONSTANT = {
 }
 
 
+@daily_if_interpreted({"eps": (1e-3,)})
 @pytest.mark.parametrize("eps", (1e-1, 1e-2, 1e-3, 1e-4))
 @pytest.mark.parametrize(
     "backend, shape, kind, bias",
@@ -228,6 +244,7 @@ def test_nearly_constant_tokens(backend, shape, kind, bias, eps, small_tiles):
         assert found <= 4 * definition, (key, math.sqrt(found), math.sqrt(definition))
 
 
+@daily_if_interpreted({"shape": (SHAPES[2],)})
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", (SHAPES[1], SHAPES[2]), ids=("direct", "two_pass"))
 def test_zero_channel_is_finite_and_equal(backend, shape):
@@ -248,6 +265,7 @@ def test_zero_channel_is_finite_and_equal(backend, shape):
     assert exact["qkvv.weight"][1].abs().max() > 1e6
 
 
+@daily_if_interpreted({"kind": ("shared",)})
 @pytest.mark.parametrize("value", (math.nan, math.inf))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
@@ -265,6 +283,7 @@ def test_non_finite_tokens_propagate(backend, kind, value):
     assert results[0][1].isnan().any()
 
 
+@daily_if_interpreted({"dtype": (torch.bfloat16,)})
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_float32_parameters_with_low_precision_input(backend, dtype):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, FUSED_BACKENDS, INTERPRETED, KINDS
+from cases import BACKENDS, FUSED_BACKENDS, INTERPRETED, KINDS, daily_if_interpreted
 from torch.library import opcheck
 
 import epa_kernels
@@ -49,10 +49,16 @@ STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")
 UTILS = {torch.float32: STATIC, torch.float64: (*STATIC, "test_aot_dispatch_dynamic")}
 
 
-@pytest.mark.parametrize("dtype", UTILS)
-@pytest.mark.parametrize(
-    "shape", ((2, 50, 32, 4, 8), (2, 130, 32, 4, 8)), ids=("direct", "two_pass")
+DIRECT, TWO_PASS = (2, 50, 32, 4, 8), (2, 130, 32, 4, 8)
+
+
+@daily_if_interpreted(
+    {"shape": (TWO_PASS,), "kind": ("shared",), "dtype": (torch.float64,)},
+    {"shape": (TWO_PASS,), "kind": ("split",), "dtype": (torch.float32,)},
+    {"shape": (DIRECT,), "kind": ("sum",), "dtype": (torch.float32,)},
 )
+@pytest.mark.parametrize("dtype", UTILS)
+@pytest.mark.parametrize("shape", (DIRECT, TWO_PASS), ids=("direct", "two_pass"))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_opcheck_paired_attention(backend, kind, shape, dtype):
@@ -66,6 +72,7 @@ def test_opcheck_paired_attention(backend, kind, shape, dtype):
     opcheck(op_of(backend, "paired_attention_bwd"), backward, options, test_utils=UTILS[dtype])
 
 
+@daily_if_interpreted({"dropout_p": (0.2,)})
 @pytest.mark.parametrize("dropout_p", (0.0, 0.2))
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_opcheck_spatial_and_channel_attention(backend, dropout_p):

@@ -1,46 +1,63 @@
 """The Triton kernels, in Triton's interpreter: memory, order of programs, launches, imports.
 
-That they compute what the spec does is tested where every backend is.
+That they compute what the reference does is tested where every backend is.
 """
 
 import ast
-import csv
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cases import CHILD_ENVIRONMENT, KINDS, LAYOUTS
+from cases import CHILD_ENVIRONMENT, KINDS, LAYOUTS, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import epa_kernels
 from epa_kernels import dispatch
 from epa_kernels.backends import triton as backend
-from epa_kernels.backends.triton import configs
+from epa_kernels.backends.triton import launch
 from epa_kernels.contract import OPS, call_on
 from epa_kernels.testing import Guards, make_layer, op_arguments, run_layer
 
 pytest.importorskip("triton", reason="needs the package triton")
 
+from triton.runtime.errors import InterpreterError  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder  # noqa: E402
+from epa_kernels.backends.triton.interpreter import launch_shapes_of_users  # noqa: E402
+
+from epa_kernels.backends.triton import paired  # noqa: E402
 
 # Both plans; layouts that are projected on the spot and through memory.
 SHAPES = {"rows": (2, 160, 32, 2, 9), "flat": (1, 130, 40, 2, 5), "direct": (2, 20, 24, 3, 5)}
 # And more projected tokens than a tile of tokens meets at a time.
 MEMORY_SHAPES = SHAPES | {"blocks": (1, 96, 32, 2, 70), "flat-blocks": (1, 60, 24, 2, 130)}
-# Layers of benchmarks/triton_resources.py, none of them published, that must launch, but may spill.
 PAIRED, SPATIAL, CHANNEL = OPS.values()
-MAY_SPILL = ("D128", "D64-P512", "D128-P512", "heads-D128", "heads-D128-P512")
 
 
+# Each MODE, kind and layout, both plans, P in one block and several.
+MEMORY_CASES = (
+    ("rows", "shared", "official"),  # MODE rows
+    ("rows", "sum", "official"),  # row_sum
+    ("rows", "split", "tokens"),  # tokens
+    ("rows", "sum", "tokens"),  # add
+    ("flat", "split", "official"),  # flat
+    ("flat", "sum", "official"),  # flat_sum
+    ("flat", "shared", "tokens"),  # backward flat_tokens
+    ("direct", "shared", "official"),
+    ("direct", "sum", "tokens"),
+    ("blocks", "split", "official"),
+    ("flat-blocks", "shared", "tokens"),
+)
+
+
+@pytest.mark.daily.with_args(lambda shape, kind, layout: (shape, kind, layout) in MEMORY_CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", MEMORY_SHAPES.values(), ids=MEMORY_SHAPES)
+@pytest.mark.parametrize("shape", MEMORY_SHAPES)
 def test_nothing_is_touched_outside_and_everything_written(shape, kind, layout, monkeypatch):
     """Reads outside would bring NaN into a result, and what is not written would be NaN."""
+    shape = MEMORY_SHAPES[shape]
     tensors, options = op_arguments(shape, kind, layout)
     seed = torch.tensor(3)
     expected = backend.paired_attention(*tensors, seed, **options)
@@ -125,7 +142,7 @@ def test_programs_of_the_other_ops_may_run_in_any_order(name, options, shuffle):
 
 def test_logits_that_only_float64_holds(monkeypatch):
     """In several blocks, of 16 as float32 and float64 have them outside of these tests."""
-    monkeypatch.setattr(configs, "WIDE_PROJECTED", 16)
+    monkeypatch.setattr(launch, "WIDE_PROJECTED", 16)
     q, k, v, dout = torch.randn(
         4, 1, 40, 2, 17, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     ).unbind(0)
@@ -139,7 +156,7 @@ def test_logits_that_only_float64_holds(monkeypatch):
 
 
 def assert_exact(layer, shape):
-    """Output and every gradient are those of the definition, in float64."""
+    """Output and every gradient are those of the reference, in float64."""
     x, gy = torch.randn(2, *shape[:3], generator=torch.Generator().manual_seed(7)).unbind(0)
     exact, found = (
         run_layer(layer, x, gy, backend=name, dtype=torch.float64)
@@ -149,28 +166,93 @@ def assert_exact(layer, shape):
         assert (found[name] - truth).abs().max() <= 1e-11 * truth.abs().max(), name
 
 
+WIDE_CASES = (("sum", "official"), ("shared", "tokens"))  # the latter is MODE flat_tokens
+
+
+@pytest.mark.daily.with_args(lambda kind, layout: (kind, layout) in WIDE_CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_columns_in_several_blocks(kind):
+def test_columns_in_several_blocks(kind, layout):
     """C beyond one block: sums of the output pass's backward are split over programs."""
     shape = (1, 70, 144, 2, 5)
-    assert_exact(make_layer(shape, kind), shape)
+    assert_exact(make_layer(shape, kind, layout), shape)
 
 
 # B, N, C, H, P; another (head dim, P) each: heads that fill no block, P of one block and several.
-WIDTHS = (
-    ((1, 160, 32, 4, 64), "split"),  # D = 8
-    ((1, 130, 30, 2, 17), "sum"),  # D = 15
-    ((1, 110, 48, 2, 70), "shared"),  # D = 24
-    ((1, 140, 128, 1, 150), "shared"),  # D = 128
-    ((1, 90, 32, 2, 512), "sum"),  # D = 16
-    ((2, 30, 64, 1, 200), "split"),  # D = 64, direct
+WIDTHS = {
+    "D8-P64": ((1, 160, 32, 4, 64), "split"),
+    "D15-P17": ((1, 130, 30, 2, 17), "sum"),
+    "D24-P70": ((1, 110, 48, 2, 70), "shared"),
+    "D128-P150": ((1, 140, 128, 1, 150), "shared"),
+    "D16-P512": ((1, 90, 32, 2, 512), "sum"),
+    "D64-P200-direct": ((2, 30, 64, 1, 200), "split"),
+}
+WIDTH_CASES = (
+    ("D8-P64", "official"),
+    ("D15-P17", "official"),
+    ("D15-P17", "tokens"),
+    ("D24-P70", "official"),
+    ("D64-P200-direct", "tokens"),
 )
 
 
+@pytest.mark.daily.with_args(lambda width, layout: (width, layout) in WIDTH_CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape, kind", WIDTHS, ids=lambda value: str(value).replace(" ", ""))
-def test_any_head_dim_and_number_of_projected_tokens(shape, kind, layout):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_any_head_dim_and_number_of_projected_tokens(width, layout):
+    shape, kind = WIDTHS[width]
     assert_exact(make_layer(shape, kind, layout, dropout=0.2), shape)
+
+
+# Chunks and blocks as on a GPU: many small ones, P in one block, and in several.
+USERS = {
+    "stage1": ((2, 544, 32, 4, 64), "shared", "official"),
+    "stage4": ((1, 64, 256, 4, 32), "shared", "official"),
+    "flat": ((1, 300, 40, 2, 17), "split", "official"),
+    "sum": ((1, 288, 32, 4, 64), "sum", "official"),
+    "add": ((1, 200, 48, 2, 70), "sum", "tokens"),
+    "tokens": ((2, 200, 32, 2, 200), "split", "tokens"),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", USERS)
+def test_launch_shapes_of_users(case):
+    """Without `enlarge_blocks`, as every other test here has them."""
+    shape, kind, layout = USERS[case]
+    with launch_shapes_of_users():
+        assert_exact(make_layer(shape, kind, layout, dropout=0.2), shape)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("projected", (17, 70))
+@pytest.mark.parametrize("name, options", OTHER_OPS)
+def test_launch_shapes_of_users_of_the_other_ops(name, options, projected):
+    shapes = [(1, 300, 2, 20)] * 2 + [(1, projected, 2, 20)] * 2
+    if name == "channel_attention":
+        shapes = shapes[:1] * 4
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    with launch_shapes_of_users():
+        found = run_op(name, tensors, {"dropout_p": 0.2} | options)
+    inputs = [t.requires_grad_() for t in tensors[1:]]
+    options = options | {"dropout_p": 0.2, "seed": torch.tensor(3), "backend": "reference"}
+    out = getattr(epa_kernels, name)(*inputs, torch.ones(2).double(), **options)
+    expected = (out, *torch.autograd.grad(out, inputs, tensors[0]))
+    for value, truth in zip(found[:4], expected, strict=True):
+        torch.testing.assert_close(value, truth.detach(), rtol=1e-11, atol=1e-11)
+
+
+def test_an_unknown_mode_is_refused(monkeypatch):
+    """It must not fall into the last branch of a kernel."""
+    tensors, options = op_arguments((1, 40, 8, 2, 3), "shared", "official")
+    seed = torch.tensor(3)
+    y, *kept = backend.paired_attention(*tensors, seed, **options)
+    monkeypatch.setattr(paired._Layer, "mode", lambda *_: "planar")
+    with pytest.raises(InterpreterError, match="unknown MODE"):
+        backend.paired_attention(*tensors, seed, **options)
+    with pytest.raises(InterpreterError, match="unknown MODE"):
+        backend.paired_attention_bwd(y, *tensors, *kept, seed, **options)
 
 
 # (forward, backward). At most 4 and 6, but where the result of one program needs all tokens of
@@ -274,106 +356,139 @@ def test_a_training_step_waits_for_nothing():
             loss.item()
 
 
-RESOURCES = Path(__file__).parents[1] / "benchmarks" / "triton_resources.py"
 COMPILING = CHILD_ENVIRONMENT | {"TRITON_INTERPRET": "0"}
+# Kernels whose products are large: those of 16 bits must run on tensor cores.
+LARGE_PRODUCTS = (
+    "paired_summary_fwd", "paired_output_fwd", "paired_output_bwd", "paired_summary_bwd",
+)  # fmt: skip
 
 
-def resources(code):
-    """Run code with benchmarks/triton_resources.py as `r`, where Triton compiles."""
-    head = "import sys, json"
+@pytest.fixture(scope="module")
+def resources():
+    from benchmarks import triton_resources
+
+    return triton_resources
+
+
+def compiling(code):
+    """What code prints that has benchmarks/triton_resources.py as `r`, where Triton compiles."""
+    head = "import json, sys\nfrom benchmarks import triton_resources as r\n"
     return subprocess.run(
-        [sys.executable, "-c", f"{head}; from benchmarks import triton_resources as r; {code}"],
-        env=COMPILING, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", head + code], env=COMPILING, capture_output=True, text=True,
+        check=True,
     ).stdout  # fmt: skip
 
 
-def recorded():
-    with (RESOURCES.parent / "results" / "triton_resources.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_every_launch_fits_every_architecture():
+def test_every_launch_fits_every_architecture(resources):
     """No published layer spills, the shared memory is there, large products use tensor cores.
 
     The table says what compiling gave; the next tests show that it is of these sources, and true.
     """
-    limits = json.loads(resources("print(json.dumps(r.SHARED_LIMITS))"))
-    rows = recorded()
-    assert {row["architecture"] for row in rows} == set(limits)
+    rows = resources.read(resources.TABLE)
+    assert {row["architecture"] for row in rows} == set(resources.ARCHITECTURES)
     for row in rows:
-        assert int(row["shared"]) <= limits[row["architecture"]], row
-        assert int(row["spilled"]) == 0 or row["layer"] in MAY_SPILL, row
-        halves = row["dtype"] in ("bfloat16", "float16")
-        if halves and row["kernel"] in ("summary", "output", "output_backward", "summary_backward"):
-            assert int(row["tensor_core"]) > 0, row
+        assert row["shared"] <= resources.SHARED_LIMITS[row["architecture"]], row
+        assert row["spilled"] == 0, row
+        assert row["tensor_core"] > 0 or row["kernel"] not in LARGE_PRODUCTS, row
 
 
-def test_resources_are_of_these_sources():
-    """A change shows in review: benchmarks/triton_resources.py writes the table anew."""
+@pytest.fixture
+def pinned_triton():
+    """Skip what holds for the version of Triton that the table is of alone."""
     import triton
 
-    pinned = next(
-        line for line in (RESOURCES.parents[1] / "constraints.txt").read_text().splitlines()
-        if line.startswith("triton==")
-    )  # fmt: skip
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    (pinned,) = (line for line in constraints if line.startswith("triton=="))
     if pinned != f"triton=={triton.__version__}":
         pytest.skip(f"the table is of {pinned}, here is {triton.__version__}")
-    subprocess.run([sys.executable, RESOURCES, "--check"], env=COMPILING, check=True)
+
+
+def test_resources_are_of_these_sources(resources, pinned_triton):
+    """A change shows in review: python -m benchmarks.triton_resources writes the table anew."""
+    head = resources.TABLE.read_text(encoding="utf-8").partition("\n")[0]
+    assert head == f"# {resources.header()}"
+
+
+@pytest.mark.exhaustive
+def test_resources_are_of_these_launches(pinned_triton):
+    compiling("sys.argv.append('--check'); r.main()")
+
+
+# Of every architecture one kernel: together those with the most to lose, and every op.
+COMPILED = {
+    "sm_80": "paired_mix_bwd", "sm_86": "paired_output_bwd", "sm_89": "spatial_output_bwd",
+    "sm_90": "paired_summary_bwd", "sm_100": "channel_output_bwd", "sm_120": "paired_output_fwd",
+    "gfx942": "paired_gather_bwd",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "architecture", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+    "kernels", (COMPILED, pytest.param({}, id="all", marks=pytest.mark.exhaustive))
 )
-def test_resources_are_what_compiling_gives(architecture):
-    """One in 70 of the architecture's rows; of the H100's, a whole stage 1 in bfloat16, too."""
+def test_resources_are_what_compiling_gives(kernels, pinned_triton):
+    """The widest launch of each kernel, of sm_90 all kernels, else one in four."""
     code = f"""
-found = []
-for i, (key, (row, launch)) in enumerate(r.needed([{architecture!r}]).items()):
-    layer = row["architecture"], row["layer"], row["dtype"]
-    whole = layer == ("sm_90", "synapse/stage1", "bfloat16")
-    if whole or i % 70 == r.ARCHITECTURES.index({architecture!r}):
-        found.append((key, r.resources(launch.compile({architecture!r}))))
-print(json.dumps(found))
+kernels, compiled = {kernels!r}, 0
+for i, row in enumerate(r.read(r.TABLE)):
+    architecture, kernel = row["architecture"], row["kernel"]
+    if kernels and kernel != kernels[architecture]:
+        continue
+    if not kernels and architecture != "sm_90" and i % 4:
+        continue
+    layer, dtype = row["widest"].split()
+    found = [
+        r.resources(launch.compile(architecture))
+        for launch in r.launches(architecture, r.LAYERS[layer], dtype)
+        if launch.kernel.__name__ == kernel
+    ]
+    compiled += 1
+    assert max(f["registers"] for f in found) == row["registers"], (row, found)
+    for f in found:
+        assert f["shared"] <= row["shared"], (row, f)
+        spilled = "spilled_beyond" if layer in r.MAY_SPILL else "spilled"
+        assert f["spilled"] <= row[spilled], (row, f)
+print(compiled)
 """
-    found = json.loads(resources("exec(" + repr(code) + ")"))
-    table = {row["key"]: row for row in recorded()}
-    assert len(found) >= (15 if architecture == "sm_90" else 5)
-    for key, taken in found:
-        row = table[key]
-        assert {name: int(row[name]) for name in taken} == taken, row
+    assert int(compiling(code)) >= (len(COMPILED) if kernels else 50)
 
 
 def test_the_smallest_dropout_rate_compiles():
     """It drops one in 65536: an argument of 1 is a constant to the compiler."""
-    code = """
+    names = ["paired_output_fwd", "paired_mix_fwd", "spatial_output_fwd", "channel_mix_fwd"]
+    code = f"""
 layers = (r.LAYERS["synapse/stage1"], r.LAYERS["heads/stage1"])
 calls = [c for layer in layers for c in r.launches("sm_90", layer, "bfloat16", dropout=1 / 65536)]
-names = ("output", "mix", "spatial_forward", "channel_mix")
-print([c.kernel.__name__ for c in calls if c.kernel.__name__ in names and c.compile("sm_90")])
+first = {{c.kernel.__name__: c for c in reversed(calls)}}
+print([name for name in {names} if first[name].compile("sm_90")])
 """
-    found = resources("exec(" + repr(code) + ")")
-    assert all(name in found for name in ("output", "mix", "spatial_forward", "channel_mix"))
+    assert ast.literal_eval(compiling(code)) == names
 
 
-@pytest.mark.parametrize(
-    "setting, expected",
-    (
-        ("pass", ("ieee", "tf32x3", "ieee")),
-        ("torch.set_float32_matmul_precision('high')", ("tf32x3", "tf32x3", "ieee")),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", ("tf32x3", "tf32x3", "ieee")),
-        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", ("ieee", "tf32x3", "ieee")),
-    ),
+PRECISIONS = (
+    ("pass", ("ieee", "tf32x3", "ieee")),
+    ("torch.set_float32_matmul_precision('high')", ("tf32x3", "tf32x3", "ieee")),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", ("tf32x3", "tf32x3", "ieee")),
+    ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", ("ieee", "tf32x3", "ieee")),
 )
-def test_float32_products_follow_the_setting_of_torch(setting, expected):
-    code = (
-        f"import torch; from epa_kernels.backends.triton.configs import precision; {setting};"
-        "x, y = torch.empty(0), torch.empty(0, dtype=torch.bfloat16);"
-        "print((precision(x), precision(y), precision(x, 'output_backward')))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True, check=True
-    )
-    assert tuple(ast.literal_eval(result.stdout)) == expected
+
+
+def test_float32_products_follow_the_setting_of_torch():
+    """A process for each setting, forked, since torch refuses the old one after the new one."""
+    code = f"""
+import os
+import torch
+from epa_kernels.backends.triton.launch import precision
+x, y = torch.empty(0), torch.empty(0, dtype=torch.bfloat16)
+for setting in {[setting for setting, _ in PRECISIONS]}:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    exec(setting)
+    print((precision(x), precision(y), precision(x, "paired_output_bwd")), flush=True)
+    os._exit(0)
+"""
+    found = compiling(code).splitlines()
+    assert [ast.literal_eval(line) for line in found] == [expected for _, expected in PRECISIONS]
 
 
 def test_sizes_that_were_never_compiled_are_refused():
@@ -411,7 +526,7 @@ def test_offsets_beyond_32_bits_are_refused():
     far = torch.empty_strided((1, 2, 1, 2), (0, 2**31, 0, 1), device="meta")
     call = SPATIAL.call(SPATIAL.Inputs(near, far, far, torch.ones(1)), SPATIAL.Options())
     assert "offset of a channel of a token 2147483649 > 2147483647" in backend.why_not(call)
-    assert configs.within_reach(wide).is_contiguous() and configs.within_reach(near) is near
+    assert launch.within_reach(wide).is_contiguous() and launch.within_reach(near) is near
 
 
 def test_triton_is_imported_with_the_first_tensor_it_runs_on():

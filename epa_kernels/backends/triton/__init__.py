@@ -1,5 +1,41 @@
 """Fused Triton kernels for GPUs. Triton itself is imported with the first tensor that they run on.
 
+    launch       launch shapes, limits, and the arguments that every kernel takes
+    primitives   what kernels share: products, softmax, norms, dropout
+    paired       launches of paired attention; its kernels: paired_summary, paired_mix,
+                 paired_output, paired_product, paired_gather, each forward beside backward
+    spatial, channel   the two other ops, kernels and launches
+
+A module has not the name of an op, because importing it would hide the op of this package.
+
+A kernel is `<op>_<pass>_<fwd|bwd>`, as paired_output_bwd; a function that kernels call has neither
+prefix nor suffix. A pass that adds up what chunks left is called merge. Paired attention runs
+
+    forward   paired_summary_fwd, [paired_merge_fwd,] paired_mix_fwd, paired_output_fwd,
+              [paired_product_fwd]
+    backward  [paired_summary_fwd, paired_merge_fwd,] paired_mix_fwd, paired_output_bwd,
+              [paired_merge_bwd,] paired_mix_bwd, paired_gather_bwd, paired_summary_bwd
+
+Sizes in kernels. A block is a power of two of at least 16; what lies beyond a tensor is masked.
+
+    B, N, C, H, D, P   samples, tokens, channels, heads, channels of a head, projected tokens
+    J          token projections: 2 of kind "split", else 1
+    O          output channels of a branch: C of kind "sum", else C / 2
+    ROWS       rows of a head's share of the channel branch's matrix: ceil(O / H)
+    SIZE       numbers that a head leaves in the sums of a chunk
+    chunk      tokens that one program walks, a multiple of T; chunks is how many a sample has
+    T          tokens of a tile, the step of a walk
+    BC         channels of x of a block
+    BD         channels of a head, all in one block
+    BP         projected tokens of a block
+    BO         output channels of a branch, all in one block
+    BR         output channels of the channel branch that one program makes
+    BW         output channels of a block of dWo1, in MODE rows
+    BM         rows of a block of a matrix: output channels, or rows of a gradient
+    BK         terms of a block of the inner axis of a product
+    BT         terms of a sum that are loaded at a time: chunks, samples or heads
+    BLOCK      elements of a block that is walked as a vector
+
 Environment variable TRITON_INTERPRET=1, Triton's own: the kernels run in Python on CPU tensors, for
 tests.
 """
@@ -17,7 +53,7 @@ from torch import Tensor
 
 from ...contract import Call
 from ..compiled import unknown_dtype
-from .configs import LARGEST_OFFSET, LIMITS, largest_offset
+from .launch import LARGEST_OFFSET, LIMITS, largest_offset
 
 
 @functools.cache

@@ -1,17 +1,17 @@
 """Channel attention: kernels and launches.
 
-forward   channel_gram, channel_mix, channel_forward
-backward  channel_gram, channel_mix_backward, channel_backward
+forward   channel_gram_fwd, channel_mix_fwd, channel_output_fwd
+backward  channel_gram_bwd, channel_mix_bwd, channel_output_bwd
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ... import rng
 from ...contract import accumulate_dtype
-from ...rng import threshold
 from ..gradients import empty_gradient, per_head, temperature_gradient
-from .configs import block, chunks, precision, within_reach
+from .launch import block, chunks, precision, prepare_heads, within_reach
 from .primitives import (
     channel_map,
     clamp_norm,
@@ -22,17 +22,16 @@ from .primitives import (
     softmax_backward,
     store_rows,
 )
-from .spatial import pick
 
 
 @triton.jit
-def channel_gram(
-    q, q_b, q_n, q_h, q_d, k, k_b, k_n, k_h, k_d, sums, N, chunk,
-    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, NORMS: tl.constexpr, T: tl.constexpr,
+def gram_of_chunk(
+    a, a_b, a_n, a_h, a_d, c, c_b, c_n, c_h, c_d, sums, N, chunk,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, SQUARES: tl.constexpr, T: tl.constexpr,
     BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q^T k of a chunk, and with NORMS the sums of squares: sums (B, H, chunks, D*D [+ 2 D])."""
-    SIZE: tl.constexpr = D * D + 2 * D if NORMS else D * D
+    """a^T c of a chunk's tokens, and with SQUARES the sums of squares of a and of c."""
+    SIZE: tl.constexpr = D * D + 2 * D if SQUARES else D * D
     chunks, index, h = tl.num_programs(0), tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BD)
@@ -40,25 +39,51 @@ def channel_gram(
     first = index.to(tl.int64) * chunk
     stop = tl.minimum(first + chunk, N)
     gram = tl.zeros((BD, BD), ACC)
-    q_square, k_square = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    a_square, c_square = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
     for start in range(first, stop, T):
         n = start + tl.arange(0, T)
-        q_tile = load_rows(q + b * q_b + h * q_h, q_n, q_d, n, d, n < stop, in_d)
-        k_tile = load_rows(k + b * k_b + h * k_h, k_n, k_d, n, d, n < stop, in_d)
-        gram = dot(tl.trans(q_tile), k_tile, gram, PRECISION)
-        if NORMS:
-            q_square += tl.sum(q_tile.to(ACC) * q_tile.to(ACC), 0)
-            k_square += tl.sum(k_tile.to(ACC) * k_tile.to(ACC), 0)
+        a_tile = load_rows(a + b * a_b + h * a_h, a_n, a_d, n, d, n < stop, in_d)
+        c_tile = load_rows(c + b * c_b + h * c_h, c_n, c_d, n, d, n < stop, in_d)
+        gram = dot(tl.trans(a_tile), c_tile, gram, PRECISION)
+        if SQUARES:
+            a_square += tl.sum(a_tile.to(ACC) * a_tile.to(ACC), 0)
+            c_square += tl.sum(c_tile.to(ACC) * c_tile.to(ACC), 0)
     sums += ((b * H + h) * chunks + index) * SIZE
     store_rows(sums, D, 1, d, d, in_d, in_d, gram)
-    if NORMS:
-        tl.store(sums + D * D + d, q_square, mask=in_d)
-        tl.store(sums + D * D + D + d, k_square, mask=in_d)
+    if SQUARES:
+        tl.store(sums + D * D + d, a_square, mask=in_d)
+        tl.store(sums + D * D + D + d, c_square, mask=in_d)
 
 
 @triton.jit
-def channel_mix(
-    sums, count, temperature, temperature_h, seed, gram, q_norm, k_norm, attention, cut,
+def channel_gram_fwd(
+    q, q_b, q_n, q_h, q_d, k, k_b, k_n, k_h, k_d, sums, N, chunk,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q^T k of a chunk and the sums of squares of q and k: sums (B, H, chunks, D*D + 2*D)."""
+    gram_of_chunk(
+        q, q_b, q_n, q_h, q_d, k, k_b, k_n, k_h, k_d, sums, N, chunk,
+        H, D, ACC, True, T, BD, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def channel_gram_bwd(
+    dout, g_b, g_n, g_h, g_d, v, v_b, v_n, v_h, v_d, sums, N, chunk,
+    H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dout^T v of a chunk, from which the gradient of the map comes: sums (B, H, chunks, D*D)."""
+    gram_of_chunk(
+        dout, g_b, g_n, g_h, g_d, v, v_b, v_n, v_h, v_d, sums, N, chunk,
+        H, D, ACC, False, T, BD, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def channel_mix_fwd(
+    sums, count, temperature, temperature_h, seed, gram, q_norm, k_norm, attention, threshold,
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Of one head: gram and attention (B, H, D, D), norms (B, H, D)."""
@@ -81,12 +106,12 @@ def channel_mix(
     t = tl.load(temperature + h * temperature_h).to(ACC)
     weights, _, _ = channel_map(products, q_length, k_length, t, D)
     if DROPOUT:
-        weights *= dropout_multiplier(seed, head * D + d, 0, BD, cut, 0, ACC)
+        weights *= dropout_multiplier(seed, head * D + d, 0, BD, threshold, 0, ACC)
     store_rows(attention + head * D * D, D, 1, d, d, in_d, in_d, weights)
 
 
 @triton.jit
-def channel_forward(
+def channel_output_fwd(
     v, v_b, v_n, v_h, v_d, attention, out, N,
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -107,9 +132,9 @@ def channel_forward(
 
 
 @triton.jit
-def channel_mix_backward(
+def channel_mix_bwd(
     sums, count, gram, q_norm, k_norm, temperature, temperature_h, seed,
-    attention, ddots, dq_norm, dk_norm, dtemperature, cut,
+    attention, ddots, dq_norm, dk_norm, dtemperature, threshold,
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Of one head: attention again, gradients of <q_i, k_j>, d|q|/|q|, d|k|/|k| and temperature."""
@@ -129,7 +154,7 @@ def channel_mix_backward(
     softmax, cosine, norms = channel_map(products, q_length, k_length, t, D)
     weights = softmax
     if DROPOUT:
-        multiplier = dropout_multiplier(seed, head * D + d, 0, BD, cut, 0, ACC)
+        multiplier = dropout_multiplier(seed, head * D + d, 0, BD, threshold, 0, ACC)
         weights = softmax * multiplier
         dattention *= multiplier
     store_rows(attention + head * D * D, D, 1, d, d, in_d, in_d, weights)
@@ -143,7 +168,7 @@ def channel_mix_backward(
 
 
 @triton.jit
-def channel_backward(
+def channel_output_bwd(
     dout, g_b, g_n, g_h, g_d, q, q_b, q_n, q_h, q_d, k, k_b, k_n, k_h, k_d,
     attention, ddots, dq_norm, dk_norm,
     dq, dq_b, dq_n, dq_h, dq_d, dk, dk_b, dk_n, dk_h, dk_d, dv, dv_b, dv_n, dv_h, dv_d, N,
@@ -185,23 +210,23 @@ def forward(q, k, v, temperature, seed, *, dropout_p):
     """Op `channel_attention`, see `ops`."""
     B, N, H, D = q.shape
     dtype = accumulate_dtype(q.dtype)
-    launch, common = pick("channel_gram", q)
+    launch, common = prepare_heads("channel_gram_fwd", q)
     count, size = chunks(N, launch)
     sums = q.new_empty(B, H, count, D * D + 2 * D, dtype=dtype)
-    channel_gram[(count, H, B)](
+    channel_gram_fwd[(count, H, B)](
         q, *q.stride(), k, *k.stride(), sums, N, size,
-        NORMS=True, T=launch.rows, PRECISION=precision(q), **common,
+        T=launch.rows, PRECISION=precision(q), **common,
     )  # fmt: skip
     gram, attention = (q.new_empty(B, H, D, D, dtype=dtype) for _ in range(2))
     q_norm, k_norm = (q.new_empty(B, H, D, dtype=dtype) for _ in range(2))
-    _, common = pick("channel_mix", q)
-    channel_mix[(H, B)](
+    _, common = prepare_heads("channel_mix_fwd", q)
+    channel_mix_fwd[(H, B)](
         sums, count, *per_head(temperature), seed, gram, q_norm, k_norm, attention,
-        threshold(dropout_p), DROPOUT=dropout_p > 0, **common,
+        rng.threshold(dropout_p), DROPOUT=dropout_p > 0, **common,
     )  # fmt: skip
     out = q.new_empty(B, N, H, D)
-    launch, common = pick("channel_forward", q)
-    channel_forward[(triton.cdiv(N, launch.rows), H, B)](
+    launch, common = prepare_heads("channel_output_fwd", q)
+    channel_output_fwd[(triton.cdiv(N, launch.rows), H, B)](
         v, *v.stride(), attention, out, N,
         T=launch.rows, BK=block(D, launch.columns), PRECISION=precision(q), **common,
     )  # fmt: skip
@@ -212,27 +237,27 @@ def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_
     """Op `channel_attention_bwd`, see `ops`."""
     B, N, H, D = q.shape
     dout = within_reach(dout)
-    launch, common = pick("channel_gram", q)
+    launch, common = prepare_heads("channel_gram_bwd", q)
     count, size = chunks(N, launch)
     sums = gram.new_empty(B, H, count, D, D)
-    channel_gram[(count, H, B)](
+    channel_gram_bwd[(count, H, B)](
         dout, *dout.stride(), v, *v.stride(), sums, N, size,
-        NORMS=False, T=launch.rows, PRECISION=precision(q), **common,
+        T=launch.rows, PRECISION=precision(q), **common,
     )  # fmt: skip
     attention, ddots = torch.empty_like(gram), torch.empty_like(gram)
     dq_norm, dk_norm = torch.empty_like(q_norm), torch.empty_like(k_norm)
     dtemperature = gram.new_empty(B, H)
-    _, common = pick("channel_mix_backward", q)
-    channel_mix_backward[(H, B)](
+    _, common = prepare_heads("channel_mix_bwd", q)
+    channel_mix_bwd[(H, B)](
         sums, count, gram, q_norm, k_norm, *per_head(temperature), seed,
-        attention, ddots, dq_norm, dk_norm, dtemperature, threshold(dropout_p),
+        attention, ddots, dq_norm, dk_norm, dtemperature, rng.threshold(dropout_p),
         DROPOUT=dropout_p > 0, **common,
     )  # fmt: skip
     dq, dk, dv = (empty_gradient(t, q) for t in (q, k, v))
     # TF32 keeps all that q and k of 16 bits have.
     is_half = q.dtype in (torch.bfloat16, torch.float16)
-    launch, common = pick("channel_backward", q)
-    channel_backward[(triton.cdiv(N, launch.rows), H, B)](
+    launch, common = prepare_heads("channel_output_bwd", q)
+    channel_output_bwd[(triton.cdiv(N, launch.rows), H, B)](
         dout, *dout.stride(), q, *q.stride(), k, *k.stride(), attention, ddots, dq_norm, dk_norm,
         dq, *dq.stride(), dk, *dk.stride(), dv, *dv.stride(), N,
         T=launch.rows, BK=block(D, launch.columns),

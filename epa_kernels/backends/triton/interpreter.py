@@ -11,6 +11,10 @@ several times smaller.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -94,15 +98,34 @@ def speed_up() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
+# What `enlarge_blocks` replaced: name in `launch` -> what users run with.
+_OF_USERS: dict[str, Any] = {}
+
+
 def enlarge_blocks() -> None:
     """Few large blocks, since a program costs milliseconds, but several chunks of several tiles."""
-    from . import configs
+    from . import launch
 
-    pick, rows = configs.pick, {"merge": 4096, "gather": 64, "sum_chunks": 8192}
+    if _OF_USERS:
+        return
+    rows = {"paired_merge_fwd": 4096, "paired_gather_bwd": 64, "paired_merge_bwd": 8192}
+    pick = launch.pick
 
     def enlarged(kernel, *shape):
-        launch = pick(kernel, *shape)
-        return launch._replace(rows=rows.get(kernel, launch.rows), chunks=2)
+        picked = pick(kernel, *shape)
+        return picked._replace(rows=rows.get(kernel, picked.rows), chunks=2)
 
-    configs.pick, configs.ONE_CHUNK, configs.FEW_TOKENS = enlarged, 40, 100
-    configs.SEVERAL_PROJECTED, configs.WIDE_PROJECTED = 64, 64
+    replacements = {"pick": enlarged, "ONE_CHUNK": 40, "FEW_TOKENS": 100,
+                    "SEVERAL_PROJECTED": 64, "WIDE_PROJECTED": 64}  # fmt: skip
+    for name, value in replacements.items():
+        _OF_USERS[name] = getattr(launch, name)
+        setattr(launch, name, value)
+
+
+@contextmanager
+def launch_shapes_of_users() -> Iterator[None]:
+    """Undo `enlarge_blocks` for a while."""
+    from . import launch
+
+    with mock.patch.multiple(launch, **_OF_USERS):
+        yield

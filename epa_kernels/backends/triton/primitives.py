@@ -47,8 +47,10 @@ def store_rows(pointer, row_stride, column_stride, rows, columns, row_inside, co
 
 
 @triton.jit
-def dropout_multiplier(seed, rows, first, COLUMNS: tl.constexpr, cut, MAP: tl.constexpr, dtype):
-    """`rng.dropout_multiplier`: 0 or 65536 / (65536 - cut), (rows, COLUMNS from `first` on).
+def dropout_multiplier(
+    seed, rows, first, COLUMNS: tl.constexpr, threshold, MAP: tl.constexpr, dtype
+):
+    """`rng.dropout_multiplier` of COLUMNS columns from `first`: 0 or 65536 / (65536 - threshold).
 
     rows int64; first a multiple of 8
     """
@@ -69,9 +71,9 @@ def dropout_multiplier(seed, rows, first, COLUMNS: tl.constexpr, cut, MAP: tl.co
     low = tl.join(tl.join(c0, c2), tl.join(c1, c3)) & 0xFFFF
     high = tl.join(tl.join(c0, c2), tl.join(c1, c3)) >> 16
     half = tl.reshape(tl.join(low, high), (rows.shape[0], COLUMNS)).to(tl.int32)
-    # As a tensor: a cut of 1 is a constant to the compiler, which has no dtype to change.
-    scale = tl.full((1, 1), 65536.0, dtype) / (tl.full((1, 1), 65536.0, dtype) - cut)
-    return tl.where(half >= cut, scale, 0.0).to(dtype)
+    # As a tensor: a threshold of 1 is a constant to the compiler, which has no dtype to change.
+    scale = tl.full((1, 1), 65536.0, dtype) / (tl.full((1, 1), 65536.0, dtype) - threshold)
+    return tl.where(half >= threshold, scale, 0.0).to(dtype)
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def projected_rows(
 
 @triton.jit
 def attend(
-    q, factor, dout, keys, key_p, key_d, values, value_p, value_d, seed, rows, cut, acc,
+    q, factor, dout, keys, key_p, key_d, values, value_p, value_d, seed, rows, threshold, acc,
     D: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, OUT: tl.constexpr = True,
 ):  # fmt: skip
@@ -128,7 +130,7 @@ def attend(
         logits = factor * dot(q, tl.trans(k), tl.zeros((q.shape[0], BP), ACC), PRECISION)
         weights, total = exp2_rows(logits, tl.arange(0, BP) < P)
         if DROPOUT:
-            weights *= dropout_multiplier(seed, rows, 0, BP, cut, 1, ACC)
+            weights *= dropout_multiplier(seed, rows, 0, BP, threshold, 1, ACC)
         # Divided before the cast: float16 would not hold the sum of a row.
         acc = dot((weights / total[:, None]).to(dtype), v, acc, PRECISION)
     else:
@@ -142,7 +144,7 @@ def attend(
             weights, shrink = tl.exp2(logits - highest[:, None]), tl.exp2(before - highest)
             total = total * shrink + tl.sum(weights, 1)
             if DROPOUT:
-                weights *= dropout_multiplier(seed, rows, first, BP, cut, 1, ACC)
+                weights *= dropout_multiplier(seed, rows, first, BP, threshold, 1, ACC)
             if dout is not None:
                 # Of the same numbers as the gradients of the logits, where it has to cancel:
                 # dout . out, which is the same, has other roundings.
@@ -159,7 +161,7 @@ def attend(
 @triton.jit
 def attend_backward(
     q, factor, dout, highest, total, along,
-    keys, key_p, key_d, values, value_p, value_d, seed, rows, cut, acc,
+    keys, key_p, key_d, values, value_p, value_d, seed, rows, threshold, acc,
     D: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +176,7 @@ def attend_backward(
         weights = softmax_block(logits, first + tl.arange(0, BP) < P, highest, total)
         d_weights = dot(dout, tl.trans(v), tl.zeros((q.shape[0], BP), ACC), PRECISION)
         if DROPOUT:
-            d_weights *= dropout_multiplier(seed, rows, first, BP, cut, 1, ACC)
+            d_weights *= dropout_multiplier(seed, rows, first, BP, threshold, 1, ACC)
         dlogits = weights * (d_weights - along[:, None])
         acc = gradient_dot(dlogits.to(small), k.to(small), acc, dtype, PRECISION)
     return acc

@@ -1,19 +1,18 @@
 """Spatial attention: kernels and launches.
 
-forward   [square_sums where q is normalised], spatial_forward
-backward  [spatial_query_backward where P is in several blocks], spatial_backward, spatial_merge,
-          [spatial_norm_backward where q is normalised]
+forward   [spatial_norm_fwd where q is normalised], spatial_output_fwd
+backward  [spatial_query_bwd where P is in several blocks], spatial_output_bwd, spatial_merge_bwd,
+          [spatial_norm_bwd where q is normalised]
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ... import rng
 from ...contract import accumulate_dtype
-from ...rng import threshold
 from ..gradients import empty_gradient, per_head, temperature_gradient
-from . import configs
-from .configs import block, chunks, precision, projected_block, within_reach
+from .launch import block, chunks, precision, prepare_heads, projected_block, within_reach
 from .primitives import (
     LOG2E,
     attend,
@@ -33,7 +32,7 @@ from .primitives import (
 
 
 @triton.jit
-def square_sums(
+def spatial_norm_fwd(
     q, q_b, q_n, q_h, q_d, sums, N, chunk,
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -65,9 +64,9 @@ def scaled(q, t, norm, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def spatial_forward(
+def spatial_output_fwd(
     q, q_b, q_n, q_h, q_d, k_proj, k_b, k_p, k_h, k_d, v_proj, v_b, v_p, v_h, v_d,
-    temperature, temperature_h, sums, count, seed, out, q_norm, N, cut,
+    temperature, temperature_h, sums, count, seed, out, q_norm, N, threshold,
     H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
     BD: tl.constexpr, BP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,16 +90,16 @@ def spatial_forward(
     result, _, _, _ = attend(
         tile, factor, None, k_proj + b * k_b + h * k_h, k_p, k_d,
         v_proj + b * v_b + h * v_h, v_p, v_d,
-        seed, head * N + n, cut, tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
+        seed, head * N + n, threshold, tl.zeros((T, BD), ACC), D, P, BP, DROPOUT, PRECISION,
     )  # fmt: skip
     store_rows(out + b * N * H * D + h * D, H * D, 1, n, d, in_n, in_d, result)
 
 
 @triton.jit
-def spatial_query_backward(
+def spatial_query_bwd(
     dout, g_b, g_n, g_h, g_d, q, q_b, q_n, q_h, q_d, k_proj, k_b, k_p, k_h, k_d,
     v_proj, v_b, v_p, v_h, v_d, temperature, temperature_h, q_norm, seed,
-    dq, d_b, d_n, d_h, d_d, rows, N, cut,
+    dq, d_b, d_n, d_h, d_d, rows, N, threshold,
     H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
     BD: tl.constexpr, BP: tl.constexpr, NORMALIZE: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,8 +119,8 @@ def spatial_query_backward(
     gradient = load_rows(dout + b * g_b + h * g_h, g_n, g_d, n, d, in_n, in_d)
     zero = tl.zeros((T, BD), ACC)
     _, highest, total, along = attend(
-        tile, factor, gradient, k_proj, k_p, k_d, v_proj, v_p, v_d, seed, head * N + n, cut, zero,
-        D, P, BP, DROPOUT, PRECISION, OUT=False,
+        tile, factor, gradient, k_proj, k_p, k_d, v_proj, v_p, v_d,
+        seed, head * N + n, threshold, zero, D, P, BP, DROPOUT, PRECISION, OUT=False,
     )  # fmt: skip
     rows += head * 3 * N + n
     tl.store(rows, highest, mask=in_n)
@@ -131,7 +130,7 @@ def spatial_query_backward(
     tl.store(rows, along, mask=in_n)
     result = attend_backward(
         tile, factor, gradient, highest, total, along,
-        k_proj, k_p, k_d, v_proj, v_p, v_d, seed, head * N + n, cut, zero,
+        k_proj, k_p, k_d, v_proj, v_p, v_d, seed, head * N + n, threshold, zero,
         D, P, BP, DROPOUT, PRECISION,
     )  # fmt: skip
     result *= (t / norm)[None, :]
@@ -139,17 +138,17 @@ def spatial_query_backward(
 
 
 @triton.jit
-def spatial_backward(
+def spatial_output_bwd(
     dout, g_b, g_n, g_h, g_d, q, q_b, q_n, q_h, q_d, k_proj, k_b, k_p, k_h, k_d,
     v_proj, v_b, v_p, v_h, v_d, temperature, temperature_h, q_norm, seed,
-    dq, d_b, d_n, d_h, d_d, rows, sums, temperature_sums, N, chunk, cut,
+    dq, d_b, d_n, d_h, d_d, rows, sums, temperature_sums, N, chunk, threshold,
     H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
     BD: tl.constexpr, BP: tl.constexpr, NORMALIZE: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head over one chunk: dq without the norm's part; sums (B, H, chunks, 2, P, D).
 
-    A program has one block of projected tokens; of several, `spatial_query_backward` has made dq
+    A program has one block of projected tokens; of several, `spatial_query_bwd` has made dq
     and rows. Without a norm temperature_sums (B, H, chunks, blocks) are its gradient, of factors
     that no cast has rounded: it may cancel to little.
     """
@@ -195,7 +194,7 @@ def spatial_backward(
             weights = softmax_block(logits, in_p, highest, total)
         attention = weights
         if DROPOUT:
-            multiplier = dropout_multiplier(seed, number, block * BP, BP, cut, 1, ACC)
+            multiplier = dropout_multiplier(seed, number, block * BP, BP, threshold, 1, ACC)
             attention = weights * multiplier
         dattention = dot(gradient, tl.trans(v), tl.zeros((T, BP), ACC), PRECISION)
         if DROPOUT:
@@ -223,7 +222,7 @@ def spatial_backward(
 
 
 @triton.jit
-def spatial_merge(
+def spatial_merge_bwd(
     sums, count, temperature_sums, parts, k_proj, k_b, k_p, k_h, k_d,
     temperature, temperature_h, q_norm, dk_proj, dk_b, dk_p, dk_h, dk_d,
     dv_proj, dv_b, dv_p, dv_h, dv_d, dtemperature, dnorm,
@@ -266,7 +265,7 @@ def spatial_merge(
 
 
 @triton.jit
-def spatial_norm_backward(
+def spatial_norm_bwd(
     q, q_b, q_n, q_h, q_d, dnorm, dq, d_b, d_n, d_h, d_d, N,
     H: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -282,33 +281,22 @@ def spatial_norm_backward(
     store_rows(target, d_n, d_d, n, d, in_n, in_d, value)
 
 
-def pick(kernel, q, projected=0):
-    """Launch shape of a kernel on q (B, N, H, D), and the arguments that every kernel takes."""
-    H, D = q.shape[2:]
-    launch = configs.pick(kernel, q, H * D, D, projected)
-    acc = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return launch, {
-        "H": H, "D": D, "BD": block(D), "ACC": acc,
-        "num_warps": launch.warps, "num_stages": launch.stages,
-    }  # fmt: skip
-
-
 def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     """Op `spatial_attention`, see `ops`."""
     B, N, H, D = q.shape
     P, dtype = k_proj.shape[1], accumulate_dtype(q.dtype)
     sums, count = None, 0
     if normalize:
-        launch, common = pick("square_sums", q, P)
+        launch, common = prepare_heads("spatial_norm_fwd", q, P)
         count, size = chunks(N, launch)
         sums = q.new_empty(B, H, count, D, dtype=dtype)
-        square_sums[(count, H, B)](q, *q.stride(), sums, N, size, T=launch.rows, **common)
+        spatial_norm_fwd[(count, H, B)](q, *q.stride(), sums, N, size, T=launch.rows, **common)
     out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=dtype)
-    launch, common = pick("spatial_forward", q, P)
+    launch, common = prepare_heads("spatial_output_fwd", q, P)
     T = launch.rows
-    spatial_forward[(triton.cdiv(N, T), H, B)](
+    spatial_output_fwd[(triton.cdiv(N, T), H, B)](
         q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(), *per_head(temperature),
-        sums, count, seed, out, q_norm, N, threshold(dropout_p),
+        sums, count, seed, out, q_norm, N, rng.threshold(dropout_p),
         P=P, T=T, BP=projected_block(D, P, q.element_size()), DROPOUT=dropout_p > 0,
         PRECISION=precision(q), **common,
     )  # fmt: skip
@@ -325,36 +313,37 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
         dout, *dout.stride(), q, *q.stride(), k_proj, *k_proj.stride(), v_proj, *v_proj.stride(),
         *per_head(temperature), q_norm, seed, dq, *dq.stride(),
     )  # fmt: skip
-    cut, BP = threshold(dropout_p), projected_block(D, P, q.element_size())
+    threshold, BP = rng.threshold(dropout_p), projected_block(D, P, q.element_size())
     options = {
         "P": P, "BP": BP, "NORMALIZE": normalize, "DROPOUT": dropout_p > 0,
-        "PRECISION": precision(q, "spatial_backward"),
+        "PRECISION": precision(q, "spatial_output_bwd"),
     }  # fmt: skip
     blocks, rows = triton.cdiv(P, BP), None
     if blocks > 1:
         rows = q_norm.new_empty(B, H, 3, N)
-        launch, common = pick("spatial_query_backward", q, P)
-        spatial_query_backward[(triton.cdiv(N, launch.rows), H, B)](
-            *tensors, rows, N, cut, T=launch.rows, **options, **common
+        launch, common = prepare_heads("spatial_query_bwd", q, P)
+        spatial_query_bwd[(triton.cdiv(N, launch.rows), H, B)](
+            *tensors, rows, N, threshold, T=launch.rows, **options, **common
         )
-    launch, common = pick("spatial_backward", q, P)
+    launch, common = prepare_heads("spatial_output_bwd", q, P)
     count, size = chunks(N, launch)
     sums = q_norm.new_empty(B, H, count, 2, P, D)
     temperature_sums = None if normalize else q_norm.new_empty(B, H, count, blocks)
-    spatial_backward[(count, H * blocks, B)](
-        *tensors, rows, sums, temperature_sums, N, size, cut, T=launch.rows, **options, **common
-    )
+    spatial_output_bwd[(count, H * blocks, B)](
+        *tensors, rows, sums, temperature_sums, N, size, threshold,
+        T=launch.rows, **options, **common,
+    )  # fmt: skip
     dtemperature, dnorm = q_norm.new_empty(B, H), torch.empty_like(q_norm)
-    launch, common = pick("spatial_merge", q, P)
-    spatial_merge[(H, B)](
+    launch, common = prepare_heads("spatial_merge_bwd", q, P)
+    spatial_merge_bwd[(H, B)](
         sums, count, temperature_sums, count * blocks,
         k_proj, *k_proj.stride(), *per_head(temperature), q_norm,
         dk_proj, *dk_proj.stride(), dv_proj, *dv_proj.stride(), dtemperature, dnorm,
         P=P, BP=block(P, launch.rows), BT=64, **common,
     )  # fmt: skip
     if normalize:
-        launch, common = pick("spatial_norm_backward", q, P)
-        spatial_norm_backward[(triton.cdiv(N, launch.rows), H, B)](
+        launch, common = prepare_heads("spatial_norm_bwd", q, P)
+        spatial_norm_bwd[(triton.cdiv(N, launch.rows), H, B)](
             q, *q.stride(), dnorm, dq, *dq.stride(), N, T=launch.rows, **common
         )
     return dq, dk_proj, dv_proj, temperature_gradient(dtemperature.sum(0), temperature)
