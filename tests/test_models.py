@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import golden
 import pytest
 import torch
 
+import unetrpp
 from epa_kernels import EfficientPairedAttention, dispatch
 from unetrpp.models import MODELS, PRESETS, create_model, find_preset, preset_names
 from unetrpp.models.network import nearest_legal_size
@@ -81,6 +85,90 @@ def test_every_network_has_presets_under_one_name():
     assert find_preset(None) is find_preset("brats") is None
     with pytest.raises(ValueError, match="one of synapse, .*; got 'segformer3d/brats'"):
         create_model("unetrpp", "segformer3d/brats")
+
+
+@every_model
+def test_recipe_and_widths_are_complete(name):
+    from unetrpp.train_config import SHORT, TrainConfig
+
+    network = MODELS[name]
+    assert set(network.recipe) - {"batch_size"} == set(SHORT) - {"minutes"} | {"steps"}
+    assert set(network.recipe) <= set(vars(TrainConfig()))
+    for widths in (network.cpu_widths, network.gpu_widths):
+        assert widths.preset in network.presets and f"preset {widths.preset}" in widths.reason
+        with torch.device("meta"):
+            network.from_preset(widths.preset, **widths.settings)
+
+
+TOY = """
+from torch import nn
+
+from unetrpp.models.network import Network, Widths, register
+
+
+@register
+class Toy(Network):
+    \"\"\"A network of one convolution.\"\"\"
+
+    name = "toy"
+    takes_any_size = True
+    input_weight, output_weight = ("conv.weight", 1), ("conv.weight", 0)
+    presets = {"tiny": {"in_channels": 1, "out_channels": 2, "img_size": 16, "strides": (2,) * 4}}
+    cpu_widths = gpu_widths = Widths("tiny", "toy, preset tiny: all there is")
+    published_patch = "[16,16,16] (toy)"
+    recipe = {
+        "loss": "dice", "optimizer": "adamw", "betas": [0.9, 0.999], "schedule": "cosine",
+        "warm_up": 1, "learning_rate": 1e-3, "weight_decay": 0.1, "augmentation": "none",
+        "mirror": None, "ema": 0.0, "steps": 2,
+    }
+
+    def __init__(self, in_channels: int, out_channels: int, img_size, strides):
+        super().__init__(in_channels, img_size, strides, out_channels=out_channels)
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+
+    @property
+    def attention_inputs(self):
+        return {}
+
+    def forward(self, x):
+        self.check_input(x)
+        return self.conv(x)
+"""
+
+
+def test_adding_a_network_takes_one_file(tmp_path):
+    """The package and one file more: every function and command knows the network."""
+    package = shutil.copytree(Path(unetrpp.__file__).parent, tmp_path / "unetrpp")
+    (package / "models" / "toy.py").write_text(TOY, encoding="utf-8")
+    code = """
+import torch
+import unetrpp
+from unetrpp import cli
+from unetrpp.train_config import TrainConfig, resolved
+
+model = unetrpp.create_model("toy", "tiny")
+torch.save(model.state_dict(), "published.pt")
+assert unetrpp.load_published("published.pt").config == model.config
+assert resolved(TrainConfig(data="d", output="r", model="toy", recipe="published")).steps == 2
+assert cli.main(["info", "toy/tiny"]) == 0
+try:
+    cli.main(["train", "--help"])
+except SystemExit:
+    pass
+"""
+    pytest.importorskip("jsonargparse")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "preset toy/tiny" in done.stdout
+    text = " ".join(done.stdout.split())
+    for listed in ("slim_unetrpp,toy}", "; toy: tiny.", "[16,16,16] (toy)"):
+        assert listed in text
 
 
 @every_model

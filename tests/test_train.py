@@ -24,9 +24,10 @@ from safetensors.torch import load_file  # noqa: E402
 
 from unetrpp import train as training  # noqa: E402
 from unetrpp.data import find_cases, read_dataset_info  # noqa: E402
+from unetrpp.models import MODELS  # noqa: E402
 from unetrpp.plan import propose  # noqa: E402
 from unetrpp.train import Interrupted, NonFiniteLoss, TrainConfig, run_train  # noqa: E402
-from unetrpp.train_config import PUBLISHED, resolved  # noqa: E402
+from unetrpp.train_config import resolved  # noqa: E402
 
 HIPPOCAMPUS = Path(__file__).parents[2] / "shared" / "data" / "Task04_Hippocampus"
 SMALL = {
@@ -171,7 +172,7 @@ def test_every_network_goes_through_the_same_commands(
     arguments = ["--data", data, "-o", run, "--model", model, "--recipe", recipe, *sizes, *options]
     assert cli.main(["train", *map(str, arguments)]) == 0
     assert np.isfinite([loss for _, loss, _ in losses(run) if loss is not None]).all()
-    assert used == {"dice_ce" if recipe == "short" else PUBLISHED[model]["loss"]}
+    assert used == {"dice_ce" if recipe == "short" else MODELS[model].recipe["loss"]}
     assert json.loads((run / "best/config.json").read_text())["model"]["name"] == model
     scans = str(data / "imagesTr")
     assert cli.main(["predict", scans, "-o", str(out), "--checkpoint", str(run / "best")]) == 0
@@ -449,7 +450,7 @@ def test_learning_rates_of_the_schedules():
 
 def test_published_recipes_are_the_described_ones():
     data = {"data": Path("d"), "output": Path("r"), "recipe": "published"}
-    of = {name: resolved(TrainConfig(model=name, **data)) for name in PUBLISHED}
+    of = {name: resolved(TrainConfig(model=name, **data)) for name in MODELS}
     described = {
         name: (c.optimizer, c.schedule, c.loss, c.learning_rate, c.weight_decay, c.batch_size)
         for name, c in of.items()
@@ -487,7 +488,7 @@ def test_an_option_without_effect_is_refused(options, message):
 
 
 @pytest.mark.parametrize("recipe", ["short", "published"])
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_stored_configuration_can_be_given_again(model, recipe):
     for options in ({}, {"optimizer": "sgd", "schedule": "poly", "augmentation": "none"}):
         config = resolved(TrainConfig(data="d", output="r", model=model, recipe=recipe, **options))
@@ -562,7 +563,7 @@ def test_published_recipe_decays_as_the_published_optimizer(name):
     config = resolved(TrainConfig(data="d", output="r", model=name, recipe="published"))
     model = create_model(name, "tiny")
     decayed, *kept = training._optimizer(model, config).param_groups
-    assert decayed["weight_decay"] == PUBLISHED[name]["weight_decay"]
+    assert decayed["weight_decay"] == MODELS[name].recipe["weight_decay"]
     if name == "segformer3d":
         assert not kept and len(decayed["params"]) == len(list(model.parameters()))
         return

@@ -22,9 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .models import (
+from unetrpp.models import (
     MODELS,
-    RECONSTRUCTION,
     Network,
     create_model,
     find_preset,
@@ -200,18 +199,9 @@ def load_published(
             )
     model = _from_preset(preset, tensors, **overrides)
     _load_state(model, tensors, "load_published", path)
-    if model.is_reconstruction:
-        warnings.warn(
-            f"load_published: {path} is read as {type(model).__name__}, {RECONSTRUCTION}.",
-            stacklevel=2,
-        )
-    if model.name == "segformer3d" and "attention_scale" not in overrides:
-        warnings.warn(
-            f"load_published: {path} does not tell which attention scale it was trained with; "
-            f'assumed is attention_scale="num_heads", of the code that the published weights came '
-            f'with in 2024. Pass that, or "head_dim" for weights of the code since end of 2025.',
-            stacklevel=2,
-        )
+    warning = model.load_warning(overrides)
+    if warning is not None:
+        warnings.warn(f"load_published: {path} {warning}", stacklevel=2)
     return model.to(map_location).eval()
 
 

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from unetrpp import _is_of_an_extra, _remedy
 
@@ -23,10 +24,25 @@ _EPILOG = "Options of a command: unetrpp COMMAND --help"
 
 
 def _train(parser) -> Callable[[dict], int]:
+    from unetrpp.models import MODELS, model_label
     from unetrpp.train import TrainConfig, run_train
 
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"output"})
+    parser.add_argument(
+        "--model",
+        type=Literal[tuple(MODELS)],  # type: ignore[valid-type]
+        default=TrainConfig.model,
+        help=f"Network: {', '.join(map(model_label, MODELS))}.",
+    )
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"output", "model"})
+    # What the networks say of these options follows what TrainConfig says.
+    more = {
+        "preset": "; ".join(f"{name}: {', '.join(n.presets)}" for name, n in MODELS.items()),
+        "patch_size": f"Published: {', '.join(n.published_patch for n in MODELS.values())}",
+    }
+    for action in parser._actions:
+        if action.dest in more:
+            action.help = f"{action.help} {more[action.dest]}."
 
     def run(options: dict) -> int:
         result = run_train(TrainConfig(**options))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from monai.data import MetaTensor
 from tqdm import tqdm
 
 from unetrpp.data import Case, InOrder, Preprocessing, inference_transforms
+from unetrpp.train_config import Augmentation
 
 __all__ = ["TrainingPatches", "train_transforms"]
 
-AUGMENTATIONS = ("full", "light", "slim_unetr", "segformer3d", "none")
+AUGMENTATIONS = get_args(Augmentation)
 
 
 class _ForegroundVoxels:
