@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 
 from unetrpp import checkpoint
-from unetrpp.checkpoint import load_checkpoint, load_published, save_checkpoint
+from unetrpp.checkpoint import load_checkpoint, save_checkpoint
 from unetrpp.models import UNETRPP, create_model
+from unetrpp.published import load_published
 
 EXTRA = {
     "preprocessing": {"modality": "CT", "clip": [-160.5, 240], "spacing": None},
@@ -180,7 +181,7 @@ def test_edited_config_counts(folder):
 
 
 def test_what_a_killed_process_left_is_overwritten(model, folder):
-    for place in (folder / ".model.safetensors.partial", folder.parent / ".new.partial"):
+    for place in (folder / ".partial.model.safetensors", folder.parent / ".new.partial"):
         place.mkdir() if place.name.startswith(".new") else place.write_bytes(b"half")
     save_checkpoint(folder, model)
     save_checkpoint(folder.parent / "new", model)

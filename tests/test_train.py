@@ -23,7 +23,7 @@ pytest.importorskip("lightning_fabric", reason="needs the extra 'train'")
 from safetensors.torch import load_file  # noqa: E402
 
 from unetrpp import train as training  # noqa: E402
-from unetrpp.data import find_cases, read_dataset_info  # noqa: E402
+from unetrpp.dataset import find_cases, read_dataset_info  # noqa: E402
 from unetrpp.models import MODELS  # noqa: E402
 from unetrpp.plan import propose  # noqa: E402
 from unetrpp.train import Interrupted, NonFiniteLoss, TrainConfig, run_train  # noqa: E402

@@ -13,11 +13,12 @@ well: neither it nor its mirror image was trained on.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import numpy as np
+
+from unetrpp.files import write_json
 
 __all__ = ["make_demo_data", "run_demo"]
 
@@ -71,7 +72,7 @@ def run_demo(
         FileExistsError: output holds something and overwrite was not given.
         ModuleNotFoundError: nilearn is not installed.
     """
-    from unetrpp.data import find_cases, split_cases
+    from unetrpp.dataset import find_cases, split_cases
     from unetrpp.evaluate import run_evaluate
     from unetrpp.predict import run_predict
     from unetrpp.report import write_report
@@ -130,7 +131,7 @@ def run_demo(
         "seconds": round(time.perf_counter() - start, 1),
         "report": str(report),
     }
-    (output / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(output / "demo.json", result)
     for note in notes:
         print(note)
     for name, value in dice.items():
@@ -203,7 +204,7 @@ def make_demo_data(folder: Path) -> int:
         "file_ending": ".nii.gz",
         "numTraining": 2,
     }
-    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    write_json(folder / "dataset.json", description)
     return cut - back
 
 

@@ -15,14 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from unetrpp.data import (
-    SAME_SPACING,
-    Case,
-    DatasetInfo,
-    Preprocessing,
-    foreground_intensity,
-    volume_geometry,
-)
+from unetrpp.dataset import Case, DatasetInfo
 from unetrpp.models import MODELS, RECONSTRUCTION
 from unetrpp.models.network import (
     STAGES,
@@ -30,6 +23,12 @@ from unetrpp.models.network import (
     nearest_legal_size,
     size_multiples,
     size_text,
+)
+from unetrpp.preprocessing import (
+    SAME_SPACING,
+    Preprocessing,
+    foreground_intensity,
+    volume_geometry,
 )
 
 __all__ = ["Plan", "propose"]

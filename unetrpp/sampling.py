@@ -1,6 +1,6 @@
 """Training samples: random windows of preprocessed volumes, augmented.
 
-train_transforms  the deterministic steps of unetrpp.data, a random window, the augmentation
+train_transforms  the steps of unetrpp.preprocessing, a random window, the augmentation
 TrainingPatches   sample i of a run as a function of (seed, i) alone: resuming needs no state
 """
 
@@ -16,7 +16,8 @@ from monai import transforms as mt
 from monai.data import MetaTensor
 from tqdm import tqdm
 
-from unetrpp.data import Case, InOrder, Preprocessing, inference_transforms
+from unetrpp.dataset import Case
+from unetrpp.preprocessing import InOrder, Preprocessing, inference_transforms
 from unetrpp.train_config import Augmentation
 
 __all__ = ["TrainingPatches", "train_transforms"]

@@ -13,7 +13,6 @@ Repeatable by construction: samples, augmentation and dropout of step s are func
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -28,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unetrpp.files import read_json, replacing, write_json, write_text
 from unetrpp.losses import deep_supervision_loss
-from unetrpp.run_folder import Metrics, check_folder, save_state, write_text
+from unetrpp.run_folder import Metrics, check_folder
 from unetrpp.train_config import TrainConfig, is_decayed, resolved, resumed
 
 __all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train"]
@@ -159,14 +159,14 @@ class _Run:
             sys.stdout.flush()
 
     def _load_data(self) -> None:
-        from unetrpp.data import find_cases, read_dataset_info, split_cases
+        from unetrpp.dataset import find_cases, read_dataset_info, split_cases
         from unetrpp.plan import Plan, propose
         from unetrpp.sampling import TrainingPatches, train_transforms
 
         config, plan_file = self.config, self.folder / "plan.json"
         cases = find_cases(config.data)
         if config.resume:
-            stored = json.loads(plan_file.read_text())
+            stored = read_json(plan_file)
             self.plan, self.split = Plan.from_dict(stored["plan"]), stored["split"]
             by_name = {case.name: case for case in cases}
             gone = [n for names in self.split.values() for n in names if n not in by_name]
@@ -220,7 +220,7 @@ class _Run:
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         stored = {"plan": self.plan.to_dict(), "split": self.split}
-        write_text(self.folder / "plan.json", json.dumps(stored, indent=1) + "\n")
+        write_json(self.folder / "plan.json", stored)
         values = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(self.config).items()
@@ -455,9 +455,9 @@ class _Run:
 
     def _score_and_save(self, model: torch.nn.Module) -> None:
         from unetrpp.checkpoint import save_checkpoint
-        from unetrpp.data import load_case
         from unetrpp.evaluate import dice_per_class
         from unetrpp.predict import predict_volume
+        from unetrpp.preprocessing import load_case
 
         preprocessing = self.plan.preprocessing
         classes = {name: value for name, value in preprocessing.labels.items() if value}
@@ -527,4 +527,5 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
         }
-        save_state(self.folder / "resume.pt", state)
+        with replacing(self.folder / "resume.pt") as partial:
+            torch.save(state, partial)

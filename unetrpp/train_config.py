@@ -199,7 +199,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
             f"--resume {folder} goes on in that folder, so it takes no other --output, got "
             f"{config.output}; leave it out, or copy the run there and resume the copy"
         )
-    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     default = asdict(TrainConfig())
     given = {
         key: value

@@ -1,6 +1,5 @@
-"""Labelled volumes on disk -> tensors for the networks: finding, checking, preprocessing.
+"""Volumes of a case -> tensors for the networks: reading, checking, preprocessing.
 
-  find_cases        dataset.json (Decathlon or nnU-Net) -> Case objects, one per volume
   Preprocessing     what inference must repeat exactly; stored in a checkpoint's config.json
   inference_transforms, load_case    read, check, turn, resample, normalise; nothing random
 
@@ -11,9 +10,6 @@ the depth-first order of SimpleITK arrays, in which the published variants were 
 
 from __future__ import annotations
 
-import glob
-import json
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,51 +21,25 @@ import torch
 from monai import transforms as mt
 from monai.data import MetaTensor
 
+from unetrpp.dataset import Case
+
 __all__ = [
-    "Case",
-    "DatasetInfo",
     "InOrder",
     "Preprocessing",
     "UnreadableImage",
-    "find_cases",
     "foreground_intensity",
     "inference_transforms",
     "load_case",
-    "read_dataset_info",
-    "split_cases",
     "volume_geometry",
 ]
 
 ORIENTATION = "SPL"
 # A voxel size that differs by less, relatively, is the same: nothing is interpolated.
 SAME_SPACING = 0.01
-_DATASET_JSON_HINT = (
-    'the smallest dataset.json is {"channel_names": {"0": "MRI"}, "labels": {"background": 0, '
-    '"lesion": 1}, "file_ending": ".nii.gz"}, beside imagesTr/NAME_0000.nii.gz and '
-    "labelsTr/NAME.nii.gz"
-)
 
 
 class UnreadableImage(RuntimeError):
     """A file that exists but is no complete NIfTI volume; the message names the file."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One volume: its name, one file per channel (or a single 4-D file), and its label map."""
-
-    name: str
-    images: tuple[Path, ...]
-    label: Path | None = None
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What dataset.json says: channel names, label values by name, and the files' ending."""
-
-    channels: list[str]
-    labels: dict[str, int]
-    file_ending: str
 
 
 @dataclass
@@ -109,125 +79,6 @@ class Preprocessing:
                 f"{sorted(set(values) - names)}; the checkpoint is of another version"
             )
         return cls(**values)
-
-
-def read_dataset_info(data_dir: str | Path) -> DatasetInfo:
-    """Read DATA/dataset.json in Decathlon or nnU-Net spelling.
-
-    Raises:
-        FileNotFoundError: no dataset.json. ValueError: it lacks channels or labels, or label values
-        are not 0, 1, 2, ... without gaps.
-    """
-    path = Path(data_dir) / "dataset.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {_DATASET_JSON_HINT}")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    channels = content.get("channel_names") or content.get("modality")
-    labels = content.get("labels")
-    if not channels or not labels:
-        raise ValueError(f"{path} names no channels or no labels; {_DATASET_JSON_HINT}")
-    channels = [channels[key] for key in sorted(channels, key=int)]
-    try:
-        # Decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}.
-        if all(str(key).isdigit() for key in labels):
-            labels = {name: int(value) for value, name in labels.items()}
-        labels = {name: int(value) for name, value in labels.items()}
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{path}: every label must map to one integer (regions made of several labels are not "
-            f"supported), got {labels}"
-        ) from None
-    labels = dict(sorted(labels.items(), key=lambda item: item[1]))
-    if list(labels.values()) != list(range(len(labels))) or len(labels) < 2:
-        raise ValueError(
-            f"{path}: label values must be 0 (background), 1, 2, ... without gaps, got {labels}"
-        )
-    return DatasetInfo(channels, labels, content.get("file_ending", ".nii.gz"))
-
-
-def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
-    """List the cases of DATA, sorted by name.
-
-    Files named in dataset.json ("training": [{"image", "label"}], "test": [...]) are taken as they
-    are listed (nnU-Net v1: NAME.nii.gz for NAME_0000.nii.gz, ...); else imagesTr/NAME_0000.nii.gz,
-    _0001, ... with labelsTr/NAME.nii.gz (nnU-Net), or imagesTr/NAME.nii.gz (Decathlon) are found by
-    name. Test cases lie in imagesTs, without labels.
-
-    Raises:
-        FileNotFoundError: a file is missing, or no case was found. ValueError: unknown split, two
-        cases of one name, or the number of channel files differs from dataset.json.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"find_cases: split must be 'train' or 'test', got {split!r}")
-    data_dir = Path(data_dir)
-    info = read_dataset_info(data_dir)
-    listed = json.loads((data_dir / "dataset.json").read_text()).get(
-        "training" if split == "train" else "test"
-    )
-    cases = []
-    if listed:
-        for item in listed:
-            item = {"image": item} if isinstance(item, str) else item
-            images = item["image"] if isinstance(item["image"], list) else [item["image"]]
-            name = Path(images[0]).name.removesuffix(info.file_ending)
-            label = data_dir / item["label"] if "label" in item else None
-            paths = [data_dir / image for image in images]
-            if len(paths) == 1 and not paths[0].exists():
-                # nnU-Net v1 lists NAME.nii.gz for the files NAME_0000.nii.gz, NAME_0001.nii.gz, ...
-                pattern = f"{glob.escape(name)}_[0-9][0-9][0-9][0-9]{info.file_ending}"
-                paths = sorted(paths[0].parent.glob(pattern)) or paths
-            cases.append(Case(name, tuple(paths), label))
-    else:
-        folder = data_dir / ("imagesTr" if split == "train" else "imagesTs")
-        by_name: dict[str, list[Path]] = {}
-        for path in sorted(folder.glob(f"*{info.file_ending}")):
-            if path.name.startswith("."):
-                continue
-            stem = path.name.removesuffix(info.file_ending)
-            by_name.setdefault(re.sub(r"_\d{4}$", "", stem), []).append(path)
-        for name, images in by_name.items():
-            label = data_dir / "labelsTr" / f"{name}{info.file_ending}"
-            cases.append(Case(name, tuple(images), label if split == "train" else None))
-    missing = [str(p) for case in cases for p in (*case.images, case.label) if p and not p.exists()]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} file(s) missing, the first: {missing[0]}")
-    named: dict[str, Case] = {}
-    for case in cases:
-        other = named.setdefault(case.name, case)
-        if other is not case:
-            raise ValueError(
-                f"two {split} cases are named {case.name}: {other.images[0]} and {case.images[0]}; "
-                "names must differ, rename one of them"
-            )
-    if not cases:
-        raise FileNotFoundError(f"no {split} case found in {data_dir}; {_DATASET_JSON_HINT}")
-    for case in cases:
-        if len(case.images) not in (1, len(info.channels)):
-            raise ValueError(
-                f"case {case.name} has {len(case.images)} image files, but dataset.json names "
-                f"{len(info.channels)} channels {info.channels}"
-            )
-    return sorted(cases, key=lambda case: case.name)
-
-
-def split_cases(cases: Sequence[Case], fold: int = 0, folds: int = 5, seed: int = 12345):
-    """Split into (training, validation), the same for the same names, fold and seed.
-
-    Raises:
-        ValueError: fold outside 0..folds-1, or fewer than two cases.
-    """
-    if folds < 2 or not 0 <= fold < folds:
-        raise ValueError(f"fold must lie in 0..{folds - 1} and folds be at least 2, got {fold}")
-    if len(cases) < 2:
-        raise ValueError(f"a held-out split needs at least two labelled cases, got {len(cases)}")
-    order = np.random.default_rng(seed).permutation(len(cases))
-    # Fewer cases than folds would leave some folds empty.
-    held_out = set(order[fold % min(folds, len(cases)) :: min(folds, len(cases))].tolist())
-    training = [case for i, case in enumerate(cases) if i not in held_out]
-    return training, [case for i, case in enumerate(cases) if i in held_out]
 
 
 def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
