@@ -23,6 +23,7 @@ pytest.importorskip("lightning_fabric", reason="needs the extra 'train'")
 from safetensors.torch import load_file  # noqa: E402
 
 from unetrpp import train as training  # noqa: E402
+from unetrpp import train_model  # noqa: E402
 from unetrpp.dataset import find_cases, read_dataset_info  # noqa: E402
 from unetrpp.models import MODELS  # noqa: E402
 from unetrpp.plan import propose  # noqa: E402
@@ -113,6 +114,16 @@ def losses(run: Path) -> list[tuple]:
     return [(r["step"], r.get("loss"), r.get("val_dice")) for r in records]
 
 
+def interrupt_at(number: int):
+    """Return a `before_step` that interrupts the step after `number` others."""
+
+    def before_step(step: int) -> None:
+        if step == number:
+            signal.raise_signal(signal.SIGINT)
+
+    return before_step
+
+
 def wait_for_steps(run: Path, process: subprocess.Popen, steps: int) -> None:
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
@@ -159,13 +170,13 @@ def test_every_network_goes_through_the_same_commands(
 ):
     from unetrpp import cli
 
-    loss, used = training.deep_supervision_loss, set()
+    loss, used = train_model.deep_supervision_loss, set()
 
     def recorded(logits, label, name):
         used.add(name)
         return loss(logits, label, name)
 
-    monkeypatch.setattr(training, "deep_supervision_loss", recorded)
+    monkeypatch.setattr(train_model, "deep_supervision_loss", recorded)
     run, out = tmp_path / "run", tmp_path / "out"
     options = [option for option in small_options() if not option.startswith("--model_args")]
     sizes = ["--steps", 2, "--batch_size", 2]
@@ -195,20 +206,11 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp
 
 
 @pytest.mark.parametrize("model", ["segformer3d", "slim_unetr", "slim_unetrpp"])
-def test_resumed_run_of_any_network_ends_with_the_same_bits(data, tmp_path, monkeypatch, model):
+def test_resumed_run_of_any_network_ends_with_the_same_bits(data, tmp_path, model):
     options = {**SMALL, "model": model, "model_args": {}, "data": data, "steps": 4}
     run_train(TrainConfig(output=tmp_path / "whole", **options))
-    step = training._Run._train_step
-
-    def interrupted(self, batch):
-        if self.step == 1:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, batch)
-
-    monkeypatch.setattr(training._Run, "_train_step", interrupted)
     with pytest.raises(Interrupted):
-        run_train(TrainConfig(output=tmp_path / "run", **options))
-    monkeypatch.undo()
+        run_train(TrainConfig(output=tmp_path / "run", **options), before_step=interrupt_at(1))
     assert losses(tmp_path / "run")[-1][0] == 2
     run_train(TrainConfig(resume=tmp_path / "run"))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
@@ -229,21 +231,13 @@ def test_sigterm_saves_and_exits_143(data, uninterrupted, tmp_path):
     assert_same_end(run, uninterrupted)
 
 
-def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path, monkeypatch):
+def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    step = training._Run._train_step
-
-    def interrupted(self, batch):
-        if self.step == 4:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, batch)
-
-    monkeypatch.setattr(training._Run, "_train_step", interrupted)
     with pytest.raises(Interrupted) as stop:
-        run_train(TrainConfig(data=data, output=run, steps=8, **SMALL))
+        config = TrainConfig(data=data, output=run, steps=8, **SMALL)
+        run_train(config, before_step=interrupt_at(4))
     assert stop.value.exit_code == 130
     assert losses(run)[-1][0] == 5
-    monkeypatch.undo()
     # Killed before anything was saved: the run starts again from its configuration.
     unsaved = tmp_path / "unsaved"
     shutil.copytree(run, unsaved, ignore=shutil.ignore_patterns("resume.pt"))
@@ -254,14 +248,14 @@ def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path
 
 def test_non_finite_loss_names_the_cases_and_spares_the_checkpoints(data, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    loss = training.deep_supervision_loss
+    loss = train_model.deep_supervision_loss
     calls = []
 
     def broken(*arguments):
         calls.append(1)
         return loss(*arguments) * (math.nan if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(training, "deep_supervision_loss", broken)
+    monkeypatch.setattr(train_model, "deep_supervision_loss", broken)
     with pytest.raises(NonFiniteLoss, match=r"loss nan.* at step 3, cases box_\d, box_\d"):
         run_train(TrainConfig(data=data, output=run, steps=8, validate_every=2, **SMALL))
     batch = torch.load(run / "nonfinite_step_3.pt", weights_only=True)
@@ -349,18 +343,16 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == whole
 
 
-def test_a_measured_total_outlives_a_kill(data, tmp_path, monkeypatch):
+def test_a_measured_total_outlives_a_kill(data, tmp_path):
     run = tmp_path / "run"
-    step = training._Run._train_step
 
-    def killed(self, batch):
-        if self.step == training.MEASURED_STEPS:
+    def killed(step):
+        if step == training.MEASURED_STEPS:
             raise MemoryError
-        return step(self, batch)
 
-    monkeypatch.setattr(training._Run, "_train_step", killed)
     with pytest.raises(MemoryError):
-        run_train(TrainConfig(data=data, output=run, minutes=1, validate_every=10**6, **SMALL))
+        config = TrainConfig(data=data, output=run, minutes=1, validate_every=10**6, **SMALL)
+        run_train(config, before_step=killed)
     assert torch.load(run / "resume.pt", weights_only=True)["total"] > training.MEASURED_STEPS
 
 
@@ -426,12 +418,12 @@ def test_loss_is_the_published_one_up_to_a_constant():
         entropy = torch.nn.functional.cross_entropy(output, target)
         expected = expected + weight * (entropy + 1 - dice[1:].mean())
     torch.testing.assert_close(
-        training.deep_supervision_loss(logits, label), expected, atol=1e-5, rtol=1e-5
+        train_model.deep_supervision_loss(logits, label), expected, atol=1e-5, rtol=1e-5
     )
 
 
 def test_learning_rates_of_the_schedules():
-    rate = training.learning_rate_at
+    rate = train_model.learning_rate_at
     short = [rate(s, 1000, 1.0, "cosine", 50) for s in range(1000)]
     assert short[0] == pytest.approx(1 / 50) and max(short) == pytest.approx(1.0)
     assert short[-1] < 1e-4 and short[50:] == sorted(short[50:], reverse=True)
@@ -500,7 +492,7 @@ def test_a_stored_configuration_can_be_given_again(model, recipe):
 def test_a_loss_that_is_none_is_refused():
     logits, label = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2)
     with pytest.raises(ValueError, match="loss must be one of dice_ce, .*; got 'ce'"):
-        training.deep_supervision_loss(logits, label, "ce")
+        train_model.deep_supervision_loss(logits, label, "ce")
 
 
 @pytest.mark.parametrize("loss", ["dice", "dice_focal"])
@@ -516,7 +508,7 @@ def test_sigmoid_losses_see_every_class_of_the_label_map(loss):
     if loss == "dice_focal":
         entropy = torch.nn.functional.binary_cross_entropy(soft, hot, reduction="none")
         expected = expected + ((soft - hot).abs() ** 2 * entropy).mean()
-    found = training.deep_supervision_loss(logits, label, loss)
+    found = train_model.deep_supervision_loss(logits, label, loss)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     found.backward()
     assert logits.grad.flatten(2).abs().sum((0, 2)).all(), "a class, the background too, is idle"
@@ -541,7 +533,7 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
         "betas": [0.9, 0.95],
     }
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, kept = training._optimizer(model, TrainConfig(**options)).param_groups
+    decayed, kept = train_model.make_optimizer(model, TrainConfig(**options)).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0)
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     temperatures = {i for i, name in names.items() if "temperature" in name}
@@ -550,7 +542,7 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
     assert others and all(parameter.ndim <= 1 for parameter in others)
     for name in ("adamw", "sgd"):
         published = TrainConfig(recipe="published", **{**options, "optimizer": name})
-        (group,) = training._optimizer(model, published).param_groups
+        (group,) = train_model.make_optimizer(model, published).param_groups
         assert group["weight_decay"] == 0.5 and len(group["params"]) == len(names)
         assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)
 
@@ -562,7 +554,7 @@ def test_published_recipe_decays_as_the_published_optimizer(name):
 
     config = resolved(TrainConfig(data="d", output="r", model=name, recipe="published"))
     model = create_model(name, "tiny")
-    decayed, *kept = training._optimizer(model, config).param_groups
+    decayed, *kept = train_model.make_optimizer(model, config).param_groups
     assert decayed["weight_decay"] == MODELS[name].recipe["weight_decay"]
     if name == "segformer3d":
         assert not kept and len(decayed["params"]) == len(list(model.parameters()))

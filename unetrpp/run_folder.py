@@ -7,12 +7,14 @@ metrics.jsonl holds one JSON object per line: {"step", "loss", ...} for each ste
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unetrpp.files import write_text
+from unetrpp.files import write_json, write_text
 
-__all__ = ["Metrics", "check_folder", "read_metrics"]
+__all__ = ["Metrics", "check_folder", "read_metrics", "start_folder"]
 
 METRICS = "metrics.jsonl"
 
@@ -68,3 +70,24 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
     if not (folder / "plan.json").is_file():
         raise FileExistsError(f"{folder} is not an earlier run, so --overwrite leaves it alone")
+
+
+def start_folder(
+    folder: Path, config: Mapping[str, Any], plan: Mapping[str, Any], split: Mapping[str, Any]
+) -> None:
+    """Make an empty run folder, in place of an earlier run's, that holds configuration and plan.
+
+    Args:
+        folder: one that `check_folder` has let pass.
+        config: options of the run by name; a path is stored as text.
+        plan, split: plain lists and dicts.
+    """
+    import yaml
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_json(folder / "plan.json", {"plan": plan, "split": split})
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    # Last, because a folder with config.yaml can be resumed.
+    write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from unetrpp.losses import Loss
 from unetrpp.models import MODELS
 
-__all__ = ["SHORT", "TrainConfig", "is_decayed", "resolved", "resumed"]
+__all__ = ["SHORT", "ResolvedConfig", "TrainConfig", "is_decayed", "resolved", "resumed"]
 
 Augmentation = Literal["full", "light", "slim_unetr", "segformer3d", "none"]
 
@@ -99,6 +99,21 @@ class TrainConfig:
     report: bool = True
 
 
+class ResolvedConfig(TrainConfig):
+    """A `TrainConfig` in which the recipe and the machine have decided what the user did not."""
+
+    data: Path
+    output: Path
+    loss: Loss
+    optimizer: Literal["adamw", "sgd"]
+    schedule: Literal["cosine", "restarts", "poly"]
+    learning_rate: float
+    weight_decay: float
+    augmentation: Augmentation
+    ema: float
+    precision: Literal["32-true", "bf16-mixed"]
+
+
 # What the short recipe decides where the user did not; the published one is the network's `recipe`.
 SHORT = {
     "loss": "dice_ce",
@@ -123,7 +138,7 @@ IDLE = (
 RESUMABLE = ("data", "accelerator", "workers", "cache", "save_minutes", "report")
 
 
-def resolved(config: TrainConfig) -> TrainConfig:
+def resolved(config: TrainConfig) -> ResolvedConfig:
     """Fill in what the recipe and the machine decide where the user did not.
 
     Raises:
@@ -155,7 +170,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     _check_precision(config, "use --precision 32-true")
     # Absolute, because a run may be resumed from another folder.
     chosen["data"] = Path(config.data).absolute()
-    return replace(config, **chosen)
+    chosen["output"] = Path(config.output)
+    return ResolvedConfig(**{**vars(config), **chosen})
 
 
 def is_decayed(config: TrainConfig, name: str, parameter: torch.nn.Parameter) -> bool:
@@ -182,8 +198,8 @@ def _check_precision(config: TrainConfig, remedy: str) -> None:
         )
 
 
-def resumed(config: TrainConfig) -> TrainConfig:
-    """The run folder's own configuration, with what may change taken from the caller.
+def resumed(config: TrainConfig) -> ResolvedConfig:
+    """The configuration of the run folder `config.resume`, with what may change from the caller.
 
     Raises:
         FileNotFoundError: no run there. ValueError: another setting than may change, another
@@ -191,7 +207,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
     """
     import yaml
 
-    folder = Path(config.resume)
+    folder = Path(config.resume or "")
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume: {folder}/config.yaml is missing")
     if config.output is not None and Path(config.output).resolve() != folder.resolve():
@@ -215,6 +231,6 @@ def resumed(config: TrainConfig) -> TrainConfig:
     given = {key: value for key, value in given.items() if key in RESUMABLE}
     values = {**stored, **given, "output": folder, "resume": folder}
     values["data"] = Path(values["data"]).absolute()
-    config = TrainConfig(**values)
-    _check_precision(config, f"the run in {folder} was started with it, so resume it on a GPU")
-    return config
+    run = ResolvedConfig(**values)
+    _check_precision(run, f"the run in {folder} was started with it, so resume it on a GPU")
+    return run
