@@ -27,6 +27,7 @@ __all__ = [
     "find_cases",
     "is_nifti",
     "nifti_files",
+    "open_nifti",
     "read_dataset_info",
     "split_cases",
 ]
@@ -70,6 +71,13 @@ def nifti_files(folder: Path) -> list[Path]:
 def case_name(file: Path) -> str:
     """Return the name of a NIfTI file without its ending."""
     return file.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def open_nifti(file: str | Path) -> Any:
+    """Return the nibabel image of a file: its header now, its voxels where they are used."""
+    import nibabel
+
+    return nibabel.load(file)
 
 
 def read_dataset_info(data_dir: str | Path) -> DatasetInfo:

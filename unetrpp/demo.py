@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
 TRAINED_SHARE = 0.75
 # Small enough for a CPU. Windows lie anywhere (foreground 0), so that air is learned, too; the
 # cosine ends at a rate of zero, so there is nothing for averaged weights to smooth.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "preset": "tiny",
     "patch_size": [48, 48, 48],
     "strides": [[2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
@@ -209,12 +210,11 @@ def make_demo_data(folder: Path) -> int:
 
 
 def _front_dice(output: Path, front: int) -> dict[str, float]:
-    import nibabel as nib
-
+    from unetrpp.dataset import open_nifti
     from unetrpp.evaluate import dice_per_class
 
     prediction, reference = (
-        np.asarray(nib.load(output / folder / "right.nii.gz").dataobj)[:, front:]
+        np.asarray(open_nifti(output / folder / "right.nii.gz").dataobj)[:, front:]
         for folder in ("prediction", "data/labelsTs")
     )
     names = [name for name in LABELS if LABELS[name]]

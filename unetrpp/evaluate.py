@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrpp.dataset import case_name, class_names, nifti_files
+from unetrpp.dataset import case_name, class_names, nifti_files, open_nifti
 from unetrpp.files import write_json, write_text
 
 __all__ = [
@@ -190,7 +190,8 @@ def run_evaluate(
     unmatched: list[str] = []
     if predictions.is_file() and labels.is_file():
         # Two files named by the user are a pair whatever their names.
-        pairs = {next(iter(predicted)): (*predicted.values(), *references.values())}
+        ((name, prediction), (reference,)) = *predicted.items(), references.values()
+        pairs = {name: (prediction, reference)}
     else:
         pairs = {c: (predicted[c], references[c]) for c in references if c in predicted}
         unmatched = sorted(set(predicted) - set(references))
@@ -413,9 +414,7 @@ def _check_shapes(function: str, prediction: np.ndarray, label: np.ndarray) -> N
 
 
 def _check_grid(prediction_file: Path, reference_file: Path) -> None:
-    import nibabel as nib
-
-    prediction, reference = nib.load(prediction_file), nib.load(reference_file)
+    prediction, reference = open_nifti(prediction_file), open_nifti(reference_file)
     last = np.array(reference.shape[:3]) - 1
     corners = np.array([(*(last * corner), 1) for corner in np.ndindex(2, 2, 2)], float).T
     apart = (prediction.affine - reference.affine) @ corners
@@ -432,10 +431,8 @@ def _check_grid(prediction_file: Path, reference_file: Path) -> None:
 
 def _read_labels(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     """The label map of a file (X, Y, Z) as integers, and the size of a voxel in mm."""
-    import nibabel as nib
-
     try:
-        image = nib.load(file)
+        image = open_nifti(file)
         values = np.asanyarray(image.dataobj)
     except Exception as error:  # nibabel, gzip and zlib each have their own for a broken file
         raise _Unusable(file, f"cannot be read: {error}") from error

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 
-from unetrpp.dataset import Case, case_name, is_nifti, nifti_files
+from unetrpp.dataset import Case, case_name, is_nifti, nifti_files, open_nifti
 from unetrpp.files import replacing, write_json
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def predict_volume(
     was_training = model.training
     model.eval()
     try:
-        return sliding_window_inference(
+        found = sliding_window_inference(
             image,
             roi_size=tuple(patch_size),
             sw_batch_size=batch_size,
@@ -108,6 +108,7 @@ def predict_volume(
             sw_device=device,
             device=torch.device(stitch_device) if stitch_device is not None else device,
         )
+        return cast(torch.Tensor, found)
     finally:
         model.train(was_training)
 
@@ -406,7 +407,7 @@ def _predict_case(
     from unetrpp.preprocessing import inference_transforms
 
     # MONAI undoes a transform only through the very object that applied it.
-    transforms, item = inference_transforms(preprocessing), case
+    transforms, item = inference_transforms(preprocessing), cast(Any, case)
     for step in transforms.transforms:
         item = step(item)
     image = item["image"]  # (C, S, P, L)
@@ -425,15 +426,14 @@ def _predict_case(
         )
 
     # One class at a time: on the file's grid all classes together may not fit into memory.
-    best = labels = None
     for value, probability in enumerate(probabilities):
         turned = _like(probability[None], image)
         restored = transforms.inverse({"image": turned})["image"].as_tensor()[0]  # (X, Y, Z)
-        if best is None:
+        if value == 0:
             best, labels = restored, torch.zeros(restored.shape, dtype=torch.int32)
-        else:
-            labels[restored > best] = value
-            best = torch.maximum(best, restored)
+            continue
+        labels[restored > best] = value
+        best = torch.maximum(best, restored)
     return labels.numpy().astype(np.min_scalar_type(len(probabilities) - 1))
 
 
@@ -463,7 +463,7 @@ def _write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
     """Write labels (X, Y, Z) with the geometry of source, whole or not at all."""
     import nibabel as nib
 
-    original = nib.load(source)
+    original = open_nifti(source)
     if labels.shape != original.shape[:3]:
         raise RuntimeError(f"label map {labels.shape} does not fit the input {original.shape[:3]}")
     kind = nib.Nifti2Image if isinstance(original, nib.Nifti2Image) else nib.Nifti1Image

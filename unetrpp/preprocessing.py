@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from monai import transforms as mt
 from monai.data import MetaTensor
 
-from unetrpp.dataset import Case
+from unetrpp.dataset import Case, open_nifti
 
 __all__ = [
     "InOrder",
@@ -89,7 +90,7 @@ def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
     """
     path = case.images[0]
     try:
-        image = nibabel.load(path)
+        image = open_nifti(path)
         spacing = [float(size) for size in nibabel.affines.voxel_sizes(image.affine)]
         turn = nibabel.orientations.ornt_transform(
             nibabel.orientations.io_orientation(image.affine),
@@ -153,30 +154,28 @@ class _ReadCase:
             )
         item = {"image": image, "name": case.name}
         if case.label is not None:
-            item["label"] = self._read_label(case, image)
+            item["label"] = self._read_label(case.label, case.images[0], image)
         return item
 
-    def _read_label(self, case: Case, image: MetaTensor) -> MetaTensor:
-        label = self._read(case.label)
+    def _read_label(self, file: Path, image_file: Path, image: MetaTensor) -> MetaTensor:
+        label = self._read(file)
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
             raise ValueError(
-                f"{case.label} has shape {tuple(label.shape[1:])} and {label.shape[0]} channel(s), "
-                f"but its image {case.images[0]} has {tuple(image.shape[1:])}; they must share one "
+                f"{file} has shape {tuple(label.shape[1:])} and {label.shape[0]} channel(s), "
+                f"but its image {image_file} has {tuple(image.shape[1:])}; they must share one "
                 "voxel grid"
             )
         known = set(self.preprocessing.labels.values())
         unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - known)
         if unknown:
             raise ValueError(
-                f"{case.label} holds label value(s) {unknown[:5]} that dataset.json does not name; "
+                f"{file} holds label value(s) {unknown[:5]} that dataset.json does not name; "
                 f"known: {self.preprocessing.labels}"
             )
         affine = image.affine
         if not torch.allclose(label.affine, affine, rtol=1e-3, atol=1e-2):
             # Sloppy headers are common; the voxel grid is what annotators drew on.
-            warnings.warn(
-                f"{case.label}: affine differs from its image's, which is used", stacklevel=2
-            )
+            warnings.warn(f"{file}: affine differs from its image's, which is used", stacklevel=2)
         return MetaTensor(label.as_tensor(), affine=affine)
 
 
@@ -193,6 +192,7 @@ class _Normalize:
         ):
             values = channel.as_tensor() if isinstance(channel, MetaTensor) else channel
             if kind == "ct":
+                assert statistics is not None  # `intensity` has them for "ct"
                 values.clamp_(statistics["lower"], statistics["upper"])
                 values.sub_(statistics["mean"]).div_(max(statistics["std"], 1e-8))
                 continue
@@ -211,13 +211,13 @@ class _Resample(mt.Spacingd):
         super().__init__(keys, pixdim, **options)
         self.target = list(pixdim)
 
-    def __call__(self, data: dict, lazy: bool | None = None) -> dict:
+    def __call__(self, data: Any, lazy: bool | None = None) -> Any:
         # Image and label share one affine, so they are resampled both or neither.
         if np.allclose(data["image"].pixdim, self.target, rtol=SAME_SPACING, atol=0):
             return data
         return super().__call__(data, lazy)
 
-    def inverse(self, data: dict) -> dict:
+    def inverse(self, data: Any) -> Any:
         done = data["image"].applied_operations
         if not done or done[-1]["class"] != "SpatialResample":
             return data

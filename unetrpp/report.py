@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,7 @@ def score_validation(run: Path) -> Path | None:
     # As dataset.json lists them: no file's name need say which case or channel it belongs to.
     cases = [case for case in find_cases(data) if case.name in held_out]
     predicted = predict_cases(cases, folder, run / "best", overwrite=True)
-    labels = {case.name: case.label for case in cases}
+    labels = {case.name: case.label for case in cases if case.label is not None}
     pairs = {name: (file, labels[name]) for name, file in predicted.outputs.items()}
     named = _read_json(run / "best" / "config.json")["preprocessing"]["labels"]
     classes = {name: value for name, value in named.items() if value}
@@ -225,15 +226,20 @@ def _curves(steps: Sequence[Mapping], validations: Sequence[Mapping]) -> str:
 
     if validations:
         figure, axes = _axes("Validation Dice")
-        number = [record["step"] for record in validations]
+        scored = [record["step"] for record in validations]
         names = list(validations[-1].get("val_dice_per_class", {}))
         for index, name in enumerate(names):
             values = [record["val_dice_per_class"].get(name) for record in validations]
             axes.plot(
-                number, values, color=color_of(index), linewidth=1.4, marker="o", markersize=3
+                scored,
+                values,
+                color=color_of(index),
+                linewidth=1.4,
+                marker="o",
+                markersize=3,
             )
         mean = [record["val_dice"] for record in validations]
-        axes.plot(number, mean, color=INK, linewidth=2, marker="o", markersize=4)
+        axes.plot(scored, mean, color=INK, linewidth=2, marker="o", markersize=4)
         axes.set_ylim(0, 1.02)
         legend = _legend([*((name, color_of(i)) for i, name in enumerate(names)), ("mean", "ink")])
         figures.append(_svg(figure) + legend)
@@ -262,7 +268,7 @@ def _svg(figure) -> str:
 
     stream = io.StringIO()
     # The salt makes the ids inside the SVG differ from those of the page's other figures.
-    options = {"svg.fonttype": "none", "svg.hashsalt": figure.axes[0].get_title(loc="left")}
+    options: Any = {"svg.fonttype": "none", "svg.hashsalt": figure.axes[0].get_title(loc="left")}
     with matplotlib.rc_context(options):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from unetrpp.dataset import open_nifti
+
 __all__ = ["BACKGROUND", "PALETTE", "color_of", "overlay"]
 
 # Told apart on white, on black and on a grey picture.
@@ -111,7 +113,7 @@ def _canonical(file: str) -> tuple[np.ndarray, tuple[float, ...]]:
     """Values and voxel size, axes turned to right, front, up."""
     import nibabel as nib
 
-    image = nib.as_closest_canonical(nib.load(file))
+    image = nib.as_closest_canonical(open_nifti(file))
     return np.asanyarray(image.dataobj), tuple(float(z) for z in image.header.get_zooms()[:3])
 
 

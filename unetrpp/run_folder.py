@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,11 @@ class Metrics:
         kept = [record for record in read_metrics(folder) if record["step"] <= start]
         write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(folder / METRICS, "a", encoding="utf-8")
-        try:
+        self.board: Any = None
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        except ImportError:
-            self.board = None
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")

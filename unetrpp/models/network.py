@@ -233,8 +233,9 @@ class Network(nn.Module):
         # Stages share a grid only where all strides between them are 1, and then at every size.
         new = dict(zip(self.grids, grids, strict=True))
         for module in self.modules():
-            if module is not self and hasattr(module, "resize_tokens"):
-                module.resize_tokens(new[module.grid])
+            resize: Any = getattr(module, "resize_tokens", None)
+            if module is not self and resize is not None:
+                resize(new[cast(Triple, module.grid)])
         self.img_size, self.grids = img_size, grids
         return self
 
@@ -313,18 +314,19 @@ class Network(nn.Module):
 
     @classmethod
     def _triple(cls, name: str, value: Sequence[int] | int) -> Triple:
-        values = (value,) * 3 if isinstance(value, Integral) else value
+        values: Any = (value,) * 3 if isinstance(value, Integral) else value
         if not _are_integers(values, 1) or len(values) != 3:
             raise ValueError(
                 f"{cls.__name__}: {name} must be one integer or three, each at least 1; got "
                 f"{value!r}."
             )
-        return tuple(map(int, values))
+        return cast(Triple, tuple(map(int, values)))
 
 
 def size_multiples(strides: Sequence[Sequence[int]]) -> Triple:
     """Return, per axis, what `img_size` must be a multiple of: the product of the strides."""
-    return cast(Triple, tuple(math.prod(axis) for axis in zip(*strides, strict=True)))
+    multiples: Any = tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+    return multiples
 
 
 def nearest_legal_size(size: Sequence[float], strides: Sequence[Sequence[int]]) -> Triple:
@@ -332,9 +334,9 @@ def nearest_legal_size(size: Sequence[float], strides: Sequence[Sequence[int]]) 
 
     Its numbers have the type of `size`: integers, floats or those of a symbolic shape.
     """
-    multiples = size_multiples(strides)
-    nearest = (max(1, (2 * n + m) // (2 * m)) * m for n, m in zip(size, multiples, strict=True))
-    return cast(Triple, tuple(nearest))
+    axes = zip(size, size_multiples(strides), strict=True)
+    nearest: Any = tuple(max(1, (2 * n + m) // (2 * m)) * m for n, m in axes)
+    return nearest
 
 
 def size_text(values: Sequence[float]) -> str:
@@ -344,7 +346,7 @@ def size_text(values: Sequence[float]) -> str:
 
 def _are_integers(values: Any, least: int) -> bool:
     return isinstance(values, Collection) and all(
-        isinstance(value, Integral) and value >= least for value in values
+        isinstance(value, Integral) and int(value) >= least for value in values
     )
 
 
@@ -359,6 +361,6 @@ def _stage_grids(img_size: Triple, strides: Sequence[Triple], caller: str) -> li
         )
     grids = []
     for stride in strides:
-        img_size = tuple(n // s for n, s in zip(img_size, stride, strict=True))
+        img_size = cast(Triple, tuple(n // s for n, s in zip(img_size, stride, strict=True)))
         grids.append(img_size)
     return grids

@@ -21,7 +21,7 @@ Presets:
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -233,15 +233,16 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: Triple) -> None:
         super().__init__()
-        kernel = tuple(max(3, 2 * s - 1) for s in stride)
-        padding = tuple(k // 2 for k in kernel)
+        kernel = cast(Triple, tuple(max(3, 2 * s - 1) for s in stride))
+        padding = cast(Triple, tuple(k // 2 for k in kernel))
         self.patch_embeddings = nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
         self.norm = nn.LayerNorm(out_channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Triple]:
         """x (B, in_channels, *size) -> tokens (B, N, out_channels) and their grid."""
         x = self.patch_embeddings(x)
-        return self.norm(to_tokens(x)), tuple(x.shape[2:])
+        grid: Any = tuple(x.shape[2:])
+        return self.norm(to_tokens(x)), grid
 
 
 class TransformerBlock(nn.Module):
@@ -271,6 +272,8 @@ class SelfAttention(nn.Module):
 
     Shapes: x (B, N, C) -> (B, N, C); P = N / prod(reduction) keys.
     """
+
+    scale: Tensor
 
     def __init__(
         self, channels: int, num_heads: int, reduction: Triple, attention_scale: str
@@ -304,15 +307,26 @@ class MixFFN(nn.Module):
         super().__init__()
         hidden = mlp_ratio * channels
         self.fc1 = nn.Linear(channels, hidden)
-        self.dwconv = nn.Module()
-        self.dwconv.dwconv = nn.Conv3d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.dwconv.bn = nn.BatchNorm3d(hidden)
+        self.dwconv = DepthwiseConv(hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor, grid: Triple) -> Tensor:
         """x (B, N, C), N the product of grid -> (B, N, C)."""
-        hidden = self.dwconv.bn(self.dwconv.dwconv(to_volume(self.fc1(x), grid)))
+        hidden = self.dwconv(to_volume(self.fc1(x), grid))
         return self.fc2(functional.gelu(to_tokens(hidden)))
+
+
+class DepthwiseConv(nn.Module):
+    """bn(dwconv(x)), dwconv a 3x3x3 convolution of every channel by itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv3d(channels, channels, 3, padding=1, groups=channels)
+        self.bn = nn.BatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *grid) -> the same shape."""
+        return self.bn(self.dwconv(x))
 
 
 class Decoder(nn.Module):
@@ -339,6 +353,7 @@ class Decoder(nn.Module):
 
     def forward(self, stages: list[Tensor], grids: list[Triple]) -> Tensor:
         """stages[i] (B, N_i, dims[i]) on grids[i] -> logits (B, out_channels, *grids[0])."""
+        fuse: Any
         fuse, *norm_relu = self.linear_fuse
         # Published order of the channels: the coarsest stage first.
         weights = fuse.weight.flatten(1).chunk(STAGES, 1)[::-1]  # (decoder_dim, decoder_dim) each

@@ -232,6 +232,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Blocks on the tokens, then three times: upsample, add the encoder's volume, blocks."""
 
+    block1: nn.Module
+    block2: nn.Module
+    block3: nn.Module
+    block4: nn.Module
+    TSconv1: nn.Module
+    TSconv2: nn.Module
+    TSconv3: nn.Module
+
     def __init__(
         self,
         out_channels: int,
@@ -374,6 +382,8 @@ class GlobalSparseTransformer(nn.Module):
     Shapes: (B, C, *grid) -> (B, C, *grid / step).
     """
 
+    scale: Tensor
+
     def __init__(self, channels: int, num_heads: int, step: Triple) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -387,7 +397,8 @@ class GlobalSparseTransformer(nn.Module):
         x = x[:, :, ::a, ::b, ::c]
         # Head after head, each with its queries, keys and values.
         qkv = to_tokens(self.qkv(x)).unflatten(2, (self.num_heads, 3, -1))  # (B, N, H, 3, D)
-        out = spatial_attention(*qkv.unbind(3), self.scale)  # (B, N, H, D)
+        q, k, v = qkv.unbind(3)  # (B, N, H, D)
+        out = spatial_attention(q, k, v, self.scale)  # (B, N, H, D)
         return out.flatten(2).transpose(1, 2).reshape(x.shape)
 
 

@@ -183,7 +183,7 @@ class SlimUNETRPP(Network):
     @property
     def attention_inputs(self) -> dict[str, tuple[int, ...]]:
         """See `Network`: the blocks' queries as in `SlimUNETR`, then those of SCA, then EPA's."""
-        inputs = {"spatial_attention": self._heads_shape(0, 2)}
+        inputs: dict[str, tuple[int, ...]] = {"spatial_attention": self._heads_shape(0, 2)}
         if self.SCA:
             level = int(next(iter(self.SCA))) - 1
             inputs["channel_attention"] = self._heads_shape(level, level)

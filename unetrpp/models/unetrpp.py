@@ -22,6 +22,7 @@ Presets, whose `out_channels` count the background:
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -265,7 +266,8 @@ class UNETRPP(Network):
     def output_strides(self) -> tuple[Triple, Triple, Triple]:
         """Stride of each of the three outputs of deep supervision against the input."""
         stem, first = self.strides[:2]
-        return (1, 1, 1), stem, tuple(s * f for s, f in zip(stem, first, strict=True))
+        product = tuple(s * f for s, f in zip(stem, first, strict=True))
+        return (1, 1, 1), stem, cast(Triple, product)
 
     @property
     def attention_inputs(self) -> dict[str, tuple[int, ...]]:
