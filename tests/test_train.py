@@ -193,6 +193,8 @@ def test_every_network_goes_through_the_same_commands(
     assert ("RECONSTRUCTION" in capsys.readouterr().out) == (model == "slim_unetrpp")
 
 
+# Daily, the same of a run that SIGTERM ends and of one that an interrupt ends before any saving.
+@pytest.mark.exhaustive
 def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 8, "--save_minutes", 0, *small_options()]
@@ -382,13 +384,14 @@ def test_minutes_become_steps(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "VALIDATIONS", 2)
     run = tmp_path / "run"
     start = time.monotonic()
-    result = run_train(TrainConfig(data=data, output=run, minutes=0.15, **SMALL))
+    result = run_train(TrainConfig(data=data, output=run, minutes=0.05, **SMALL))
     assert result["steps"] > training.MEASURED_STEPS
     assert torch.load(run / "resume.pt", weights_only=True)["total"] == result["steps"]
     # Generous, because the machine may be busy with other work after the step was timed.
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_one_model(data, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 2, "--devices", 2, *small_options()]
