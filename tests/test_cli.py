@@ -69,7 +69,7 @@ def test_help_says_that_no_recipe_decides_the_patch_size(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "but for the patch size, which no recipe decides" in text
+    assert "except for the patch size, which no recipe decides" in text
     assert "proposed from the data if not given, with any recipe. Published: [64,128,128]" in text
 
 

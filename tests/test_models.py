@@ -473,7 +473,7 @@ def test_compiles_without_graph_break(name):
     assert found_gradients.keys() == gradients.keys()
     scale = max(gradient.norm() for gradient in gradients.values())
     for key, gradient in gradients.items():
-        # A gradient that is zero but for rounding is measured against the largest.
+        # A gradient that is zero except for rounding is measured against the largest.
         error = (found_gradients[key] - gradient).norm()
         assert error < 1e-10 * max(gradient.norm(), 1e-6 * scale), key
 

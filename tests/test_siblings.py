@@ -117,7 +117,7 @@ def run(call, layer, case, dtype, *, gradients):
 
 
 # Gradients of one or two numbers, sums of thousands of terms that cancel: in float32 the
-# specification itself is up to 2e-5 off, by the processor; E k alone, 512 terms rounded to float32
+# reference itself is up to 2e-5 off, by the processor; E k alone, 512 terms rounded to float32
 # one by one, costs 7e-6 of it. In float64 they are held like all.
 CANCELLING = {("epa_c24_p64", "temperature"), ("epa_c48_p64", "temperature2")}
 
@@ -144,7 +144,7 @@ def check(found, case, arrays, limit):
         is_cancelling = (case["case"], key) in CANCELLING and gradient.dtype == torch.float32
         allowed, gradient = 5e-5 if is_cancelling else limit, gradient.double()
         if expected["l2"] < 1e-9 * largest:
-            # Zero but for rounding: a bias in front of a norm, attention to a single key.
+            # Zero except for rounding: a bias in front of a norm, attention to a single key.
             assert gradient.norm().item() <= limit * largest, key
             continue
         assert gradient.norm().item() == pytest.approx(expected["l2"], rel=allowed), key

@@ -43,12 +43,6 @@ SMALL = {
 }
 
 
-def drawn(seed, shape):
-    """Return the golden input: PCG64 normals in float32."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-
-
 def small_model(seed=0, **overrides):
     """Return a small network in evaluation mode whose attention and embeddings matter."""
     torch.manual_seed(seed)
@@ -98,7 +92,7 @@ def test_model_matches_golden(variant, backend):
     outputs, metadata = golden.load(f"model_{variant}.safetensors")
     model = UNETRPP.from_preset(variant, deep_supervision=True).eval()
     fill_with_golden_rule(model)
-    x = drawn(metadata["seed"], metadata["input_shape"])
+    x = golden.drawn(metadata["seed"], metadata["input_shape"])
     with torch.no_grad(), use_backend(backend):
         logits = model(x)
     for index, (output, stats) in enumerate(zip(logits, metadata["stats"], strict=True)):
@@ -180,7 +174,7 @@ def soft_dice_and_cross_entropy(logits, target, classes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "losses_compared"),
-    # The spec's own steps two and three follow from its first gradient, which is compared.
+    # Steps two and three of the reference follow from its first gradient, which is compared.
     [("two_pass", 3), ("reference", 1)],
 )
 def test_training_matches_golden_in_float64(backend, losses_compared):
@@ -191,7 +185,7 @@ def test_training_matches_golden_in_float64(backend, losses_compared):
     )
     fill_with_golden_rule(model)
     model.double().train()
-    x = drawn(setting["xseed"], (setting["B"], 1, 64, 128, 128)).double()
+    x = golden.drawn(setting["xseed"], (setting["B"], 1, 64, 128, 128)).double()
     generator = np.random.Generator(np.random.PCG64(setting["tseed"]))
     low = torch.from_numpy(generator.integers(0, 14, (setting["B"], 8, 16, 16), dtype=np.int64))
     full = low.repeat_interleave(8, 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -396,7 +390,7 @@ def test_resized_projection_sees_the_resampled_tokens(kind, grid):
 
 
 def scale_free_model(kind):
-    """Return a trained-like network that acts alike at every resolution, but for its attention.
+    """Return a trained-like network that acts alike at every resolution, except for its attention.
 
     Projections and embeddings are smooth. Convolutions see voxels, not positions, so they have
     their centre alone and no stride; what is left is what resize_tokens must carry.

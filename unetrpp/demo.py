@@ -184,10 +184,10 @@ def make_demo_data(folder: Path) -> int:
     (left, right), (back, front), (bottom, top) = (
         (int(places.min()), int(places.max()) + 1) for places in np.nonzero(intensity)
     )
-    cut = back + round(TRAINED_SHARE * (front - back))
+    edge = back + round(TRAINED_SHARE * (front - back))
     boxes = {
-        ("Tr", "left_back"): (slice(left, middle), slice(back, cut), slice(bottom, top)),
-        ("Tr", "left_front"): (slice(left, middle), slice(cut, front), slice(bottom, top)),
+        ("Tr", "left_back"): (slice(left, middle), slice(back, edge), slice(bottom, top)),
+        ("Tr", "left_front"): (slice(left, middle), slice(edge, front), slice(bottom, top)),
         ("Ts", "right"): (slice(middle + 1, right), slice(back, front), slice(bottom, top)),
     }
     for (group, name), box in boxes.items():
@@ -206,7 +206,7 @@ def make_demo_data(folder: Path) -> int:
         "numTraining": 2,
     }
     write_json(folder / "dataset.json", description)
-    return cut - back
+    return edge - back
 
 
 def _front_dice(output: Path, front: int) -> dict[str, float]:

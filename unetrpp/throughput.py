@@ -88,7 +88,7 @@ def multiply_adds(model) -> int:
     with torch.device("meta"):
         copy = create_model(model.config["name"], **model.config["args"]).eval()
         x = torch.empty(1, copy.in_channels, *copy.img_size)
-    # The spec's plain operators are what the counter knows the cost of.
+    # The counter knows the cost of plain operators, those of the reference backend.
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, epa_kernels.use_backend("reference"):
         copy(x)

@@ -27,14 +27,14 @@ class TrainConfig:
         overwrite: Empty the output folder first if it holds an earlier run.
         model: Network, a key of `unetrpp.models.MODELS`.
         recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days,
-            but for the patch size, which no recipe decides.
+            except for the patch size, which no recipe decides.
         steps: Number of optimizer steps.
         minutes: Instead of steps: time budget of the run; becomes steps once a step is timed.
         patch_size: Network input, voxels along superior, posterior, left; proposed from the data
             if not given, with any recipe.
         strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
         spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
-        preset: Widths.
+        preset: Widths, one of the presets of the network.
         model_args: Further arguments of the network, e.g. {"dims": [16,32,64,128]}.
         batch_size: Patches per step and process.
         loss: dice_ce, dice or dice_focal; the last two take a sigmoid per class.
