@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 
 from unetrpp import checkpoint
-from unetrpp.checkpoint import load_checkpoint, load_published, save_checkpoint
+from unetrpp.checkpoint import load_checkpoint, save_checkpoint
 from unetrpp.models import UNETRPP, create_model
+from unetrpp.published import load_published
 
 EXTRA = {
     "preprocessing": {"modality": "CT", "clip": [-160.5, 240], "spacing": None},
@@ -180,7 +181,7 @@ def test_edited_config_counts(folder):
 
 
 def test_what_a_killed_process_left_is_overwritten(model, folder):
-    for place in (folder / ".model.safetensors.partial", folder.parent / ".new.partial"):
+    for place in (folder / ".partial.model.safetensors", folder.parent / ".new.partial"):
         place.mkdir() if place.name.startswith(".new") else place.write_bytes(b"half")
     save_checkpoint(folder, model)
     save_checkpoint(folder.parent / "new", model)
@@ -282,7 +283,7 @@ def test_numeric_arrays_beside_the_weights_are_read(model, tmp_path, dtype, nump
         pytest.skip(f"numpy {np.__version__} writes these names anyway")
     more = {"curves": np.arange(6).reshape(2, 3).astype(dtype), "none": np.zeros((0, 2), dtype)}
     file = published(model.state_dict(), tmp_path / "m.model", numpy_one=numpy_one, **more)
-    assert_same(model, load_published(file))
+    assert_same(model, load_published(file, "tiny"))
 
 
 @pytest.mark.parametrize("values", [[1, None], ["a", "b"]], ids=["object", "text"])

@@ -69,7 +69,7 @@ def test_help_says_that_no_recipe_decides_the_patch_size(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "but for the patch size, which no recipe decides" in text
+    assert "except for the patch size, which no recipe decides" in text
     assert "proposed from the data if not given, with any recipe. Published: [64,128,128]" in text
 
 
@@ -147,8 +147,8 @@ def test_missing_package_is_said_with_the_extra_that_brings_it(package, monkeypa
 def test_missing_package_of_a_lazy_name_is_said(monkeypatch):
     monkeypatch.delitem(sys.modules, "unetrpp.checkpoint", raising=False)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ModuleNotFoundError, match=r"load_published needs safetensors.*\[train\]"):
-        _ = unetrpp.load_published
+    with pytest.raises(ModuleNotFoundError, match=r"load_checkpoint needs safetensors.*\[train\]"):
+        _ = unetrpp.load_checkpoint
 
 
 def test_broken_import_of_our_own_keeps_its_message(monkeypatch, capsys):

@@ -11,8 +11,10 @@ import torch
 nibabel = pytest.importorskip("nibabel", reason="needs the extra 'train'")
 pytest.importorskip("monai", reason="needs the extra 'train'")
 
-from unetrpp import data as volumes  # noqa: E402
-from unetrpp.data import Case, Preprocessing  # noqa: E402
+from unetrpp import dataset  # noqa: E402
+from unetrpp import preprocessing as volumes  # noqa: E402
+from unetrpp.dataset import Case  # noqa: E402
+from unetrpp.preprocessing import Preprocessing  # noqa: E402
 from unetrpp.sampling import AUGMENTATIONS, TrainingPatches, train_transforms  # noqa: E402
 
 LABELS = {"background": 0, "lesion": 1}
@@ -68,9 +70,9 @@ def test_decathlon_and_nnunet_folders_list_the_same_cases(tmp_path):
         else:
             content = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"}
         (root / "dataset.json").write_text(json.dumps(content))
-        info = volumes.read_dataset_info(root)
+        info = dataset.read_dataset_info(root)
         assert (info.channels, info.labels) == (["MRI"], LABELS)
-        cases = volumes.find_cases(root)
+        cases = dataset.find_cases(root)
         assert [case.name for case in cases] == ["a", "b"]
         assert all(case.label.exists() and len(case.images) == 1 for case in cases)
 
@@ -81,7 +83,7 @@ def test_nnunet_channels_are_grouped_in_order(tmp_path):
     save(tmp_path / "labelsTr/x_2021.nii.gz", np.ones((8, 8, 8), np.uint8))
     content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": LABELS, "file_ending": ".nii.gz"}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    (found,) = volumes.find_cases(tmp_path)
+    (found,) = dataset.find_cases(tmp_path)
     assert found.name == "x_2021"
     assert [path.name[-8] for path in found.images] == ["0", "1"]
     item = volumes.load_case(
@@ -104,7 +106,36 @@ def test_nnunet_channels_are_grouped_in_order(tmp_path):
 def test_bad_dataset_json_is_explained(tmp_path, content, message):
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        volumes.read_dataset_info(tmp_path)
+        dataset.read_dataset_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"background": 0, "liver": 1, "both": [1, 2]}, {"liver": 1, "both": [1, 2]}),
+        ({"0": "background", "1": "liver"}, {"liver": 1}),
+        ({"0": "background", "1": "2"}, {"2": 1}),
+        ({"0": 0, "1": 1}, {"1": 1}),
+        ({"liver": "1", "background": "0"}, {"liver": 1}),
+    ],
+)
+def test_labels_have_one_reader(tmp_path, labels, expected):
+    """Training and scoring read the same classes from one dataset.json."""
+    content = {"labels": labels, "channel_names": {"0": "MR"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert dataset.class_names(tmp_path / "dataset.json") == expected
+    if "both" not in labels:
+        found = dataset.read_dataset_info(tmp_path).labels
+        assert {name: value for name, value in found.items() if value} == expected
+
+
+def test_class_names_of_a_bad_file_are_explained(tmp_path):
+    for text in ("", "{}", "[]", '{"labels": 3}', '{"labels": {"liver": "one"}, "b": 1}'):
+        (tmp_path / "names.json").write_text(text)
+        with pytest.raises(ValueError, match="names.json must be a JSON file with 'labels'"):
+            dataset.class_names(tmp_path / "names.json")
+    with pytest.raises(ValueError, match="gave FileNotFoundError"):
+        dataset.class_names(tmp_path / "nowhere.json")
 
 
 def listed(root: Path, *images: str) -> Path:
@@ -124,17 +155,17 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
     for name in names:
         save(tmp_path / name, image_of((8, 8, 8)))
     with pytest.raises(ValueError, match=r"named t1: .*a/t1.nii.gz and .*b/t1.nii.gz; .*rename"):
-        volumes.find_cases(listed(tmp_path, *names))
+        dataset.find_cases(listed(tmp_path, *names))
 
 
 def test_nnunet_v1_lists_names_without_channel_numbers(tmp_path):
     for name in ("la_003_0000", "la_003_0001", "la_0031_0000"):
         save(tmp_path / f"imagesTr/{name}.nii.gz", image_of((8, 8, 8)))
-    (case,) = volumes.find_cases(listed(tmp_path, "./imagesTr/la_003.nii.gz"))
+    (case,) = dataset.find_cases(listed(tmp_path, "./imagesTr/la_003.nii.gz"))
     assert case.name == "la_003"
     assert [path.name for path in case.images] == ["la_003_0000.nii.gz", "la_003_0001.nii.gz"]
     with pytest.raises(FileNotFoundError, match="la_004.nii.gz"):
-        volumes.find_cases(listed(tmp_path, "imagesTr/la_004.nii.gz"))
+        dataset.find_cases(listed(tmp_path, "imagesTr/la_004.nii.gz"))
 
 
 def test_tiny_voxels_are_not_singular(tmp_path):
@@ -144,7 +175,7 @@ def test_tiny_voxels_are_not_singular(tmp_path):
 
 def test_missing_dataset_json_shows_the_smallest_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="smallest dataset.json"):
-        volumes.find_cases(tmp_path)
+        dataset.find_cases(tmp_path)
 
 
 def test_unusable_files_are_named_with_the_reason(case, tmp_path):
@@ -253,15 +284,15 @@ def test_split_is_disjoint_complete_and_repeatable():
     cases = [Case(f"c{i:02d}", (Path("x"),)) for i in range(13)]
     held_out = []
     for fold in range(5):
-        training, validation = volumes.split_cases(cases, fold)
-        assert (training, validation) == volumes.split_cases(cases, fold)
+        training, validation = dataset.split_cases(cases, fold)
+        assert (training, validation) == dataset.split_cases(cases, fold)
         assert sorted(c.name for c in training + validation) == [c.name for c in cases]
         held_out += [c.name for c in validation]
     assert sorted(held_out) == [c.name for c in cases]
-    training, validation = volumes.split_cases(cases[:2], 4)
+    training, validation = dataset.split_cases(cases[:2], 4)
     assert len(training) == len(validation) == 1
     with pytest.raises(ValueError, match="fold must lie in 0..4"):
-        volumes.split_cases(cases, 5)
+        dataset.split_cases(cases, 5)
 
 
 def patches(case, augmentation, *, mirror=True, **changes):

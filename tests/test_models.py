@@ -2,14 +2,19 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import golden
 import pytest
 import torch
 
+import unetrpp
 from epa_kernels import EfficientPairedAttention, dispatch
+from epa_kernels.testing import relative_l2
 from unetrpp.models import MODELS, PRESETS, create_model, find_preset, preset_names
 from unetrpp.models.network import nearest_legal_size
 
@@ -38,11 +43,6 @@ SMALL = {
 BOUND = [name for name in MODELS if not MODELS[name].takes_any_size]
 
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def relative_l2(value, expected):
-    value, expected = value.double(), expected.double()
-    return ((value - expected).norm() / expected.norm()).item()
 
 
 def small_model(name, **overrides):
@@ -81,6 +81,90 @@ def test_every_network_has_presets_under_one_name():
     assert find_preset(None) is find_preset("brats") is None
     with pytest.raises(ValueError, match="one of synapse, .*; got 'segformer3d/brats'"):
         create_model("unetrpp", "segformer3d/brats")
+
+
+@every_model
+def test_recipe_and_widths_are_complete(name):
+    from unetrpp.train_config import SHORT, TrainConfig
+
+    network = MODELS[name]
+    assert set(network.recipe) - {"batch_size"} == set(SHORT) - {"minutes"} | {"steps"}
+    assert set(network.recipe) <= set(vars(TrainConfig()))
+    for widths in (network.cpu_widths, network.gpu_widths):
+        assert widths.preset in network.presets and f"preset {widths.preset}" in widths.reason
+        with torch.device("meta"):
+            network.from_preset(widths.preset, **widths.settings)
+
+
+TOY = """
+from torch import nn
+
+from unetrpp.models.network import Network, Widths, register
+
+
+@register
+class Toy(Network):
+    \"\"\"A network of one convolution.\"\"\"
+
+    name = "toy"
+    takes_any_size = True
+    input_weight, output_weight = ("conv.weight", 1), ("conv.weight", 0)
+    presets = {"tiny": {"in_channels": 1, "out_channels": 2, "img_size": 16, "strides": (2,) * 4}}
+    cpu_widths = gpu_widths = Widths("tiny", "toy, preset tiny: all there is")
+    published_patch = "[16,16,16] (toy)"
+    recipe = {
+        "loss": "dice", "optimizer": "adamw", "betas": [0.9, 0.999], "schedule": "cosine",
+        "warm_up": 1, "learning_rate": 1e-3, "weight_decay": 0.1, "augmentation": "none",
+        "mirror": None, "ema": 0.0, "steps": 2,
+    }
+
+    def __init__(self, in_channels: int, out_channels: int, img_size, strides):
+        super().__init__(in_channels, img_size, strides, out_channels=out_channels)
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+
+    @property
+    def attention_inputs(self):
+        return {}
+
+    def forward(self, x):
+        self.check_input(x)
+        return self.conv(x)
+"""
+
+
+def test_adding_a_network_takes_one_file(tmp_path):
+    """The package and one file more: every function and command knows the network."""
+    package = shutil.copytree(Path(unetrpp.__file__).parent, tmp_path / "unetrpp")
+    (package / "models" / "toy.py").write_text(TOY, encoding="utf-8")
+    code = """
+import torch
+import unetrpp
+from unetrpp import cli
+from unetrpp.train_config import TrainConfig, resolved
+
+model = unetrpp.create_model("toy", "tiny")
+torch.save(model.state_dict(), "published.pt")
+assert unetrpp.load_published("published.pt").config == model.config
+assert resolved(TrainConfig(data="d", output="r", model="toy", recipe="published")).steps == 2
+assert cli.main(["info", "toy/tiny"]) == 0
+try:
+    cli.main(["train", "--help"])
+except SystemExit:
+    pass
+"""
+    pytest.importorskip("jsonargparse")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "preset toy/tiny" in done.stdout
+    text = " ".join(done.stdout.split())
+    for listed in ("slim_unetrpp,toy}", "; toy: tiny.", "[16,16,16] (toy)"):
+        assert listed in text
 
 
 @every_model
@@ -389,15 +473,16 @@ def test_compiles_without_graph_break(name):
     assert found_gradients.keys() == gradients.keys()
     scale = max(gradient.norm() for gradient in gradients.values())
     for key, gradient in gradients.items():
-        # A gradient that is zero but for rounding is measured against the largest.
+        # A gradient that is zero except for rounding is measured against the largest.
         error = (found_gradients[key] - gradient).norm()
         assert error < 1e-10 * max(gradient.norm(), 1e-6 * scale), key
 
 
-@every_model
-def test_exports_and_runs_in_onnxruntime(name, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+def exported_model(name):
+    """Return a small network as a graph of torch's own operators, a batch of three and its logits.
+
+    The graph is the network's at any batch size: it is made with a batch of two.
+    """
     model = small_model(name)
     batch = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(model, (volume(2, 1),), dynamic_shapes=batch)
@@ -407,6 +492,26 @@ def test_exports_and_runs_in_onnxruntime(name, tmp_path):
     with torch.no_grad():
         expected = model(three)
         assert relative_l2(exported.module()(three), expected) < 1e-5
+    return exported, three, expected
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "unetrpp"])
+def test_exports_a_graph_of_the_operators_of_torch(name):
+    exported_model(name)
+
+
+# Daily, the translation to ONNX of one network: it takes 10 to 20 seconds of each.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "unetrpp" else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in MODELS
+    ],
+)
+def test_exports_and_runs_in_onnxruntime(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    exported, three, expected = exported_model(name)
     torch.onnx.export(exported, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: three.numpy()})

@@ -13,8 +13,8 @@ nib = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
 from unetrpp import predict  # noqa: E402
-from unetrpp.data import Preprocessing  # noqa: E402
 from unetrpp.predict import predict_volume, run_predict  # noqa: E402
+from unetrpp.preprocessing import Preprocessing  # noqa: E402
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -328,6 +328,26 @@ def test_saved_network_labels_an_oblique_anisotropic_file_on_its_grid(tmp_path, 
     assert written.header.get_zooms() == original.header.get_zooms()
     found = np.asarray(written.dataobj)
     assert set(np.unique(found)) == {0, 1}
+
+
+def test_checkpoint_without_preprocessing_is_explained(tmp_path, capsys):
+    """One of `load_published`, saved as its docstring shows, knows no spacing and no labels."""
+    pytest.importorskip("jsonargparse")
+    from unetrpp import cli
+    from unetrpp.checkpoint import save_checkpoint
+    from unetrpp.models import create_model
+
+    folder = str(save_checkpoint(tmp_path / "ck", create_model("unetrpp", "tiny")))
+    source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(source), "-o", str(out), "--checkpoint", folder]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("unetrpp predict: run_predict: a checkpoint must say how its network")
+    assert f"config.json of {folder} holds model and no preprocessing" in message
+    assert "save_checkpoint(folder, model, {" in message and not out.exists()
+    with pytest.raises(ValueError, match="predict_cases: .* holds model and no preprocessing"):
+        predict.predict_cases([], out, folder, quiet=True)
+    assert not out.exists()
 
 
 def test_overlap_is_checked_once_before_anything_is_done(tmp_path, checkpoint):

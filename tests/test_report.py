@@ -170,7 +170,7 @@ def test_held_out_cases_are_predicted_and_scored_once(tmp_path, channels):
 
     import unetrpp
     from unetrpp.checkpoint import save_checkpoint
-    from unetrpp.data import Preprocessing
+    from unetrpp.preprocessing import Preprocessing
 
     data, run = tmp_path / "data", tmp_path / "run"
     run.mkdir()

@@ -4,8 +4,8 @@ import golden
 import pytest
 import torch
 
-from benchmarks.published import published_order
 from epa_kernels import EfficientPairedAttention, use_backend
+from epa_kernels.testing import relative_l2
 from unetrpp.models import (
     SegFormer3D,
     SlimUNETR,
@@ -46,11 +46,6 @@ LAYERS = {
         "epa_transformer_c48_p64",
     ),
 }  # fmt: skip
-
-
-def relative_l2(value, expected):
-    value, expected = value.double(), expected.double()
-    return ((value - expected).norm() / expected.norm()).item()
 
 
 def case_of(folder, name, kind):
@@ -122,7 +117,7 @@ def run(call, layer, case, dtype, *, gradients):
 
 
 # Gradients of one or two numbers, sums of thousands of terms that cancel: in float32 the
-# specification itself is up to 2e-5 off, by the processor; E k alone, 512 terms rounded to float32
+# reference itself is up to 2e-5 off, by the processor; E k alone, 512 terms rounded to float32
 # one by one, costs 7e-6 of it. In float64 they are held like all.
 CANCELLING = {("epa_c24_p64", "temperature"), ("epa_c48_p64", "temperature2")}
 
@@ -149,7 +144,7 @@ def check(found, case, arrays, limit):
         is_cancelling = (case["case"], key) in CANCELLING and gradient.dtype == torch.float32
         allowed, gradient = 5e-5 if is_cancelling else limit, gradient.double()
         if expected["l2"] < 1e-9 * largest:
-            # Zero but for rounding: a bias in front of a norm, attention to a single key.
+            # Zero except for rounding: a bias in front of a norm, attention to a single key.
             assert gradient.norm().item() <= limit * largest, key
             continue
         assert gradient.norm().item() == pytest.approx(expected["l2"], rel=allowed), key
@@ -226,29 +221,6 @@ def test_upsampling_stays_on_the_device_of_its_input(size, products):
         assert upsample_linear(x, size).shape == (2, 3, *size)
     assert devices == {"meta"}
     assert sum(op in (torch.ops.aten.mm, torch.ops.aten.bmm) for op in operators) == products
-
-
-@pytest.mark.parametrize("name", ["segformer3d", "slim_unetr"])
-def test_published_order_of_the_benchmark_is_the_same_function(name):
-    torch.manual_seed(0)
-    model = create_model(name, "brats", img_size=(64, 32, 64)).double()
-    model.load_state_dict(golden.fill_sibling(golden.entries_of(model), name))
-    model.eval()
-    x = torch.randn(2, 4, 64, 32, 64, dtype=torch.float64)
-
-    def gradients():
-        model.zero_grad()
-        y = model(x)
-        y.square().mean().backward()
-        return y.detach(), [p.grad.clone() for p in model.parameters()]
-
-    y, grads = gradients()
-    with published_order():
-        published_y, published_grads = gradients()
-    assert relative_l2(y, published_y) < 1e-12
-    assert not torch.equal(y, published_y), "nothing was exchanged"
-    for ours, theirs in zip(grads, published_grads, strict=True):
-        assert (ours - theirs).norm() <= 1e-10 * theirs.norm() + 1e-14
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,12 @@ pytest.importorskip("lightning_fabric", reason="needs the extra 'train'")
 from safetensors.torch import load_file  # noqa: E402
 
 from unetrpp import train as training  # noqa: E402
-from unetrpp.data import find_cases, read_dataset_info  # noqa: E402
+from unetrpp import train_model  # noqa: E402
+from unetrpp.dataset import find_cases, read_dataset_info  # noqa: E402
+from unetrpp.models import MODELS  # noqa: E402
 from unetrpp.plan import propose  # noqa: E402
 from unetrpp.train import Interrupted, NonFiniteLoss, TrainConfig, run_train  # noqa: E402
-from unetrpp.train_config import PUBLISHED, resolved  # noqa: E402
+from unetrpp.train_config import resolved  # noqa: E402
 
 HIPPOCAMPUS = Path(__file__).parents[2] / "shared" / "data" / "Task04_Hippocampus"
 SMALL = {
@@ -112,6 +114,16 @@ def losses(run: Path) -> list[tuple]:
     return [(r["step"], r.get("loss"), r.get("val_dice")) for r in records]
 
 
+def interrupt_at(number: int):
+    """Return a `before_step` that interrupts the step after `number` others."""
+
+    def before_step(step: int) -> None:
+        if step == number:
+            signal.raise_signal(signal.SIGINT)
+
+    return before_step
+
+
 def wait_for_steps(run: Path, process: subprocess.Popen, steps: int) -> None:
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
@@ -158,20 +170,20 @@ def test_every_network_goes_through_the_same_commands(
 ):
     from unetrpp import cli
 
-    loss, used = training.deep_supervision_loss, set()
+    loss, used = train_model.deep_supervision_loss, set()
 
     def recorded(logits, label, name):
         used.add(name)
         return loss(logits, label, name)
 
-    monkeypatch.setattr(training, "deep_supervision_loss", recorded)
+    monkeypatch.setattr(train_model, "deep_supervision_loss", recorded)
     run, out = tmp_path / "run", tmp_path / "out"
     options = [option for option in small_options() if not option.startswith("--model_args")]
     sizes = ["--steps", 2, "--batch_size", 2]
     arguments = ["--data", data, "-o", run, "--model", model, "--recipe", recipe, *sizes, *options]
     assert cli.main(["train", *map(str, arguments)]) == 0
     assert np.isfinite([loss for _, loss, _ in losses(run) if loss is not None]).all()
-    assert used == {"dice_ce" if recipe == "short" else PUBLISHED[model]["loss"]}
+    assert used == {"dice_ce" if recipe == "short" else MODELS[model].recipe["loss"]}
     assert json.loads((run / "best/config.json").read_text())["model"]["name"] == model
     scans = str(data / "imagesTr")
     assert cli.main(["predict", scans, "-o", str(out), "--checkpoint", str(run / "best")]) == 0
@@ -181,6 +193,8 @@ def test_every_network_goes_through_the_same_commands(
     assert ("RECONSTRUCTION" in capsys.readouterr().out) == (model == "slim_unetrpp")
 
 
+# Daily, the same of a run that SIGTERM ends and of one that an interrupt ends before any saving.
+@pytest.mark.exhaustive
 def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 8, "--save_minutes", 0, *small_options()]
@@ -194,20 +208,11 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(data, uninterrupted, tmp
 
 
 @pytest.mark.parametrize("model", ["segformer3d", "slim_unetr", "slim_unetrpp"])
-def test_resumed_run_of_any_network_ends_with_the_same_bits(data, tmp_path, monkeypatch, model):
+def test_resumed_run_of_any_network_ends_with_the_same_bits(data, tmp_path, model):
     options = {**SMALL, "model": model, "model_args": {}, "data": data, "steps": 4}
     run_train(TrainConfig(output=tmp_path / "whole", **options))
-    step = training._Run._train_step
-
-    def interrupted(self, batch):
-        if self.step == 1:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, batch)
-
-    monkeypatch.setattr(training._Run, "_train_step", interrupted)
     with pytest.raises(Interrupted):
-        run_train(TrainConfig(output=tmp_path / "run", **options))
-    monkeypatch.undo()
+        run_train(TrainConfig(output=tmp_path / "run", **options), before_step=interrupt_at(1))
     assert losses(tmp_path / "run")[-1][0] == 2
     run_train(TrainConfig(resume=tmp_path / "run"))
     assert_same_end(tmp_path / "run", tmp_path / "whole")
@@ -228,21 +233,13 @@ def test_sigterm_saves_and_exits_143(data, uninterrupted, tmp_path):
     assert_same_end(run, uninterrupted)
 
 
-def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path, monkeypatch):
+def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    step = training._Run._train_step
-
-    def interrupted(self, batch):
-        if self.step == 4:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, batch)
-
-    monkeypatch.setattr(training._Run, "_train_step", interrupted)
     with pytest.raises(Interrupted) as stop:
-        run_train(TrainConfig(data=data, output=run, steps=8, **SMALL))
+        config = TrainConfig(data=data, output=run, steps=8, **SMALL)
+        run_train(config, before_step=interrupt_at(4))
     assert stop.value.exit_code == 130
     assert losses(run)[-1][0] == 5
-    monkeypatch.undo()
     # Killed before anything was saved: the run starts again from its configuration.
     unsaved = tmp_path / "unsaved"
     shutil.copytree(run, unsaved, ignore=shutil.ignore_patterns("resume.pt"))
@@ -253,14 +250,14 @@ def test_interrupt_at_a_step_and_before_any_saving(data, uninterrupted, tmp_path
 
 def test_non_finite_loss_names_the_cases_and_spares_the_checkpoints(data, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    loss = training.deep_supervision_loss
+    loss = train_model.deep_supervision_loss
     calls = []
 
     def broken(*arguments):
         calls.append(1)
         return loss(*arguments) * (math.nan if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(training, "deep_supervision_loss", broken)
+    monkeypatch.setattr(train_model, "deep_supervision_loss", broken)
     with pytest.raises(NonFiniteLoss, match=r"loss nan.* at step 3, cases box_\d, box_\d"):
         run_train(TrainConfig(data=data, output=run, steps=8, validate_every=2, **SMALL))
     batch = torch.load(run / "nonfinite_step_3.pt", weights_only=True)
@@ -348,18 +345,16 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == whole
 
 
-def test_a_measured_total_outlives_a_kill(data, tmp_path, monkeypatch):
+def test_a_measured_total_outlives_a_kill(data, tmp_path):
     run = tmp_path / "run"
-    step = training._Run._train_step
 
-    def killed(self, batch):
-        if self.step == training.MEASURED_STEPS:
+    def killed(step):
+        if step == training.MEASURED_STEPS:
             raise MemoryError
-        return step(self, batch)
 
-    monkeypatch.setattr(training._Run, "_train_step", killed)
     with pytest.raises(MemoryError):
-        run_train(TrainConfig(data=data, output=run, minutes=1, validate_every=10**6, **SMALL))
+        config = TrainConfig(data=data, output=run, minutes=1, validate_every=10**6, **SMALL)
+        run_train(config, before_step=killed)
     assert torch.load(run / "resume.pt", weights_only=True)["total"] > training.MEASURED_STEPS
 
 
@@ -389,13 +384,14 @@ def test_minutes_become_steps(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "VALIDATIONS", 2)
     run = tmp_path / "run"
     start = time.monotonic()
-    result = run_train(TrainConfig(data=data, output=run, minutes=0.15, **SMALL))
+    result = run_train(TrainConfig(data=data, output=run, minutes=0.05, **SMALL))
     assert result["steps"] > training.MEASURED_STEPS
     assert torch.load(run / "resume.pt", weights_only=True)["total"] == result["steps"]
     # Generous, because the machine may be busy with other work after the step was timed.
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_one_model(data, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", data, "-o", run, "--steps", 2, "--devices", 2, *small_options()]
@@ -425,12 +421,12 @@ def test_loss_is_the_published_one_up_to_a_constant():
         entropy = torch.nn.functional.cross_entropy(output, target)
         expected = expected + weight * (entropy + 1 - dice[1:].mean())
     torch.testing.assert_close(
-        training.deep_supervision_loss(logits, label), expected, atol=1e-5, rtol=1e-5
+        train_model.deep_supervision_loss(logits, label), expected, atol=1e-5, rtol=1e-5
     )
 
 
 def test_learning_rates_of_the_schedules():
-    rate = training.learning_rate_at
+    rate = train_model.learning_rate_at
     short = [rate(s, 1000, 1.0, "cosine", 50) for s in range(1000)]
     assert short[0] == pytest.approx(1 / 50) and max(short) == pytest.approx(1.0)
     assert short[-1] < 1e-4 and short[50:] == sorted(short[50:], reverse=True)
@@ -449,7 +445,7 @@ def test_learning_rates_of_the_schedules():
 
 def test_published_recipes_are_the_described_ones():
     data = {"data": Path("d"), "output": Path("r"), "recipe": "published"}
-    of = {name: resolved(TrainConfig(model=name, **data)) for name in PUBLISHED}
+    of = {name: resolved(TrainConfig(model=name, **data)) for name in MODELS}
     described = {
         name: (c.optimizer, c.schedule, c.loss, c.learning_rate, c.weight_decay, c.batch_size)
         for name, c in of.items()
@@ -487,7 +483,7 @@ def test_an_option_without_effect_is_refused(options, message):
 
 
 @pytest.mark.parametrize("recipe", ["short", "published"])
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_stored_configuration_can_be_given_again(model, recipe):
     for options in ({}, {"optimizer": "sgd", "schedule": "poly", "augmentation": "none"}):
         config = resolved(TrainConfig(data="d", output="r", model=model, recipe=recipe, **options))
@@ -499,7 +495,7 @@ def test_a_stored_configuration_can_be_given_again(model, recipe):
 def test_a_loss_that_is_none_is_refused():
     logits, label = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2)
     with pytest.raises(ValueError, match="loss must be one of dice_ce, .*; got 'ce'"):
-        training.deep_supervision_loss(logits, label, "ce")
+        train_model.deep_supervision_loss(logits, label, "ce")
 
 
 @pytest.mark.parametrize("loss", ["dice", "dice_focal"])
@@ -515,7 +511,7 @@ def test_sigmoid_losses_see_every_class_of_the_label_map(loss):
     if loss == "dice_focal":
         entropy = torch.nn.functional.binary_cross_entropy(soft, hot, reduction="none")
         expected = expected + ((soft - hot).abs() ** 2 * entropy).mean()
-    found = training.deep_supervision_loss(logits, label, loss)
+    found = train_model.deep_supervision_loss(logits, label, loss)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     found.backward()
     assert logits.grad.flatten(2).abs().sum((0, 2)).all(), "a class, the background too, is idle"
@@ -540,7 +536,7 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
         "betas": [0.9, 0.95],
     }
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, kept = training._optimizer(model, TrainConfig(**options)).param_groups
+    decayed, kept = train_model.make_optimizer(model, TrainConfig(**options)).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.5, 0)
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     temperatures = {i for i, name in names.items() if "temperature" in name}
@@ -549,7 +545,7 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
     assert others and all(parameter.ndim <= 1 for parameter in others)
     for name in ("adamw", "sgd"):
         published = TrainConfig(recipe="published", **{**options, "optimizer": name})
-        (group,) = training._optimizer(model, published).param_groups
+        (group,) = train_model.make_optimizer(model, published).param_groups
         assert group["weight_decay"] == 0.5 and len(group["params"]) == len(names)
         assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)
 
@@ -561,8 +557,8 @@ def test_published_recipe_decays_as_the_published_optimizer(name):
 
     config = resolved(TrainConfig(data="d", output="r", model=name, recipe="published"))
     model = create_model(name, "tiny")
-    decayed, *kept = training._optimizer(model, config).param_groups
-    assert decayed["weight_decay"] == PUBLISHED[name]["weight_decay"]
+    decayed, *kept = train_model.make_optimizer(model, config).param_groups
+    assert decayed["weight_decay"] == MODELS[name].recipe["weight_decay"]
     if name == "segformer3d":
         assert not kept and len(decayed["params"]) == len(list(model.parameters()))
         return

@@ -5,7 +5,12 @@ Importing this package costs nothing: torch and the networks are loaded at the f
 
 import importlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unetrpp.checkpoint import load_checkpoint, save_checkpoint
+    from unetrpp.models import UNETRPP, SegFormer3D, SlimUNETR, SlimUNETRPP, create_model
+    from unetrpp.published import load_published
 
 __all__ = [
     "UNETRPP",
@@ -18,15 +23,19 @@ __all__ = [
     "save_checkpoint",
 ]
 
-_NETWORKS = ("UNETRPP", "SegFormer3D", "SlimUNETR", "SlimUNETRPP")
-_HOMES = dict.fromkeys((*_NETWORKS, "create_model"), "models")
+# Names that do not come from `models`.
+_HOMES = {
+    "load_checkpoint": "checkpoint",
+    "load_published": "published",
+    "save_checkpoint": "checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        home = importlib.import_module(f".{_HOMES.get(name, 'checkpoint')}", __name__)
+        home = importlib.import_module(f".{_HOMES.get(name, 'models')}", __name__)
     except ModuleNotFoundError as error:
         if _is_of_an_extra(error):
             raise ModuleNotFoundError(_remedy(error, name), name=error.name) from error

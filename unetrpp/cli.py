@@ -14,19 +14,35 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from unetrpp import _is_of_an_extra, _remedy
 
-__all__ = ["info", "main"]
+__all__ = ["main"]
 
 _EPILOG = "Options of a command: unetrpp COMMAND --help"
 
 
 def _train(parser) -> Callable[[dict], int]:
+    from unetrpp.models import MODELS, model_label
     from unetrpp.train import TrainConfig, run_train
 
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"output"})
+    parser.add_argument(
+        "--model",
+        type=Literal[tuple(MODELS)],  # type: ignore[valid-type]
+        default=TrainConfig.model,
+        help=f"Network: {', '.join(map(model_label, MODELS))}.",
+    )
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"output", "model"})
+    # What the networks say of these options follows what TrainConfig says.
+    more = {
+        "preset": "; ".join(f"{name}: {', '.join(n.presets)}" for name, n in MODELS.items()),
+        "patch_size": f"Published: {', '.join(n.published_patch for n in MODELS.values())}",
+    }
+    for action in parser._actions:
+        if action.dest in more:
+            action.help = f"{action.help} {more[action.dest]}."
 
     def run(options: dict) -> int:
         result = run_train(TrainConfig(**options))
@@ -129,13 +145,14 @@ def _info(parser) -> Callable[[dict], int]:
     )
 
     def run(options: dict) -> int:
-        if options["throughput"]:
-            from unetrpp.throughput import throughput_table
+        from unetrpp.describe import describe, presets_named
+        from unetrpp.throughput import throughput_table
 
-            for line in throughput_table(_presets(options["model"])):
+        if options["throughput"]:
+            for line in throughput_table(presets_named(options["model"])):
                 print(line, flush=True)
         else:
-            print(info(options["model"]))
+            print(describe(options["model"]))
         return 0
 
     return run
@@ -149,101 +166,6 @@ COMMANDS = {
     "info": ("Describe a checkpoint or preset: size, FLOPs, tokens, backends.", _info),
     "demo": ("Train, predict and report on an embedded brain template; no download.", _demo),
 }
-
-
-def _presets(name: str | None) -> list[str]:
-    """The preset of this name, all if there is none."""
-    from unetrpp.models import find_preset, preset_label, preset_names
-
-    if name is None:
-        return list(preset_names())
-    preset = find_preset(name)
-    if preset is None:
-        listed = ", ".join(map(preset_label, preset_names()))
-        raise ValueError(f"{name!r} is no preset; throughput is measured of {listed}")
-    return [preset]
-
-
-def info(model: str | None) -> str:
-    """Describe a checkpoint folder or a preset: parameters, FLOPs, tokens, sizes, labels, backends.
-
-    Raises:
-        ValueError: model is neither a folder with a checkpoint nor the name of a preset.
-    """
-    import contextlib
-    import io
-
-    import torch
-
-    import epa_kernels
-    from unetrpp.models import (
-        RECONSTRUCTION,
-        create_model,
-        find_preset,
-        preset_label,
-        preset_names,
-    )
-    from unetrpp.models.network import size_multiples
-    from unetrpp.throughput import multiply_adds
-
-    lines, preprocessing, presets = [], None, preset_names()
-    preset = find_preset(model)
-    if preset is not None:
-        network = create_model(*presets[preset])
-        lines.append(f"preset {preset_label(preset)}")
-    elif model is not None and Path(model).is_dir():
-        from unetrpp.checkpoint import load_checkpoint
-
-        network, config = load_checkpoint(Path(model))
-        preprocessing = config.get("preprocessing")
-        lines.append(f"checkpoint {model}")
-        if "val_dice" in config:
-            lines.append(f"  validation Dice  {config['val_dice']:.4f} after step {config['step']}")
-    else:
-        raise ValueError(
-            f"{model!r} is neither a checkpoint folder nor a preset "
-            f"({', '.join(map(preset_label, presets))})"
-        )
-    settings = network.config["args"]
-    lines.append(f"  network          {type(network).__name__} ({network.name})")
-    if network.is_reconstruction:
-        lines.append(f"                   {RECONSTRUCTION}")
-    giga = multiply_adds(network) / 1e9
-    multiples = size_multiples(network.strides)
-    tokens = [f"{grid[0] * grid[1] * grid[2]} ({_by(grid)})" for grid in network.grids]
-    any_size = " and any other size" if network.takes_any_size else ""
-    lines += [
-        f"  parameters       {sum(p.numel() for p in network.parameters()):,}",
-        f"  FLOPs            {2 * giga:.2f} G = {giga:.2f} G multiply-adds for one input (torch"
-        ".utils.flop_counter: 2 per multiply-add; convolutions and matrix products)",
-        f"  input            {settings['in_channels']} x {_by(network.img_size)} voxels (superior, "
-        f"posterior, left){any_size}; each axis a multiple of {_by(multiples)}",
-        f"  strides          {' '.join(_by(stride) for stride in network.strides)}",
-        f"  tokens per stage {', '.join(tokens)}",
-        f"  output channels  {settings['out_channels']}",
-    ]
-    if preprocessing:
-        spacing = preprocessing["spacing"]
-        lines += [
-            f"  labels           {preprocessing['labels']}",
-            "  channels         "
-            + ", ".join(
-                f"{name} ({kind})"
-                for name, kind in zip(
-                    preprocessing["channels"], preprocessing["normalization"], strict=True
-                )
-            ),
-            f"  spacing          {_by(spacing) + ' mm' if spacing else 'as it is in the file'}",
-        ]
-    table = io.StringIO()
-    with contextlib.redirect_stdout(table):
-        for op, shape in network.attention_inputs.items():
-            epa_kernels.explain(op, torch.zeros(shape))
-    lines += [
-        "backends, where the network first runs an op:",
-        *("  " + line for line in table.getvalue().splitlines()),
-    ]
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,7 +255,3 @@ def _version() -> str:
     from epa_kernels.version import __version__
 
     return f"unetrpp {__version__}"
-
-
-def _by(values: Sequence) -> str:
-    return "x".join(f"{value:g}" for value in values)

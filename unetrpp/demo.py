@@ -13,11 +13,13 @@ well: neither it nor its mirror image was trained on.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from unetrpp.files import write_json
 
 __all__ = ["make_demo_data", "run_demo"]
 
@@ -26,7 +28,7 @@ LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
 TRAINED_SHARE = 0.75
 # Small enough for a CPU. Windows lie anywhere (foreground 0), so that air is learned, too; the
 # cosine ends at a rate of zero, so there is nothing for averaged weights to smooth.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "preset": "tiny",
     "patch_size": [48, 48, 48],
     "strides": [[2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
@@ -71,7 +73,7 @@ def run_demo(
         FileExistsError: output holds something and overwrite was not given.
         ModuleNotFoundError: nilearn is not installed.
     """
-    from unetrpp.data import find_cases, split_cases
+    from unetrpp.dataset import find_cases, split_cases
     from unetrpp.evaluate import run_evaluate
     from unetrpp.predict import run_predict
     from unetrpp.report import write_report
@@ -130,7 +132,7 @@ def run_demo(
         "seconds": round(time.perf_counter() - start, 1),
         "report": str(report),
     }
-    (output / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(output / "demo.json", result)
     for note in notes:
         print(note)
     for name, value in dice.items():
@@ -182,10 +184,10 @@ def make_demo_data(folder: Path) -> int:
     (left, right), (back, front), (bottom, top) = (
         (int(places.min()), int(places.max()) + 1) for places in np.nonzero(intensity)
     )
-    cut = back + round(TRAINED_SHARE * (front - back))
+    edge = back + round(TRAINED_SHARE * (front - back))
     boxes = {
-        ("Tr", "left_back"): (slice(left, middle), slice(back, cut), slice(bottom, top)),
-        ("Tr", "left_front"): (slice(left, middle), slice(cut, front), slice(bottom, top)),
+        ("Tr", "left_back"): (slice(left, middle), slice(back, edge), slice(bottom, top)),
+        ("Tr", "left_front"): (slice(left, middle), slice(edge, front), slice(bottom, top)),
         ("Ts", "right"): (slice(middle + 1, right), slice(back, front), slice(bottom, top)),
     }
     for (group, name), box in boxes.items():
@@ -203,17 +205,16 @@ def make_demo_data(folder: Path) -> int:
         "file_ending": ".nii.gz",
         "numTraining": 2,
     }
-    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
-    return cut - back
+    write_json(folder / "dataset.json", description)
+    return edge - back
 
 
 def _front_dice(output: Path, front: int) -> dict[str, float]:
-    import nibabel as nib
-
+    from unetrpp.dataset import open_nifti
     from unetrpp.evaluate import dice_per_class
 
     prediction, reference = (
-        np.asarray(nib.load(output / folder / "right.nii.gz").dataobj)[:, front:]
+        np.asarray(open_nifti(output / folder / "right.nii.gz").dataobj)[:, front:]
         for folder in ("prediction", "data/labelsTs")
     )
     names = [name for name in LABELS if LABELS[name]]

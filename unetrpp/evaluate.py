@@ -13,13 +13,16 @@ cases are somewhat too good, and only cases that played no part in the run give 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from unetrpp.dataset import case_name, class_names, nifti_files, open_nifti
+from unetrpp.files import write_json, write_text
 
 __all__ = [
     "Evaluation",
@@ -187,7 +190,8 @@ def run_evaluate(
     unmatched: list[str] = []
     if predictions.is_file() and labels.is_file():
         # Two files named by the user are a pair whatever their names.
-        pairs = {next(iter(predicted)): (*predicted.values(), *references.values())}
+        ((name, prediction), (reference,)) = *predicted.items(), references.values()
+        pairs = {name: (prediction, reference)}
     else:
         pairs = {c: (predicted[c], references[c]) for c in references if c in predicted}
         unmatched = sorted(set(predicted) - set(references))
@@ -410,9 +414,7 @@ def _check_shapes(function: str, prediction: np.ndarray, label: np.ndarray) -> N
 
 
 def _check_grid(prediction_file: Path, reference_file: Path) -> None:
-    import nibabel as nib
-
-    prediction, reference = nib.load(prediction_file), nib.load(reference_file)
+    prediction, reference = open_nifti(prediction_file), open_nifti(reference_file)
     last = np.array(reference.shape[:3]) - 1
     corners = np.array([(*(last * corner), 1) for corner in np.ndindex(2, 2, 2)], float).T
     apart = (prediction.affine - reference.affine) @ corners
@@ -429,10 +431,8 @@ def _check_grid(prediction_file: Path, reference_file: Path) -> None:
 
 def _read_labels(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     """The label map of a file (X, Y, Z) as integers, and the size of a voxel in mm."""
-    import nibabel as nib
-
     try:
-        image = nib.load(file)
+        image = open_nifti(file)
         values = np.asanyarray(image.dataobj)
     except Exception as error:  # nibabel, gzip and zlib each have their own for a broken file
         raise _Unusable(file, f"cannot be read: {error}") from error
@@ -450,25 +450,17 @@ def _read_labels(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
 def _volumes(path: Path) -> dict[str, Path]:
     """Case name to NIfTI file, for a folder or one file."""
     if path.is_file():
-        return {_case_name(path): path}
+        return {case_name(path): path}
     if not path.exists():
         raise FileNotFoundError(f"run_evaluate: {path} does not exist")
-    files = sorted(
-        file
-        for file in path.iterdir()
-        if file.name.endswith((".nii", ".nii.gz")) and not file.name.startswith(".")
-    )
+    files = nifti_files(path)
     if not files:
         raise FileNotFoundError(f"run_evaluate: {path} holds no .nii or .nii.gz file")
-    volumes = {_case_name(file): file for file in files}
+    volumes = {case_name(file): file for file in files}
     if len(volumes) < len(files):
         twice = sorted(set(files) - set(volumes.values()))
         raise ValueError(f"run_evaluate: .nii and .nii.gz of one case, remove one of them: {twice}")
     return volumes
-
-
-def _case_name(file: Path) -> str:
-    return file.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _folder(path: Path) -> Path:
@@ -478,7 +470,7 @@ def _folder(path: Path) -> Path:
 def _class_names(
     names: Path | None, labels: Path, predictions: Path
 ) -> dict[str, int | list[int]] | None:
-    """Class name to label value(s) from a dataset.json, without the background."""
+    """Class name to label value(s), from the file that is given or lies beside the maps."""
     if names is None:
         candidates = [
             _folder(labels) / "dataset.json",
@@ -486,22 +478,7 @@ def _class_names(
             _folder(predictions) / "prediction.json",
         ]
         names = next((file for file in candidates if file.is_file()), None)
-        if names is None:
-            return None
-    try:
-        listed = json.loads(Path(names).read_text())["labels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"run_evaluate: {names} must be a JSON file with 'labels', as in a dataset.json; "
-            f"reading it gave {type(error).__name__}: {error}"
-        ) from error
-    classes: dict[str, int | list[int]] = {}
-    for key, value in listed.items():
-        # nnU-Net 2: {"liver": 1}, and regions {"tumour": [1, 2]}; the Decathlon: {"1": "liver"}.
-        if isinstance(value, str) and not value.isdigit():
-            key, value = value, key
-        classes[key] = [int(v) for v in value] if isinstance(value, list) else int(value)
-    return {key: value for key, value in classes.items() if value not in (0, [0])}
+    return class_names(Path(names)) if names is not None else None
 
 
 def _classes_in(files: Sequence[Path]) -> dict[str, int]:
@@ -531,13 +508,14 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _write_csv(file: Path, rows: Sequence[Mapping]) -> None:
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            value = row["label"]
-            label = value if np.isscalar(value) else "+".join(str(part) for part in value)
-            writer.writerow({**row, "label": label})
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS)
+    writer.writeheader()
+    for row in rows:
+        value = row["label"]
+        label = value if np.isscalar(value) else "+".join(str(part) for part in value)
+        writer.writerow({**row, "label": label})
+    write_text(file, stream.getvalue())
 
 
 def _write_json(file: Path, result: Evaluation) -> None:
@@ -554,4 +532,4 @@ def _write_json(file: Path, result: Evaluation) -> None:
         "files": result.files,
         "definitions": DEFINITIONS,
     }
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(file, content)

@@ -16,13 +16,15 @@ softmax and of sigmoids can differ in it.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["LOSSES", "deep_supervision_loss"]
+__all__ = ["LOSSES", "Loss", "deep_supervision_loss"]
 
-LOSSES = ("dice_ce", "dice", "dice_focal")
+Loss = Literal["dice_ce", "dice", "dice_focal"]
+LOSSES = get_args(Loss)
 
 
 def deep_supervision_loss(

@@ -15,10 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from unetrpp.data import (
+from unetrpp.dataset import Case, DatasetInfo
+from unetrpp.models import MODELS, RECONSTRUCTION
+from unetrpp.models.network import (
+    STAGES,
+    Widths,
+    nearest_legal_size,
+    size_multiples,
+    size_text,
+)
+from unetrpp.preprocessing import (
     SAME_SPACING,
-    Case,
-    DatasetInfo,
     Preprocessing,
     foreground_intensity,
     volume_geometry,
@@ -31,14 +38,10 @@ GPU_PATCH_VOXELS = 64 * 128 * 128
 CPU_PATCH_VOXELS = 48 * 64 * 48
 # Tokens along an axis up to which a stem of 1 or 2 is enough.
 STEM_TOKENS = 32
-# Widths and depths for a CPU: 4 M parameters at 48x64x48.
-CPU_WIDTHS = {
-    "feature_size": 8,
-    "dims": [16, 32, 64, 128],
-    "num_heads": 4,
-    "proj_sizes": [32, 32, 32, 16],
-    "decoder_proj_sizes": [32, 32, 32],
-}
+# UNETR++'s, and a short run's of any network.
+BATCH_SIZE = 2
+# Axes of so few voxels keep them all: a few slices are all the context there is along them.
+FEW_SLICES = 16
 
 
 @dataclass
@@ -93,9 +96,7 @@ def propose(
         ValueError: a given patch size that the strides do not divide, with the legal multiples;
             or three values are needed and not given.
     """
-    from unetrpp.models import MODELS, RECONSTRUCTION
-    from unetrpp.train_config import PUBLISHED
-
+    network = MODELS[model]
     geometry = [volume_geometry(case) for case in cases]
     sizes = np.array([shape for shape, _ in geometry], dtype=float)  # (cases, 3)
     spacings = np.array([spacing for _, spacing in geometry])  # (cases, 3)
@@ -110,26 +111,33 @@ def propose(
 
     budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
     given_strides = strides is not None
+    if strides is not None:
+        strides = [list(map(int, stride)) for stride in strides]
+        if len(strides) != STAGES or any(len(step) != 3 or min(step) < 1 for step in strides):
+            raise ValueError(
+                f"strides must be {STAGES} steps of three integers (superior, posterior, left), "
+                f"each at least 1; got {strides}"
+            )
     if patch_size is None:
         patch, strides = _patch_and_strides(median, budget, strides)
         reasons.append(
-            f"patch {_by(patch)} voxels: the median volume is {_by(np.rint(median))}, and a patch "
-            f"on a {'GPU' if on_gpu else 'CPU'} should hold at most {budget} voxels"
+            f"patch {size_text(patch)} voxels: the median volume is "
+            f"{size_text(np.rint(median))}, and a patch on a {'GPU' if on_gpu else 'CPU'} "
+            f"should hold at most {budget} voxels"
         )
     else:
         patch = _three("patch_size", patch_size)
         strides = strides or _strides(patch)
-        reasons.append(f"patch {_by(patch)} voxels: given")
-    strides = [list(map(int, stride)) for stride in strides]
-    multiple = np.prod(strides, axis=0)
-    illegal = [size for size, unit in zip(patch, multiple, strict=True) if size % unit or size < 1]
-    if illegal:
+        reasons.append(f"patch {size_text(patch)} voxels: given")
+    legal = nearest_legal_size(patch, strides)
+    if tuple(patch) != legal:
         raise ValueError(
-            f"patch size {_by(patch)} does not fit strides {strides}: each axis must be a multiple "
-            f"of {_by(multiple)}; nearest legal size {_by(_nearest(patch, multiple))}"
+            f"patch size {size_text(patch)} does not fit strides {strides}: each axis must be a "
+            f"multiple of {size_text(size_multiples(strides))}; nearest legal size "
+            f"{size_text(legal)}"
         )
     reasons.append(
-        f"strides {' '.join(_by(stride) for stride in strides)}: "
+        f"strides {' '.join(size_text(stride) for stride in strides)}: "
         + (
             "given"
             if given_strides
@@ -138,30 +146,21 @@ def propose(
         )
     )
 
-    is_reconstruction = MODELS[model].is_reconstruction
-    if is_reconstruction:
+    if network.is_reconstruction:
         reasons.append(f"{model} is {RECONSTRUCTION}")
-    if preset is None and model != "unetrpp":
-        preset, chosen = "brats", {}
-        whose = "Slim UNETR's" if is_reconstruction else "the published"
-        reasons.append(f"{model}, preset brats: {whose} widths, light enough for a CPU")
-    elif preset is None:
-        preset, chosen = ("synapse", {}) if on_gpu else ("tiny", dict(CPU_WIDTHS))
-        reasons.append(
-            "preset synapse: the published widths (43 M parameters)"
-            if on_gpu
-            else f"preset tiny, widened ({chosen}): trains in minutes on a CPU"
-        )
+    if preset is None:
+        widths = network.gpu_widths if on_gpu else network.cpu_widths
     else:
-        chosen = {}
-        reasons.append(f"{model}, preset {preset}: given")
+        widths = Widths(preset, f"{model}, preset {preset}: given")
+    reasons.append(widths.reason)
     if batch_size is None:
-        batch_size = 2
+        batch_size = BATCH_SIZE
+        published = network.recipe.get("batch_size", BATCH_SIZE)
         reasons.append(
-            "batch size 2: the published one"
-            if model == "unetrpp"
-            else "batch size 2: UNETR++'s, for a short run of any network; the published one of "
-            f"{model} is {PUBLISHED[model]['batch_size']}, with --recipe published"
+            f"batch size {BATCH_SIZE}: the published one"
+            if published == BATCH_SIZE
+            else f"batch size {BATCH_SIZE}: UNETR++'s, for a short run of any network; the "
+            f"published one of {model} is {published}, with --recipe published"
         )
     else:
         reasons.append(f"batch size {batch_size}: given, or the published recipe's")
@@ -194,12 +193,12 @@ def propose(
     )
     arguments = {
         "name": model,
-        "preset": preset,
+        "preset": widths.preset,
         "in_channels": len(info.channels),
         "out_channels": len(info.labels),
         "img_size": patch,
         "strides": strides,
-        **chosen,
+        **widths.settings,
         **(model_args or {}),
     }
     return Plan(preprocessing, arguments, batch_size, reasons)
@@ -207,6 +206,7 @@ def propose(
 
 def _spacing(spacings: np.ndarray, given: Sequence[float] | None) -> tuple[list | None, str]:
     median = np.median(spacings, axis=0)
+    listed = f"{size_text(median.round(3))} mm"
     if given is not None:
         given = [float(value) for value in given]
         if len(given) != 3 or not (all(v > 0 for v in given) or given == [0.0, 0.0, 0.0]):
@@ -216,23 +216,20 @@ def _spacing(spacings: np.ndarray, given: Sequence[float] | None) -> tuple[list 
         return (given if any(given) else None), "spacing: given"
     target = [float(value) for value in median]
     if np.allclose(spacings, median, rtol=SAME_SPACING, atol=0):
-        return target, f"spacing {_by(median.round(3))} mm: that of every training volume already"
-    return target, f"resample to the median spacing {_by(median.round(3))} mm"
+        return target, f"spacing {listed}: that of every training volume already"
+    return target, f"resample to the median spacing {listed}"
 
 
 def _patch_and_strides(
     median: np.ndarray, budget: int, strides: Sequence[Sequence[int]] | None
 ) -> tuple[list[int], list[list[int]]]:
-    """Cover the median volume, then shorten what covers it most until the budget holds.
-
-    Axes of up to 16 voxels stay: a few slices are all the context there is along them.
-    """
+    """Cover the median volume, then shorten what covers it most until the budget holds."""
     size = median.copy()
     while True:
-        chosen = strides or _strides(size)
-        multiple = np.prod(chosen, axis=0)
-        patch = np.array(_nearest(size, multiple))
-        share = np.where(patch > np.maximum(multiple, 16), patch / median, 0)
+        chosen = strides or _strides(size.tolist())
+        multiple = np.array(size_multiples(chosen))
+        patch = np.array(nearest_legal_size(size.tolist(), chosen), dtype=int)
+        share = np.where(patch > np.maximum(multiple, FEW_SLICES), patch / median, 0)
         if np.prod(patch) <= budget or not share.any():
             return patch.tolist(), [list(stride) for stride in chosen]
         longest = int(np.argmax(share))
@@ -249,16 +246,8 @@ def _strides(size: Sequence[float]) -> list[list[int]]:
     return strides
 
 
-def _nearest(size: Sequence[float], multiple: Sequence[int]) -> list[int]:
-    return [max(1, int(s / m + 0.5)) * int(m) for s, m in zip(size, multiple, strict=True)]
-
-
 def _three(name: str, values: Sequence[int]) -> list[int]:
     values = [int(value) for value in values]
     if len(values) != 3:
         raise ValueError(f"{name} needs three values (superior, posterior, left), got {values}")
     return values
-
-
-def _by(values: Sequence) -> str:
-    return "x".join(f"{value:g}" for value in values)

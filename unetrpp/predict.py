@@ -5,28 +5,29 @@
                    -> probabilities back on the file's grid -> arg-max -> NIfTI
   run_predict      NIfTI files and folders, grouped into Case objects -> predict_cases
 
-Relies on unetrpp.data for reading and preprocessing, so that a volume is seen exactly as in
-training, and on MONAI for the sliding window and for undoing orientation and spacing.
+Relies on unetrpp.preprocessing, so that a volume is seen exactly as in training, and on MONAI for
+the sliding window and for undoing orientation and spacing.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 
+from unetrpp.dataset import Case, case_name, is_nifti, nifti_files, open_nifti
+from unetrpp.files import replacing, write_json
+
 if TYPE_CHECKING:
-    from unetrpp.data import Case, Preprocessing
+    from unetrpp.preprocessing import Preprocessing
 
 __all__ = ["Prediction", "predict_cases", "predict_volume", "run_predict"]
 
@@ -95,7 +96,7 @@ def predict_volume(
     was_training = model.training
     model.eval()
     try:
-        return sliding_window_inference(
+        found = sliding_window_inference(
             image,
             roi_size=tuple(patch_size),
             sw_batch_size=batch_size,
@@ -107,6 +108,7 @@ def predict_volume(
             sw_device=device,
             device=torch.device(stitch_device) if stitch_device is not None else device,
         )
+        return cast(torch.Tensor, found)
     finally:
         model.train(was_training)
 
@@ -175,14 +177,15 @@ def run_predict(
     Raises:
         FileNotFoundError: no input at all.
         ValueError: two inputs would be written to the same place, an output would replace an
-            input, overlap is out of range, or the device is unknown.
+            input, overlap is out of range, the device is unknown, or the checkpoint holds no
+            preprocessing.
     """
     from unetrpp.checkpoint import load_checkpoint
 
     _check_overlap("run_predict", overlap)
     loaded = load_checkpoint(checkpoint)
     failures: dict[str, str] = {}
-    channels = len(loaded[1]["preprocessing"]["channels"])
+    channels = len(_preprocessing("run_predict", checkpoint, loaded[1]).channels)
     cases = _collect([Path(path) for path in inputs], channels, failures)
     return predict_cases(
         cases,
@@ -218,7 +221,7 @@ def predict_cases(
     """Segment cases whose files are known, whatever the files' names; see `run_predict`.
 
     Args:
-        cases: what `unetrpp.data.find_cases` returns; the labels are not read.
+        cases: what `unetrpp.dataset.find_cases` returns; the labels are not read.
         output: folder for the label maps, NAME.nii.gz each; or the name of one, for one case.
         checkpoint: checkpoint folder of a training run.
         overlap, mirror, batch_size, device, precision, overwrite, quiet: as in `run_predict`.
@@ -230,18 +233,18 @@ def predict_cases(
 
     Raises:
         ValueError: two cases would be written to the same place, an output would replace an
-            input, overlap is out of range, or the device is unknown.
+            input, overlap is out of range, the device is unknown, or the checkpoint holds no
+            preprocessing.
     """
     from tqdm import tqdm
 
     from unetrpp.checkpoint import load_checkpoint
-    from unetrpp.data import Preprocessing
 
     _check_overlap("predict_cases", overlap)
     result = Prediction(failures=dict(failures or {}))
     torch_device = _device(device)
     model, config = loaded or load_checkpoint(checkpoint)
-    preprocessing = Preprocessing.from_dict(config["preprocessing"])
+    preprocessing = _preprocessing("predict_cases", checkpoint, config)
     cases = [
         replace(case, images=tuple(Path(image).absolute() for image in case.images), label=None)
         for case in cases
@@ -249,7 +252,7 @@ def predict_cases(
     targets = _targets(cases, Path(output))
     model.to(torch_device)
 
-    folder = Path(output) if not _is_nifti(Path(output)) else Path(output).parent
+    folder = Path(output) if not is_nifti(Path(output)) else Path(output).parent
     folder.mkdir(parents=True, exist_ok=True)
     for case in tqdm(cases, desc="predict", unit="volume", disable=True if quiet else None):
         start = time.perf_counter()
@@ -293,6 +296,20 @@ def predict_cases(
     return result
 
 
+def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -> Preprocessing:
+    from unetrpp.preprocessing import Preprocessing
+
+    if "preprocessing" not in config:
+        raise ValueError(
+            f"{function}: a checkpoint must say how its network's input is prepared, but "
+            f"config.json of {checkpoint} holds {', '.join(config)} and no preprocessing; save the "
+            f'model again with save_checkpoint(folder, model, {{"preprocessing": '
+            f"unetrpp.preprocessing.Preprocessing(...).to_dict()}}), or take a checkpoint of "
+            f"unetrpp train"
+        )
+    return Preprocessing.from_dict(config["preprocessing"])
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":  # in the order in which training chooses
         has_mps = torch.backends.mps.is_available()
@@ -308,24 +325,18 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _is_nifti(path: Path) -> bool:
-    return path.name.endswith((".nii", ".nii.gz"))
-
-
 def _collect(inputs: Sequence[Path], channels: int, failures: dict[str, str]) -> list[Case]:
     """Group the files into cases; what is no usable input goes to failures."""
-    from unetrpp.data import Case
-
     files: dict[Path, None] = {}  # a dict keeps the order and drops a file that is given twice
     for path in inputs:
         if path.is_dir():
-            found = [f for f in sorted(path.iterdir()) if _is_nifti(f) and f.name[0] != "."]
+            found = nifti_files(path)
             if not found:
                 failures[str(path)] = "the folder holds no .nii or .nii.gz file"
             files.update(dict.fromkeys(file.absolute() for file in found))
         elif not path.exists():
             failures[str(path)] = "does not exist"
-        elif not _is_nifti(path):
+        elif not is_nifti(path):
             failures[str(path)] = "only .nii and .nii.gz files are read"
         else:
             files[path.absolute()] = None
@@ -334,7 +345,7 @@ def _collect(inputs: Sequence[Path], channels: int, failures: dict[str, str]) ->
 
     groups: dict[tuple[Path, str], dict[int, Path]] = {}
     for file in files:
-        name, channel = file.name.removesuffix(".gz").removesuffix(".nii"), 0
+        name, channel = case_name(file), 0
         number = re.search(r"_(\d{4})$", name)
         # Only a number that the model has a channel for: "scan_2024.nii.gz" keeps its name.
         if number and int(number[1]) < channels:
@@ -362,7 +373,7 @@ def _collect(inputs: Sequence[Path], channels: int, failures: dict[str, str]) ->
 
 def _targets(cases: Sequence[Case], output: Path) -> dict[str, Path]:
     """Case name to output file, refusing everything that would lose data."""
-    if _is_nifti(output):
+    if is_nifti(output):
         if len(cases) > 1:
             raise ValueError(
                 f"run_predict: output {output} is one file, but there are {len(cases)} inputs; "
@@ -393,10 +404,10 @@ def _predict_case(
     model: torch.nn.Module, case: Case, preprocessing: Preprocessing, **options
 ) -> np.ndarray:
     """The label map (X, Y, Z) of a case, on the grid of its files."""
-    from unetrpp.data import inference_transforms
+    from unetrpp.preprocessing import inference_transforms
 
     # MONAI undoes a transform only through the very object that applied it.
-    transforms, item = inference_transforms(preprocessing), case
+    transforms, item = inference_transforms(preprocessing), cast(Any, case)
     for step in transforms.transforms:
         item = step(item)
     image = item["image"]  # (C, S, P, L)
@@ -415,15 +426,14 @@ def _predict_case(
         )
 
     # One class at a time: on the file's grid all classes together may not fit into memory.
-    best = labels = None
     for value, probability in enumerate(probabilities):
         turned = _like(probability[None], image)
         restored = transforms.inverse({"image": turned})["image"].as_tensor()[0]  # (X, Y, Z)
-        if best is None:
+        if value == 0:
             best, labels = restored, torch.zeros(restored.shape, dtype=torch.int32)
-        else:
-            labels[restored > best] = value
-            best = torch.maximum(best, restored)
+            continue
+        labels[restored > best] = value
+        best = torch.maximum(best, restored)
     return labels.numpy().astype(np.min_scalar_type(len(probabilities) - 1))
 
 
@@ -453,7 +463,7 @@ def _write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
     """Write labels (X, Y, Z) with the geometry of source, whole or not at all."""
     import nibabel as nib
 
-    original = nib.load(source)
+    original = open_nifti(source)
     if labels.shape != original.shape[:3]:
         raise RuntimeError(f"label map {labels.shape} does not fit the input {original.shape[:3]}")
     kind = nib.Nifti2Image if isinstance(original, nib.Nifti2Image) else nib.Nifti1Image
@@ -470,12 +480,8 @@ def _write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
     image = kind(labels, original.affine, header)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        nib.save(image, unfinished)
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(target) as partial:
+        nib.save(image, partial)
 
 
 def _reason(error: Exception) -> str:
@@ -496,4 +502,4 @@ def _write_record(
         "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
         "failures": result.failures,
     }
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(file, record)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-import os
 import platform
 import re
 import time
@@ -23,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from unetrpp.files import read_json, write_text
+from unetrpp.report_pictures import BACKGROUND, PALETTE, color_of, overlay
+from unetrpp.run_folder import read_metrics
+
 __all__ = ["score_validation", "write_report"]
 
-# Told apart on white, on black and on a grey picture.
-PALETTE = ("#ff8a3d", "#2f9bff", "#2fbf71", "#e84fa4", "#9b7bff", "#1fb8c4", "#e8c02f", "#f0524f")
 # matplotlib draws with these, the page then replaces them by its own colours.
 INK, GRID = "#010203", "#030201"
-PICTURE_BACKGROUND = "#101214"
 CHOSEN_ON_THEM = (
     "The checkpoint best/ was chosen by its Dice on these same held-out cases, so the scores here "
     "are somewhat too good; cases that played no part in training or choice give an unbiased one."
@@ -74,7 +73,9 @@ def write_report(
         raise FileNotFoundError(
             f"write_report: {evaluation} holds no scores.json; write it with unetrpp evaluate"
         )
-    steps, validations = _read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run)
+    steps = [record for record in records if "loss" in record]
+    validations = [record for record in records if "val_dice" in record]
     scores = _read_json(Path(evaluation) / "scores.json") if evaluation is not None else {}
     prediction = _prediction_record(scores)
     plan = _read_json(run / "plan.json")
@@ -96,15 +97,13 @@ def write_report(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<meta name='color-scheme' content='light dark'><title>{heading}</title>"
-        f"<style>{STYLE}</style></head><body><main><header><h1>{heading}</h1>"
+        f"<style>:root{{--picture:{BACKGROUND}}}{STYLE}</style></head><body><main><header><h1>{heading}</h1>"
         f"<p class='muted'>Training report, written {written}</p></header>{notes}"
         f"{''.join(sections)}</main></body></html>\n"
     )
     output = Path(output) if output is not None else run / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{os.getpid()}.{output.name}")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, output)
+    write_text(output, page)
     return output
 
 
@@ -117,7 +116,7 @@ def score_validation(run: Path) -> Path | None:
     Returns:
         RUN/validation, or None where the run has no checkpoint, no split or no readable data yet.
     """
-    from unetrpp.data import find_cases
+    from unetrpp.dataset import find_cases
     from unetrpp.evaluate import evaluate_pairs
     from unetrpp.predict import predict_cases
 
@@ -133,7 +132,7 @@ def score_validation(run: Path) -> Path | None:
     # As dataset.json lists them: no file's name need say which case or channel it belongs to.
     cases = [case for case in find_cases(data) if case.name in held_out]
     predicted = predict_cases(cases, folder, run / "best", overwrite=True)
-    labels = {case.name: case.label for case in cases}
+    labels = {case.name: case.label for case in cases if case.label is not None}
     pairs = {name: (file, labels[name]) for name, file in predicted.outputs.items()}
     named = _read_json(run / "best" / "config.json")["preprocessing"]["labels"]
     classes = {name: value for name, value in named.items() if value}
@@ -142,24 +141,13 @@ def score_validation(run: Path) -> Path | None:
 
 
 def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _read_yaml(file: Path) -> dict:
     import yaml
 
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
-
-
-def _read_metrics(file: Path) -> tuple[list[dict], list[dict]]:
-    """The records of the steps, and those of the validations."""
-    records = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # a killed run may leave half a line
-    return [r for r in records if "loss" in r], [r for r in records if "val_dice" in r]
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _prediction_record(scores: Mapping) -> dict:
@@ -238,15 +226,22 @@ def _curves(steps: Sequence[Mapping], validations: Sequence[Mapping]) -> str:
 
     if validations:
         figure, axes = _axes("Validation Dice")
-        number = [record["step"] for record in validations]
+        scored = [record["step"] for record in validations]
         names = list(validations[-1].get("val_dice_per_class", {}))
         for index, name in enumerate(names):
             values = [record["val_dice_per_class"].get(name) for record in validations]
-            axes.plot(number, values, color=_color(index), linewidth=1.4, marker="o", markersize=3)
+            axes.plot(
+                scored,
+                values,
+                color=color_of(index),
+                linewidth=1.4,
+                marker="o",
+                markersize=3,
+            )
         mean = [record["val_dice"] for record in validations]
-        axes.plot(number, mean, color=INK, linewidth=2, marker="o", markersize=4)
+        axes.plot(scored, mean, color=INK, linewidth=2, marker="o", markersize=4)
         axes.set_ylim(0, 1.02)
-        legend = _legend([*((name, _color(i)) for i, name in enumerate(names)), ("mean", "ink")])
+        legend = _legend([*((name, color_of(i)) for i, name in enumerate(names)), ("mean", "ink")])
         figures.append(_svg(figure) + legend)
     return "<div class='curves'>" + "".join(f"<figure>{f}</figure>" for f in figures) + "</div>"
 
@@ -273,7 +268,7 @@ def _svg(figure) -> str:
 
     stream = io.StringIO()
     # The salt makes the ids inside the SVG differ from those of the page's other figures.
-    options = {"svg.fonttype": "none", "svg.hashsalt": figure.axes[0].get_title(loc="left")}
+    options: Any = {"svg.fonttype": "none", "svg.hashsalt": figure.axes[0].get_title(loc="left")}
     with matplotlib.rc_context(options):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
@@ -378,7 +373,7 @@ def _pictures(scores: Mapping, prediction: Mapping) -> str:
         if missing:
             shown += f"<p class='muted'>{html.escape(case)}: {html.escape(missing[0])} is gone.</p>"
             continue
-        picture = _overlay(images[0] if images else None, files, classes)
+        picture = overlay(images[0] if images else None, files, classes)
         dice = ", ".join(
             f"{html.escape(row['class'])} {row['dice']:.3f}" for row in rows if row["case"] == case
         )
@@ -389,10 +384,10 @@ def _pictures(scores: Mapping, prediction: Mapping) -> str:
             f"<div><img alt='{html.escape(case)}: three slices with reference and prediction' "
             f"src='data:image/png;base64,{base64.b64encode(picture).decode()}'></div></figure>"
         )
-    legend = _legend([(name, _color(index)) for index, name in enumerate(classes)])
-    legend = legend.removesuffix("</div>") + (
+    legend = _legend(
+        [(name, color_of(index)) for index, name in enumerate(classes)],
         "<span><i class='line'></i>line: reference</span>"
-        "<span><i class='fill'></i>filled: prediction</span></div>"
+        "<span><i class='fill'></i>filled: prediction</span>",
     )
     explained = (
         "<p class='muted'>Slices through the middle of the reference structure. L→R: from the "
@@ -401,148 +396,13 @@ def _pictures(scores: Mapping, prediction: Mapping) -> str:
     return explained + legend + shown
 
 
-def _overlay(image_file: str | None, files: Mapping, classes: Mapping) -> bytes:
-    """PNG: image above, reference contour and filled prediction below, three orthogonal planes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-    from matplotlib.patheffects import withStroke
-
-    reference, spacing = _canonical(files["reference"])
-    prediction, _ = _canonical(files["prediction"])
-    if image_file is None:
-        image = np.zeros(reference.shape, np.float32)
-    else:
-        image, _ = _canonical(image_file)
-        image = image[..., 0] if image.ndim == 4 else image
-    known = np.isin(reference, _values(classes))
-    structure = known if known.any() else np.isin(prediction, _values(classes))
-    centre = _middle(structure)
-    window = _crop(structure | np.isin(prediction, _values(classes)), spacing)
-    low, high = np.percentile(image[window], [0.5, 99.5])
-
-    # Axes of a canonical volume run to the right, to the front and upwards.
-    planes = [(2, "axial", "L→R"), (1, "coronal", "L→R"), (0, "sagittal", "P→A")]
-    sizes = [(s.stop - s.start) * mm for s, mm in zip(window, spacing, strict=True)]
-    shapes = [[sizes[axis] for axis in range(3) if axis != plane[0]] for plane in planes]
-    tallest, gap = max(height for _, height in shapes), 0.08
-    inches = min(10 / sum(width for width, _ in shapes), 2.8 / tallest)  # per mm
-    width = sum(width for width, _ in shapes) * inches + 4 * gap
-    height = 2 * tallest * inches + 3 * gap
-    figure = Figure(figsize=(width, height), dpi=120, facecolor=PICTURE_BACKGROUND)
-    left = gap
-    for (normal, plane, ends), (wide, high_mm) in zip(planes, shapes, strict=True):
-        across, up = (axis for axis in range(3) if axis != normal)
-        index: list[Any] = list(window)
-        index[normal] = centre[normal]
-        # Transposed: rows run up, columns across.
-        gray, predicted, referenced = (
-            volume[tuple(index)].T for volume in (image, prediction, reference)
-        )
-        gray = np.clip((gray - low) / max(float(high - low), 1e-9), 0, 1)
-        picture = np.repeat(np.asarray(gray, float)[..., None], 3, 2)
-        filled = picture.copy()
-        for order, value in enumerate(classes.values()):
-            area = np.isin(predicted, value)
-            filled[area] = 0.5 * filled[area] + 0.5 * np.array(to_rgb(_color(order)))
-        box = np.array([wide * inches / width, high_mm * inches / height])
-        middle = (tallest - high_mm) * inches / 2
-        for row, shown in enumerate((filled, picture)):
-            bottom = (gap + row * (tallest * inches + gap) + middle) / height
-            axes = figure.add_axes((left / width, bottom, *box))
-            axes.imshow(shown, origin="lower", aspect="auto", interpolation="nearest")
-            axes.set_axis_off()
-            if row == 0:
-                _draw_contours(axes, referenced, classes)
-        # In a flat slice the words would hide the picture: above it there is room then.
-        flat = high_mm * inches < 0.5
-        axes.text(
-            0.02, 1.05 if flat else 0.98, f"{plane}, {ends}", color="white", fontsize=8,
-            va="bottom" if flat else "top", transform=axes.transAxes,
-            path_effects=[withStroke(linewidth=2.5, foreground=PICTURE_BACKGROUND)],
-        )  # fmt: skip
-        left += wide * inches + gap
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
-    return stream.getvalue()
-
-
-def _draw_contours(axes, labels: np.ndarray, classes: Mapping) -> None:
-    """Outline every class of a slice (rows, columns), along the voxels' edges."""
-    from matplotlib.patheffects import withStroke
-
-    limits = axes.get_xlim(), axes.get_ylim()
-    for order, value in enumerate(classes.values()):
-        # A border of background closes outlines that would run out of the picture, and every
-        # voxel is 4 x 4 points so that the outline keeps its corners.
-        area = np.pad(np.isin(labels, value), 1)
-        if not area.any():
-            continue
-        fine = np.kron(area, np.ones((4, 4)))
-        rows, columns = ((np.arange(size) + 0.5) / 4 - 1.5 for size in fine.shape)
-        outline = axes.contour(
-            columns, rows, fine, levels=[0.5], colors=[_lighter(_color(order))], linewidths=1.1
-        )
-        outline.set_path_effects([withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.55))])
-    axes.set(xlim=limits[0], ylim=limits[1])
-
-
-def _canonical(file: str) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Values and voxel size, axes turned to right, front, up."""
-    import nibabel as nib
-
-    image = nib.as_closest_canonical(nib.load(file))
-    return np.asanyarray(image.dataobj), tuple(float(z) for z in image.header.get_zooms()[:3])
-
-
-def _values(classes: Mapping) -> list[int]:
-    return [int(part) for value in classes.values() for part in np.atleast_1d(value)]
-
-
-def _middle(structure: np.ndarray) -> list[int]:
-    """Per axis the slice nearest to the structure's middle that holds some of it."""
-    if not structure.any():
-        return [size // 2 for size in structure.shape]
-    centre = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        amount = structure.sum(others)
-        middle = float((np.arange(len(amount)) * amount).sum() / amount.sum())
-        occupied = np.flatnonzero(amount)
-        centre.append(int(occupied[np.abs(occupied - middle).argmin()]))
-    return centre
-
-
-def _crop(structure: np.ndarray, spacing: Sequence[float]) -> tuple[slice, ...]:
-    """The box of the structure with a margin of half its longest side, within the volume."""
-    if not structure.any():
-        return tuple(slice(0, size) for size in structure.shape)
-    places = np.nonzero(structure)
-    bounds = [(int(p.min()), int(p.max()) + 1) for p in places]
-    margin = 0.5 * max((b - a) * mm for (a, b), mm in zip(bounds, spacing, strict=True))
-    return tuple(
-        slice(max(0, int(a - margin / mm)), min(size, int(b + margin / mm) + 1))
-        for (a, b), mm, size in zip(bounds, spacing, structure.shape, strict=True)
-    )
-
-
-def _color(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
-
-
-def _lighter(color: str) -> tuple[float, ...]:
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.55 * channel + 0.45 for channel in to_rgb(color))
-
-
-def _legend(entries: Sequence[tuple[str, str]]) -> str:
+def _legend(entries: Sequence[tuple[str, str]], more: str = "") -> str:
     items = "".join(
         f"<span><i style='background:{'var(--ink)' if color == 'ink' else color}'></i>"
         f"{html.escape(name)}</span>"
         for name, color in entries
     )
-    return f"<div class='legend'>{items}</div>"
+    return f"<div class='legend'>{items}{more}</div>"
 
 
 def _settings(run: Path, plan: Mapping, prediction: Mapping) -> str:
@@ -561,7 +421,7 @@ def _settings(run: Path, plan: Mapping, prediction: Mapping) -> str:
     if config.is_file():
         parts.append(
             "<details><summary>Configuration</summary>"
-            f"<pre>{html.escape(config.read_text())}</pre></details>"
+            f"<pre>{html.escape(config.read_text(encoding='utf-8'))}</pre></details>"
         )
     if prediction:
         shown = {"checkpoint": prediction.get("checkpoint"), **prediction.get("options", {})}
@@ -648,7 +508,8 @@ ul{padding-left:20px;margin:8px 0}
 pre{overflow-x:auto;font-size:13px;line-height:1.45;background:var(--page);
 border:1px solid var(--line);border-radius:8px;padding:12px}
 .picture{margin-top:18px}
-.picture div{background:#101214;border-radius:10px;padding:6px;margin-top:8px;text-align:center}
+.picture div{background:var(--picture);border-radius:10px;padding:6px;margin-top:8px;
+text-align:center}
 .picture img{max-width:100%;height:auto;display:block;margin:0 auto}
 .legend .line{background:none;border:2px solid var(--muted)}
 .legend .fill{background:var(--muted);opacity:.6}

@@ -1,39 +1,51 @@
-"""The files of a run folder: written whole or not at all, never over somebody's work."""
+"""The files of a run folder: its curves, and what may become of a folder that is in use.
+
+metrics.jsonl holds one JSON object per line: {"step", "loss", ...} for each step, {"step",
+"val_dice", "val_dice_per_class", ...} for each validation.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import torch
+from unetrpp.files import write_json, write_text
 
-__all__ = ["Metrics", "check_folder", "save_state", "write_text"]
+__all__ = ["Metrics", "check_folder", "read_metrics", "start_folder"]
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run, in order; empty where there are none."""
+    file = folder / METRICS
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # a killed run may leave half a line
+    return records
 
 
 class Metrics:
     """metrics.jsonl, and TensorBoard where installed; what came after step `start` is dropped."""
 
     def __init__(self, folder: Path, start: int):
-        path = folder / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                step = json.loads(line)["step"]
-            except json.JSONDecodeError:
-                continue  # a killed run may leave half a line
-            if step <= start:
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
-        self.file = open(path, "a")
-        try:
+        kept = [record for record in read_metrics(folder) if record["step"] <= start]
+        write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file = open(folder / METRICS, "a", encoding="utf-8")
+        self.board: Any = None
+        with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        except ImportError:
-            self.board = None
 
-    def write(self, record: dict) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.board is not None:
@@ -60,21 +72,22 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} is not an earlier run, so --overwrite leaves it alone")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def start_folder(
+    folder: Path, config: Mapping[str, Any], plan: Mapping[str, Any], split: Mapping[str, Any]
+) -> None:
+    """Make an empty run folder, in place of an earlier run's, that holds configuration and plan.
 
+    Args:
+        folder: one that `check_folder` has let pass.
+        config: options of the run by name; a path is stored as text.
+        plan, split: plain lists and dicts.
+    """
+    import yaml
 
-def save_state(path: Path, state: dict) -> None:
-    """torch.save that leaves the old file or the whole new one, whenever the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_json(folder / "plan.json", {"plan": plan, "split": split})
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    # Last, because a folder with config.yaml can be resumed.
+    write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))

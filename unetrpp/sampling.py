@@ -1,6 +1,6 @@
 """Training samples: random windows of preprocessed volumes, augmented.
 
-train_transforms  the deterministic steps of unetrpp.data, a random window, the augmentation
+train_transforms  the steps of unetrpp.preprocessing, a random window, the augmentation
 TrainingPatches   sample i of a run as a function of (seed, i) alone: resuming needs no state
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -15,15 +17,49 @@ from monai import transforms as mt
 from monai.data import MetaTensor
 from tqdm import tqdm
 
-from unetrpp.data import Case, InOrder, Preprocessing, inference_transforms
+from unetrpp.dataset import Case
+from unetrpp.preprocessing import InOrder, Preprocessing, inference_transforms
+from unetrpp.train_config import Augmentation
 
 __all__ = ["TrainingPatches", "train_transforms"]
 
-AUGMENTATIONS = ("full", "light", "slim_unetr", "segformer3d", "none")
+AUGMENTATIONS = get_args(Augmentation)
+
+# Positions per label that patches are centred on; more would only take memory.
+FOREGROUND_VOXELS = 1000
+# Share of the patch that is read beyond each side, so that a turned patch has few empty corners.
+MARGIN = 1 / 8
+# Ratio of the longest to the shortest side of a patch or voxel beyond which volumes are turned
+# within slices only: nnU-Net's threshold for its "dummy 2-D" augmentation.
+ANISOTROPY = 3
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much "full" and "light" change a sample.
+
+    The numbers of FULL are nnU-Net's (version 1, get_moreDA_augmentation as nnUNetTrainerV2 calls
+    it), with which UNETR++ was trained; LIGHT has about half of them.
+
+    Args:
+        angle: largest turn around an axis, degrees.
+        scale: smallest and largest change of size, as shares.
+        intensity: factor of noise, blur, brightness, contrast, resolution and gamma.
+    """
+
+    angle: float
+    scale: tuple[float, float]
+    intensity: float
+
+
+FULL = Strength(angle=30, scale=(-0.3, 0.4), intensity=1.0)
+LIGHT = Strength(angle=15, scale=(-0.15, 0.15), intensity=0.5)
+# nnU-Net turns with probability 0.2 and scales with 0.2; here both are drawn together: 1 - 0.8^2.
+TURN_PROBABILITY = 0.36
 
 
 class _ForegroundVoxels:
-    """Add "voxels": per label present, up to 1000 voxel positions to centre patches on."""
+    """Add "voxels": per label present, up to FOREGROUND_VOXELS positions to centre patches on."""
 
     def __call__(self, item: dict) -> dict:
         label = item["label"].as_tensor()[0].to(torch.uint8)
@@ -34,8 +70,8 @@ class _ForegroundVoxels:
             if value == 0:
                 continue
             positions = torch.nonzero(label == value).numpy()
-            if len(positions) > 1000:
-                positions = generator.choice(positions, 1000, replace=False)
+            if len(positions) > FOREGROUND_VOXELS:
+                positions = generator.choice(positions, FOREGROUND_VOXELS, replace=False)
             item["voxels"].append(positions.astype(np.int32))
         item["label"] = MetaTensor(label[None], affine=item["label"].affine)
         return item
@@ -112,54 +148,67 @@ def train_transforms(
             f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}"
         )
     patch = preprocessing.patch_size
-    turns = augmentation in ("full", "light")
-    margin = [size // 8 if turns else 0 for size in patch]
+    strength = {"full": FULL, "light": LIGHT}.get(augmentation)
+    margin = [int(size * MARGIN) if strength is not None else 0 for size in patch]
     steps: list = [
         *inference_transforms(preprocessing).transforms,
         _ForegroundVoxels(),
         _RandomWindow(patch, margin),
     ]
-    if augmentation == "slim_unetr":
-        steps += [
-            mt.RandScaleIntensityd(["image"], factors=0.1, prob=1.0),
-            mt.RandShiftIntensityd(["image"], offsets=0.1, prob=1.0),
-        ]
+    if strength is not None:
+        steps += [_turn(preprocessing, strength), *_change_intensities(strength.intensity)]
+    elif augmentation == "slim_unetr":
+        steps += _slim_unetr()
     elif augmentation == "segformer3d":
-        both = ["image", "label"]
-        steps += [
-            mt.RandFlipd(both, 0.3, spatial_axis=1),
-            mt.RandRotated(both, range_x=0.36, prob=0.5, mode=("bilinear", "nearest")),
-            mt.RandCoarseDropoutd(both, holes=20, spatial_size=(-1, 7, 7), fill_value=0, prob=0.5),
-            mt.RandGibbsNoised(["image"]),
-        ]
-    elif turns:
-        full = augmentation == "full"
-        angle = np.deg2rad(30 if full else 15)
-        # Slices much thicker than their pixels (nnU-Net's "dummy 2-D"): turn within slices only.
-        thick = preprocessing.spacing or [1.0, 1.0, 1.0]
-        anisotropic = max(patch) > 3 * min(patch) or max(thick) > 3 * min(thick)
-        around = min(range(3), key=lambda axis: (-thick[axis], patch[axis]))
-        angles = [angle if not anisotropic or axis == around else 0.0 for axis in range(3)]
-        steps.append(
-            mt.RandAffined(
-                ["image", "label"],
-                spatial_size=patch,
-                prob=0.36,  # the published 0.2 for rotation or 0.2 for scale, drawn together here
-                rotate_range=angles,
-                scale_range=[(-0.3, 0.4) if full else (-0.15, 0.15)] * 3,
-                mode=("bilinear", "nearest"),
-                padding_mode="zeros",
-            )
-        )
-        steps += _intensity_augmentation(1.0 if full else 0.5)
+        steps += _segformer3d()
     if mirror and augmentation != "none":
         steps += [mt.RandFlipd(["image", "label"], 0.5, spatial_axis=a) for a in range(3)]
     return mt.Compose([*steps, _PlainTensors()])
 
 
-def _intensity_augmentation(strength: float) -> list:
-    """Noise, blur, brightness, contrast, low resolution, gamma, in nnU-Net's order."""
-    image, s = ["image"], strength
+def _slim_unetr() -> list:
+    """Intensities scaled and shifted: the published code's transforms, as they are."""
+    return [
+        mt.RandScaleIntensityd(["image"], factors=0.1, prob=1.0),
+        mt.RandShiftIntensityd(["image"], offsets=0.1, prob=1.0),
+    ]
+
+
+def _segformer3d() -> list:
+    """Flip, rotation, blocks cut out, Gibbs noise: the published code's transforms, as they are."""
+    both = ["image", "label"]
+    return [
+        mt.RandFlipd(both, 0.3, spatial_axis=1),
+        mt.RandRotated(both, range_x=0.36, prob=0.5, mode=("bilinear", "nearest")),
+        mt.RandCoarseDropoutd(both, holes=20, spatial_size=(-1, 7, 7), fill_value=0, prob=0.5),
+        mt.RandGibbsNoised(["image"]),
+    ]
+
+
+def _turn(preprocessing: Preprocessing, strength: Strength) -> mt.Transform:
+    """Rotation and scale; it leaves of a window with margin the patch alone."""
+    patch, thick = preprocessing.patch_size, preprocessing.spacing or [1.0, 1.0, 1.0]
+    angle = np.deg2rad(strength.angle)
+    anisotropic = any(max(sizes) > ANISOTROPY * min(sizes) for sizes in (patch, thick))
+    around = min(range(3), key=lambda axis: (-thick[axis], patch[axis]))
+    angles = [angle if not anisotropic or axis == around else 0.0 for axis in range(3)]
+    return mt.RandAffined(
+        ["image", "label"],
+        spatial_size=patch,
+        prob=TURN_PROBABILITY,
+        rotate_range=angles,
+        scale_range=[strength.scale] * 3,
+        mode=("bilinear", "nearest"),
+        padding_mode="zeros",
+    )
+
+
+def _change_intensities(s: float) -> list:
+    """Noise, blur, brightness, contrast, low resolution, gamma, in nnU-Net's order.
+
+    At s = 1 the probabilities and ranges are nnU-Net's, see `Strength`.
+    """
+    image = ["image"]
     gamma = (1 - 0.3 * s, 1 + 0.5 * s)
     return [
         mt.RandGaussianNoised(image, prob=0.1 * s, std=0.3 * s),

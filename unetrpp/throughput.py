@@ -88,7 +88,7 @@ def multiply_adds(model) -> int:
     with torch.device("meta"):
         copy = create_model(model.config["name"], **model.config["args"]).eval()
         x = torch.empty(1, copy.in_channels, *copy.img_size)
-    # The spec's plain operators are what the counter knows the cost of.
+    # The counter knows the cost of plain operators, those of the reference backend.
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter, epa_kernels.use_backend("reference"):
         copy(x)
@@ -98,7 +98,7 @@ def multiply_adds(model) -> int:
 def processor() -> str:
     """The processor's name, where the system tells it."""
     with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if "model name" in line)
     return platform.processor() or platform.machine()
 
@@ -133,7 +133,7 @@ def _measure(network: str, preset: str, protocol: str) -> dict:
         before = _resident_bytes("VmRSS")
         with suppress(OSError):
             # Linux: forget the peak of building the model.
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         model(x)
         after = _resident_bytes("VmHWM")
         times: list[float] = []
@@ -150,7 +150,7 @@ def _measure(network: str, preset: str, protocol: str) -> dict:
 def _resident_bytes(field: str) -> int | None:
     """VmRSS (now) or VmHWM (at most so far) of this process, where the system tells it."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{field}:"):
                 return 1024 * int(line.split()[1])
     return None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-__all__ = ["PUBLISHED", "SHORT", "TrainConfig", "is_decayed", "resolved", "resumed"]
+from unetrpp.losses import Loss
+from unetrpp.models import MODELS
+
+__all__ = ["SHORT", "ResolvedConfig", "TrainConfig", "is_decayed", "resolved", "resumed"]
+
+Augmentation = Literal["full", "light", "slim_unetr", "segformer3d", "none"]
 
 
 @dataclass
@@ -21,18 +25,16 @@ class TrainConfig:
         output: New folder for the run: checkpoints, curves, report.
         resume: Run folder to continue where it stopped; all settings come from there.
         overwrite: Empty the output folder first if it holds an earlier run.
-        model: Network: unetrpp, segformer3d, slim_unetr, or slim_unetrpp (a reconstruction).
+        model: Network, a key of `unetrpp.models.MODELS`.
         recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days,
-            but for the patch size, which no recipe decides.
+            except for the patch size, which no recipe decides.
         steps: Number of optimizer steps.
         minutes: Instead of steps: time budget of the run; becomes steps once a step is timed.
         patch_size: Network input, voxels along superior, posterior, left; proposed from the data
-            if not given, with any recipe. Published: [64,128,128] (unetrpp on Synapse),
-            [96,96,96] (segformer3d), [128,128,128] (slim_unetr, slim_unetrpp).
+            if not given, with any recipe.
         strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
         spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
-        preset: Widths. unetrpp: synapse, btcv, acdc, lung, tumor, tiny; segformer3d: brats, tiny;
-            slim_unetr: brats, hepatic, tiny; slim_unetrpp: brats, tiny.
+        preset: Widths, one of the presets of the network.
         model_args: Further arguments of the network, e.g. {"dims": [16,32,64,128]}.
         batch_size: Patches per step and process.
         loss: dice_ce, dice or dice_focal; the last two take a sigmoid per class.
@@ -63,7 +65,7 @@ class TrainConfig:
     output: Path | None = None
     resume: Path | None = None
     overwrite: bool = False
-    model: Literal["unetrpp", "segformer3d", "slim_unetr", "slim_unetrpp"] = "unetrpp"
+    model: str = "unetrpp"
     recipe: Literal["short", "published"] = "short"
     steps: int | None = None
     minutes: float | None = None
@@ -73,14 +75,14 @@ class TrainConfig:
     preset: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
-    loss: Literal["dice_ce", "dice", "dice_focal"] | None = None
+    loss: Loss | None = None
     optimizer: Literal["adamw", "sgd"] | None = None
     betas: list[float] | None = None
     schedule: Literal["cosine", "restarts", "poly"] | None = None
     warm_up: int | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
-    augmentation: Literal["full", "light", "slim_unetr", "segformer3d", "none"] | None = None
+    augmentation: Augmentation | None = None
     mirror: bool | None = None
     foreground: float = 0.33
     ema: float | None = None
@@ -97,7 +99,22 @@ class TrainConfig:
     report: bool = True
 
 
-# What a recipe decides where the user did not; what "published" says depends on the network.
+class ResolvedConfig(TrainConfig):
+    """A `TrainConfig` in which the recipe and the machine have decided what the user did not."""
+
+    data: Path
+    output: Path
+    loss: Loss
+    optimizer: Literal["adamw", "sgd"]
+    schedule: Literal["cosine", "restarts", "poly"]
+    learning_rate: float
+    weight_decay: float
+    augmentation: Augmentation
+    ema: float
+    precision: Literal["32-true", "bf16-mixed"]
+
+
+# What the short recipe decides where the user did not; the published one is the network's `recipe`.
 SHORT = {
     "loss": "dice_ce",
     "optimizer": "adamw",
@@ -111,54 +128,6 @@ SHORT = {
     "ema": 0.99,
     "minutes": 25.0,
 }
-# 300 epochs of 1000 volumes, 5 of them warm-up; a step takes 2 patches of each of 16 volumes.
-_SLIM_UNETR = {
-    "loss": "dice_focal",
-    "optimizer": "adamw",
-    "betas": [0.9, 0.95],
-    "schedule": "cosine",
-    "warm_up": 313,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.05,
-    "augmentation": "slim_unetr",
-    "mirror": True,
-    "ema": 0.0,
-    "steps": 18_750,
-    "batch_size": 32,
-}
-PUBLISHED = {
-    "unetrpp": {
-        "loss": "dice_ce",
-        "optimizer": "sgd",
-        "betas": [0.9, 0.999],  # of AdamW, where the user asks for it
-        "schedule": "poly",
-        "warm_up": 0,
-        "learning_rate": 1e-2,
-        "weight_decay": 3e-5,
-        "augmentation": "full",
-        "mirror": True,
-        "ema": 0.0,
-        "steps": 250_000,
-    },
-    # 800 epochs of 206 steps, 20 of them warm-up; a step takes 4 patches of each of 2 volumes.
-    "segformer3d": {
-        "loss": "dice",
-        "optimizer": "adamw",
-        "betas": [0.9, 0.999],
-        "schedule": "restarts",
-        "warm_up": 4_120,
-        "learning_rate": 1e-4,
-        "weight_decay": 0.01,
-        "augmentation": "segformer3d",
-        "mirror": False,
-        "ema": 0.0,
-        "steps": 164_800,
-        "batch_size": 8,
-    },
-    "slim_unetr": _SLIM_UNETR,
-    # The same, 3 volumes a step.
-    "slim_unetrpp": {**_SLIM_UNETR, "warm_up": 1_667, "steps": 100_000, "batch_size": 6},
-}
 # What has no effect under which choice: option, the setting that decides, its value.
 IDLE = (
     ("betas", "optimizer", "sgd"),
@@ -169,7 +138,7 @@ IDLE = (
 RESUMABLE = ("data", "accelerator", "workers", "cache", "save_minutes", "report")
 
 
-def resolved(config: TrainConfig) -> TrainConfig:
+def resolved(config: TrainConfig) -> ResolvedConfig:
     """Fill in what the recipe and the machine decide where the user did not.
 
     Raises:
@@ -178,11 +147,11 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
-    if config.model not in PUBLISHED:
-        raise ValueError(f"--model must be one of {', '.join(PUBLISHED)}; got {config.model!r}")
+    if config.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}; got {config.model!r}")
     if config.minutes is not None and config.steps is not None:
         raise ValueError("train takes --steps or --minutes, not both")
-    recipe = dict(SHORT if config.recipe == "short" else PUBLISHED[config.model])
+    recipe = dict(SHORT if config.recipe == "short" else MODELS[config.model].recipe)
     if config.minutes is not None or config.steps is not None:
         recipe.pop("steps", None)
         recipe.pop("minutes", None)
@@ -201,24 +170,22 @@ def resolved(config: TrainConfig) -> TrainConfig:
     _check_precision(config, "use --precision 32-true")
     # Absolute, because a run may be resumed from another folder.
     chosen["data"] = Path(config.data).absolute()
-    return replace(config, **chosen)
+    chosen["output"] = Path(config.output)
+    return ResolvedConfig(**{**vars(config), **chosen})
 
 
 def is_decayed(config: TrainConfig, name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether weight decay acts on a parameter of this name.
 
-    On all as UNETR++ and SegFormer3D were published; on all but biases and the scales of norms as
-    Slim UNETR and Slim UNETR++ were, by the default of timm; short leaves temperatures alone, too.
+    The published recipe decays what its network says; short leaves out biases, norms, temperatures.
     """
     if config.recipe == "published":
-        return config.model in ("unetrpp", "segformer3d") or parameter.ndim > 1
+        return MODELS[config.model].is_decayed(name, parameter)
     # Decay pulls a norm's scale or a temperature (H, 1, 1) to zero, where it means nothing.
     return parameter.ndim > 1 and "temperature" not in name
 
 
 def _on_gpu(config: TrainConfig) -> bool:
-    import torch
-
     return config.accelerator in ("auto", "cuda") and torch.cuda.is_available()
 
 
@@ -231,8 +198,8 @@ def _check_precision(config: TrainConfig, remedy: str) -> None:
         )
 
 
-def resumed(config: TrainConfig) -> TrainConfig:
-    """The run folder's own configuration, with what may change taken from the caller.
+def resumed(config: TrainConfig) -> ResolvedConfig:
+    """The configuration of the run folder `config.resume`, with what may change from the caller.
 
     Raises:
         FileNotFoundError: no run there. ValueError: another setting than may change, another
@@ -240,7 +207,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
     """
     import yaml
 
-    folder = Path(config.resume)
+    folder = Path(config.resume or "")
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume: {folder}/config.yaml is missing")
     if config.output is not None and Path(config.output).resolve() != folder.resolve():
@@ -248,7 +215,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
             f"--resume {folder} goes on in that folder, so it takes no other --output, got "
             f"{config.output}; leave it out, or copy the run there and resume the copy"
         )
-    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     default = asdict(TrainConfig())
     given = {
         key: value
@@ -264,6 +231,6 @@ def resumed(config: TrainConfig) -> TrainConfig:
     given = {key: value for key, value in given.items() if key in RESUMABLE}
     values = {**stored, **given, "output": folder, "resume": folder}
     values["data"] = Path(values["data"]).absolute()
-    config = TrainConfig(**values)
-    _check_precision(config, f"the run in {folder} was started with it, so resume it on a GPU")
-    return config
+    run = ResolvedConfig(**values)
+    _check_precision(run, f"the run in {folder} was started with it, so resume it on a GPU")
+    return run

@@ -1,13 +1,21 @@
-"""Networks, and the function that builds one by name."""
+"""Networks, and the functions that find and build one by name.
 
+To add a network, write one file in this folder and its test. The file holds a subclass of `Network`
+with the decorator `register`; its class attributes are its name, presets, widths and recipe. Every
+file of this folder is imported below, so nothing else needs to know of it.
+"""
+
+import importlib
+import pkgutil
 from typing import Any
 
-from .network import Network
-from .presets import PRESETS
-from .segformer3d import SegFormer3D
-from .slim_unetr import SlimUNETR
-from .slim_unetrpp import SlimUNETRPP
-from .unetrpp import UNETRPP
+# First, because names and helps list the networks in the order of their registration.
+from unetrpp.models.unetrpp import UNETRPP  # isort: split
+
+from unetrpp.models.network import MODELS, RECONSTRUCTION, Network
+from unetrpp.models.segformer3d import SegFormer3D
+from unetrpp.models.slim_unetr import SlimUNETR
+from unetrpp.models.slim_unetrpp import SlimUNETRPP
 
 __all__ = [
     "MODELS",
@@ -20,19 +28,15 @@ __all__ = [
     "SlimUNETRPP",
     "create_model",
     "find_preset",
+    "model_label",
     "preset_label",
     "preset_names",
 ]
 
-# What a user must know of a network whose `is_reconstruction` is set.
-RECONSTRUCTION = (
-    "a RECONSTRUCTION: only parts of it were published, how they are joined is this package's "
-    "guess; nothing is known of its accuracy"
-)
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
-MODELS: dict[str, type[Network]] = {
-    network.name: network for network in (UNETRPP, SegFormer3D, SlimUNETR, SlimUNETRPP)
-}
+PRESETS = {name: network.presets for name, network in MODELS.items()}
 
 
 def create_model(name: str, preset: str | None = None, **arguments: Any) -> Network:
@@ -64,7 +68,7 @@ def preset_names() -> dict[str, tuple[str, str]]:
     A name is "network/preset", for instance "segformer3d/brats", and "synapse" for one of UNETR++.
     """
     return {
-        preset if network == "unetrpp" else f"{network}/{preset}": (network, preset)
+        preset if network == UNETRPP.name else f"{network}/{preset}": (network, preset)
         for network, presets in PRESETS.items()
         for preset in presets
     }
@@ -72,7 +76,7 @@ def preset_names() -> dict[str, tuple[str, str]]:
 
 def find_preset(name: str | None) -> str | None:
     """Return the name of `preset_names` that is meant, "unetrpp/synapse" is "synapse"; or None."""
-    name = str(name).removeprefix("unetrpp/")
+    name = str(name).removeprefix(f"{UNETRPP.name}/")
     return name if name in preset_names() else None
 
 
@@ -80,3 +84,8 @@ def preset_label(name: str) -> str:
     """Return a name of `preset_names` as it is shown: with the word, if it is a reconstruction."""
     network, _ = preset_names()[name]
     return f"{name} (reconstruction)" if MODELS[network].is_reconstruction else name
+
+
+def model_label(name: str) -> str:
+    """Return a key of `MODELS` as a list of networks shows it."""
+    return f"{name} (a reconstruction)" if MODELS[name].is_reconstruction else name

@@ -61,10 +61,13 @@ class UpsamplingConv3d(nn.ConvTranspose3d):
     Shapes: (B, in_channels, *grid) -> (B, out_channels, *grid * stride).
     """
 
+    bias: nn.Parameter
+
     def __init__(self, in_channels: int, out_channels: int, stride: Triple) -> None:
         super().__init__(in_channels, out_channels, stride, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    # There is no output_size: the stride alone decides.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (B, in_channels, *grid) -> (B, out_channels, *grid * stride)."""
         B, _, X, Y, Z = x.shape
         a, b, c = self.stride
@@ -164,10 +167,9 @@ class TransformerBlock(nn.Module):
             backend=epa_backend,
         )
         self.conv51 = ResidualBlock(channels, channels, norm="batch")
+        self.conv52: nn.Module = nn.Identity()
         if res_blocks == 2:
             self.conv52 = ResidualBlock(channels, channels, norm="batch")
-        else:
-            self.conv52 = nn.Identity()
         self.conv8 = nn.Sequential(nn.Dropout3d(conv_dropout), nn.Conv3d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -312,7 +314,7 @@ def _apply_along_grid(x: Tensor, axis: int, grid: Sequence[int], matrices: list[
     return out.flatten(-len(grid)).movedim(-1, axis).to(x.dtype).contiguous()
 
 
-def replace_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+def replace_parameter(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter new values of another shape; whoever holds the parameter sees them."""
     parameter.data = value
     parameter.grad = None

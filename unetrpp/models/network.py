@@ -1,24 +1,68 @@
-"""What all networks share: strides and sizes, presets, configuration, input checks, resizing."""
+"""What all networks share: the registry, strides and sizes, configuration, checks, resizing."""
 
 import inspect
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
 from torch import Tensor, nn
 
-from .layers import Triple
-from .presets import PRESETS
+from unetrpp.models.layers import Triple
 
-__all__ = ["Network", "nearest_legal_size", "size_multiples"]
+__all__ = [
+    "MODELS",
+    "RECONSTRUCTION",
+    "Network",
+    "Widths",
+    "nearest_legal_size",
+    "register",
+    "size_multiples",
+    "size_text",
+]
 
 STAGES = 4
+
+# What a user must know of a network whose `is_reconstruction` is set.
+RECONSTRUCTION = (
+    "a RECONSTRUCTION: only parts of it were published, how they are joined is this package's "
+    "guess; nothing is known of its accuracy"
+)
+
+N = TypeVar("N", bound="Network")
+
+# The registry: every network by its name, filled by `register`.
+MODELS: dict[str, type["Network"]] = {}
+
+
+def register(network: type[N]) -> type[N]:
+    """Class decorator: make a network known by its `name` to every function and command."""
+    MODELS[network.name] = network
+    return network
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What `unetrpp train` takes for the widths where the user names no preset.
+
+    Args:
+        preset: one of the network's.
+        reason: the sentence that is printed.
+        settings: constructor arguments beside the preset's.
+    """
+
+    preset: str
+    reason: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Network(nn.Module):
     """A network of four stages for volumes, built from arguments that its `config` keeps.
+
+    A subclass with the decorator `register` is a network of this package; its file says all that is
+    its own, in the class attributes below.
 
     Args:
         in_channels: channels of the input volume.
@@ -38,6 +82,12 @@ class Network(nn.Module):
         is_reconstruction: whether the network was published in parts only and joined here.
         input_weight, output_weight: key of the tensor whose given axis has the input channels, and
             of the one with the classes.
+        presets: constructor arguments that differ from the defaults, by name. The first presets are
+            the published variants; "tiny", in every network, runs in a second on one CPU core.
+        cpu_widths, gpu_widths: what `unetrpp train` proposes, by the device.
+        recipe: how the network was trained: options of `TrainConfig` by name, with steps. A recipe
+            without batch_size was trained with 2.
+        published_patch: the size it was trained at, for the help of `--patch_size`.
 
     Raises:
         ValueError: strides or size break their rule, or another argument is not of the type that
@@ -50,6 +100,11 @@ class Network(nn.Module):
     is_reconstruction = False
     input_weight: tuple[str, int]
     output_weight: tuple[str, int]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    cpu_widths: ClassVar[Widths]
+    gpu_widths: ClassVar[Widths]
+    recipe: ClassVar[Mapping[str, Any]]
+    published_patch: ClassVar[str]
 
     def __init__(
         self,
@@ -85,7 +140,7 @@ class Network(nn.Module):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> "Network":
-        """Build a model with the settings of `unetrpp.models.presets`, some of them overridden.
+        """Build a model with the settings of a preset, some of them overridden.
 
         Args:
             preset: a name among the presets of this network, for instance "tiny"; the network's
@@ -95,7 +150,7 @@ class Network(nn.Module):
         Raises:
             ValueError: no such preset, or an argument is unknown or breaks its rule.
         """
-        presets = PRESETS[cls.name]
+        presets = cls.presets
         name = str(preset).removeprefix(f"{cls.name}/")
         if name not in presets:
             raise ValueError(
@@ -103,6 +158,22 @@ class Network(nn.Module):
                 f"{preset!r}."
             )
         return cls.build(**{**presets[name], **overrides})
+
+    @staticmethod
+    def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+        """Whether the weight decay of the published recipe acts on a parameter of this name."""
+        return True
+
+    @classmethod
+    def load_warning(cls, overrides: Mapping[str, Any]) -> str | None:
+        """Return what the user of a published file must know, if there is something.
+
+        Args:
+            overrides: the constructor arguments that the user gave.
+
+        Returns: the rest of a sentence that starts with the file's name.
+        """
+        return f"is read as {cls.__name__}, {RECONSTRUCTION}." if cls.is_reconstruction else None
 
     @classmethod
     def channels_of(cls, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -162,8 +233,9 @@ class Network(nn.Module):
         # Stages share a grid only where all strides between them are 1, and then at every size.
         new = dict(zip(self.grids, grids, strict=True))
         for module in self.modules():
-            if module is not self and hasattr(module, "resize_tokens"):
-                module.resize_tokens(new[module.grid])
+            resize: Any = getattr(module, "resize_tokens", None)
+            if module is not self and resize is not None:
+                resize(new[cast(Triple, module.grid)])
         self.img_size, self.grids = img_size, grids
         return self
 
@@ -242,31 +314,39 @@ class Network(nn.Module):
 
     @classmethod
     def _triple(cls, name: str, value: Sequence[int] | int) -> Triple:
-        values = (value,) * 3 if isinstance(value, Integral) else value
+        values: Any = (value,) * 3 if isinstance(value, Integral) else value
         if not _are_integers(values, 1) or len(values) != 3:
             raise ValueError(
                 f"{cls.__name__}: {name} must be one integer or three, each at least 1; got "
                 f"{value!r}."
             )
-        return tuple(map(int, values))
+        return cast(Triple, tuple(map(int, values)))
 
 
-def size_multiples(strides: Sequence[Triple]) -> Triple:
+def size_multiples(strides: Sequence[Sequence[int]]) -> Triple:
     """Return, per axis, what `img_size` must be a multiple of: the product of the strides."""
-    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+    multiples: Any = tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+    return multiples
 
 
-def nearest_legal_size(size: Sequence[int], strides: Sequence[Triple]) -> Triple:
-    """Return the legal input size nearest to `size`, per axis at least one multiple, ties up."""
-    return tuple(
-        max(1, (2 * n + m) // (2 * m)) * m
-        for n, m in zip(size, size_multiples(strides), strict=True)
-    )
+def nearest_legal_size(size: Sequence[float], strides: Sequence[Sequence[int]]) -> Triple:
+    """Return the legal input size nearest to `size`, per axis at least one multiple, ties up.
+
+    Its numbers have the type of `size`: integers, floats or those of a symbolic shape.
+    """
+    axes = zip(size, size_multiples(strides), strict=True)
+    nearest: Any = tuple(max(1, (2 * n + m) // (2 * m)) * m for n, m in axes)
+    return nearest
+
+
+def size_text(values: Sequence[float]) -> str:
+    """Return sizes as they are printed: (64, 128, 128) is "64x128x128"."""
+    return "x".join(f"{value:g}" for value in values)
 
 
 def _are_integers(values: Any, least: int) -> bool:
     return isinstance(values, Collection) and all(
-        isinstance(value, Integral) and value >= least for value in values
+        isinstance(value, Integral) and int(value) >= least for value in values
     )
 
 
@@ -281,6 +361,6 @@ def _stage_grids(img_size: Triple, strides: Sequence[Triple], caller: str) -> li
         )
     grids = []
     for stride in strides:
-        img_size = tuple(n // s for n, s in zip(img_size, stride, strict=True))
+        img_size = cast(Triple, tuple(n // s for n, s in zip(img_size, stride, strict=True)))
         grids.append(img_size)
     return grids

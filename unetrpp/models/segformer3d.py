@@ -11,26 +11,32 @@ Segmentation", CVPR workshops 2024. Written from a description of its arithmetic
 parameters, sizes and numbers are those of the published network. Tokens are (B, N, C) throughout:
 in memory that is a volume (B, C, *grid) with channels last, so that going between the two copies
 nothing.
+
+Presets:
+    brats     BraTS, four MR sequences in, three regions out, which overlap and have no background;
+              4,525,251 parameters
+    tiny      no published counterpart
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from epa_kernels import spatial_attention
-
-from .layers import Triple, to_tokens, to_volume, upsample_linear
-from .network import STAGES, Network
+from unetrpp.models.layers import Triple, to_tokens, to_volume, upsample_linear
+from unetrpp.models.network import STAGES, Network, Widths, register
 
 __all__ = ["SegFormer3D"]
 
 SCALES = ("num_heads", "head_dim")
 
 
+@register
 class SegFormer3D(Network):
     """SegFormer3D for 3-D segmentation: logits for volumes of any legal size.
 
@@ -75,6 +81,38 @@ class SegFormer3D(Network):
     takes_any_size = True
     input_weight = ("segformer_encoder.embed_1.patch_embeddings.weight", 1)
     output_weight = ("segformer_decoder.linear_pred.weight", 0)
+    presets = {
+        "brats": {"in_channels": 4, "out_channels": 3, "img_size": (128, 128, 128)},
+        "tiny": {
+            "in_channels": 1,
+            "out_channels": 2,
+            "img_size": (32, 32, 32),
+            "strides": (2, 2, 2, 2),
+            "dims": (8, 16, 24, 32),
+            "depths": (1, 1, 1, 1),
+            "num_heads": (1, 2, 3, 4),
+            "decoder_dim": 32,
+        },
+    }
+    cpu_widths = gpu_widths = Widths(
+        "brats", "segformer3d, preset brats: the published widths, light enough for a CPU"
+    )
+    published_patch = "[96,96,96] (segformer3d)"
+    # 800 epochs of 206 steps, 20 of them warm-up; a step takes 4 patches of each of 2 volumes.
+    recipe = {
+        "loss": "dice",
+        "optimizer": "adamw",
+        "betas": [0.9, 0.999],
+        "schedule": "restarts",
+        "warm_up": 4_120,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+        "augmentation": "segformer3d",
+        "mirror": False,
+        "ema": 0.0,
+        "steps": 164_800,
+        "batch_size": 8,
+    }
 
     def __init__(
         self,
@@ -114,6 +152,17 @@ class SegFormer3D(Network):
         )
         self.segformer_decoder = Decoder(dims, decoder_dim, out_channels)
         self.apply(_init)
+
+    @classmethod
+    def load_warning(cls, overrides: Mapping[str, Any]) -> str | None:
+        """See `Network`: one state dict serves two attention scales."""
+        if "attention_scale" in overrides:
+            return None
+        return (
+            'does not tell which attention scale it was trained with; assumed is attention_scale="'
+            'num_heads", of the code that the published weights came with in 2024. Pass that, or '
+            '"head_dim" for weights of the code since end of 2025.'
+        )
 
     @property
     def attention_inputs(self) -> dict[str, tuple[int, ...]]:
@@ -184,15 +233,16 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: Triple) -> None:
         super().__init__()
-        kernel = tuple(max(3, 2 * s - 1) for s in stride)
-        padding = tuple(k // 2 for k in kernel)
+        kernel = cast(Triple, tuple(max(3, 2 * s - 1) for s in stride))
+        padding = cast(Triple, tuple(k // 2 for k in kernel))
         self.patch_embeddings = nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
         self.norm = nn.LayerNorm(out_channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Triple]:
         """x (B, in_channels, *size) -> tokens (B, N, out_channels) and their grid."""
         x = self.patch_embeddings(x)
-        return self.norm(to_tokens(x)), tuple(x.shape[2:])
+        grid: Any = tuple(x.shape[2:])
+        return self.norm(to_tokens(x)), grid
 
 
 class TransformerBlock(nn.Module):
@@ -222,6 +272,8 @@ class SelfAttention(nn.Module):
 
     Shapes: x (B, N, C) -> (B, N, C); P = N / prod(reduction) keys.
     """
+
+    scale: Tensor
 
     def __init__(
         self, channels: int, num_heads: int, reduction: Triple, attention_scale: str
@@ -255,15 +307,26 @@ class MixFFN(nn.Module):
         super().__init__()
         hidden = mlp_ratio * channels
         self.fc1 = nn.Linear(channels, hidden)
-        self.dwconv = nn.Module()
-        self.dwconv.dwconv = nn.Conv3d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.dwconv.bn = nn.BatchNorm3d(hidden)
+        self.dwconv = DepthwiseConv(hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor, grid: Triple) -> Tensor:
         """x (B, N, C), N the product of grid -> (B, N, C)."""
-        hidden = self.dwconv.bn(self.dwconv.dwconv(to_volume(self.fc1(x), grid)))
+        hidden = self.dwconv(to_volume(self.fc1(x), grid))
         return self.fc2(functional.gelu(to_tokens(hidden)))
+
+
+class DepthwiseConv(nn.Module):
+    """bn(dwconv(x)), dwconv a 3x3x3 convolution of every channel by itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv3d(channels, channels, 3, padding=1, groups=channels)
+        self.bn = nn.BatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *grid) -> the same shape."""
+        return self.bn(self.dwconv(x))
 
 
 class Decoder(nn.Module):
@@ -290,6 +353,7 @@ class Decoder(nn.Module):
 
     def forward(self, stages: list[Tensor], grids: list[Triple]) -> Tensor:
         """stages[i] (B, N_i, dims[i]) on grids[i] -> logits (B, out_channels, *grids[0])."""
+        fuse: Any
         fuse, *norm_relu = self.linear_fuse
         # Published order of the channels: the coarsest stage first.
         weights = fuse.weight.flatten(1).chunk(STAGES, 1)[::-1]  # (decoder_dim, decoder_dim) each

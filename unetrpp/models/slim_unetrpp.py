@@ -12,6 +12,10 @@ MIT) but neither encoder, decoder nor block, so how they are joined is unknown. 
 published ones do, with their names. The network around them is a RECONSTRUCTION, not the authors'
 code: no published weights fit it, and nothing measured with it says anything about theirs.
 MedNeXt: Roy et al., MICCAI 2023 (github.com/MIC-DKFZ/MedNeXt, Apache-2.0).
+
+Presets:
+    brats     the reconstruction at the size of slim_unetr's; 3,407,899 parameters
+    tiny      no published counterpart
 """
 
 import math
@@ -23,8 +27,7 @@ from torch.nn import functional
 
 from epa_kernels import channel_attention, spatial_attention
 from epa_kernels.layout import from_heads
-
-from .layers import (
+from unetrpp.models.layers import (
     TransformerBlock,
     Triple,
     replace_parameter,
@@ -32,20 +35,22 @@ from .layers import (
     to_tokens,
     to_volume,
 )
-from .network import STAGES, Network
-from .slim_unetr import (
+from unetrpp.models.network import STAGES, Network, Widths, register
+from unetrpp.models.slim_unetr import (
     Decoder,
     Encoder,
     GlobalSparseTransformer,
     LineConv,
     LocalReverseDiffusion,
     PositionalEncoding,
+    SlimUNETR,
     stage_builder,
 )
 
 __all__ = ["SCA", "MedNeXtBlock", "SlimUNETRPP"]
 
 
+@register
 class SlimUNETRPP(Network):
     """Slim UNETR++ as RECONSTRUCTED here (see the module): logits for volumes of one fixed size.
 
@@ -81,6 +86,22 @@ class SlimUNETRPP(Network):
     is_reconstruction = True
     input_weight = ("Encoder.DWconv1.depth_wise.weight", 1)
     output_weight = ("Decoder.SegHead.transposed.weight", 1)
+    presets = {
+        "brats": SlimUNETR.presets["brats"],
+        "tiny": {
+            **SlimUNETR.presets["tiny"],
+            "kernel_size": 3,
+            "proj_size": 16,
+            "epa_proj_size": 8,
+        },
+    }
+    cpu_widths = gpu_widths = Widths(
+        "brats", "slim_unetrpp, preset brats: Slim UNETR's widths, light enough for a CPU"
+    )
+    published_patch = "[128,128,128] (slim_unetrpp)"
+    # Slim UNETR's, with 3 volumes a step.
+    recipe = {**SlimUNETR.recipe, "warm_up": 1_667, "steps": 100_000, "batch_size": 6}
+    is_decayed = staticmethod(SlimUNETR.is_decayed)
 
     def __init__(
         self,
@@ -162,7 +183,7 @@ class SlimUNETRPP(Network):
     @property
     def attention_inputs(self) -> dict[str, tuple[int, ...]]:
         """See `Network`: the blocks' queries as in `SlimUNETR`, then those of SCA, then EPA's."""
-        inputs = {"spatial_attention": self._heads_shape(0, 2)}
+        inputs: dict[str, tuple[int, ...]] = {"spatial_attention": self._heads_shape(0, 2)}
         if self.SCA:
             level = int(next(iter(self.SCA))) - 1
             inputs["channel_attention"] = self._heads_shape(level, level)

@@ -1,6 +1,5 @@
-"""Labelled volumes on disk -> tensors for the networks: finding, checking, preprocessing.
+"""Volumes of a case -> tensors for the networks: reading, checking, preprocessing.
 
-  find_cases        dataset.json (Decathlon or nnU-Net) -> Case objects, one per volume
   Preprocessing     what inference must repeat exactly; stored in a checkpoint's config.json
   inference_transforms, load_case    read, check, turn, resample, normalise; nothing random
 
@@ -11,13 +10,11 @@ the depth-first order of SimpleITK arrays, in which the published variants were 
 
 from __future__ import annotations
 
-import glob
-import json
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -25,51 +22,25 @@ import torch
 from monai import transforms as mt
 from monai.data import MetaTensor
 
+from unetrpp.dataset import Case, open_nifti
+
 __all__ = [
-    "Case",
-    "DatasetInfo",
     "InOrder",
     "Preprocessing",
     "UnreadableImage",
-    "find_cases",
     "foreground_intensity",
     "inference_transforms",
     "load_case",
-    "read_dataset_info",
-    "split_cases",
     "volume_geometry",
 ]
 
 ORIENTATION = "SPL"
 # A voxel size that differs by less, relatively, is the same: nothing is interpolated.
 SAME_SPACING = 0.01
-_DATASET_JSON_HINT = (
-    'the smallest dataset.json is {"channel_names": {"0": "MRI"}, "labels": {"background": 0, '
-    '"lesion": 1}, "file_ending": ".nii.gz"}, beside imagesTr/NAME_0000.nii.gz and '
-    "labelsTr/NAME.nii.gz"
-)
 
 
 class UnreadableImage(RuntimeError):
     """A file that exists but is no complete NIfTI volume; the message names the file."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One volume: its name, one file per channel (or a single 4-D file), and its label map."""
-
-    name: str
-    images: tuple[Path, ...]
-    label: Path | None = None
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What dataset.json says: channel names, label values by name, and the files' ending."""
-
-    channels: list[str]
-    labels: dict[str, int]
-    file_ending: str
 
 
 @dataclass
@@ -111,125 +82,6 @@ class Preprocessing:
         return cls(**values)
 
 
-def read_dataset_info(data_dir: str | Path) -> DatasetInfo:
-    """Read DATA/dataset.json in Decathlon or nnU-Net spelling.
-
-    Raises:
-        FileNotFoundError: no dataset.json. ValueError: it lacks channels or labels, or label values
-        are not 0, 1, 2, ... without gaps.
-    """
-    path = Path(data_dir) / "dataset.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {_DATASET_JSON_HINT}")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    channels = content.get("channel_names") or content.get("modality")
-    labels = content.get("labels")
-    if not channels or not labels:
-        raise ValueError(f"{path} names no channels or no labels; {_DATASET_JSON_HINT}")
-    channels = [channels[key] for key in sorted(channels, key=int)]
-    try:
-        # Decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}.
-        if all(str(key).isdigit() for key in labels):
-            labels = {name: int(value) for value, name in labels.items()}
-        labels = {name: int(value) for name, value in labels.items()}
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{path}: every label must map to one integer (regions made of several labels are not "
-            f"supported), got {labels}"
-        ) from None
-    labels = dict(sorted(labels.items(), key=lambda item: item[1]))
-    if list(labels.values()) != list(range(len(labels))) or len(labels) < 2:
-        raise ValueError(
-            f"{path}: label values must be 0 (background), 1, 2, ... without gaps, got {labels}"
-        )
-    return DatasetInfo(channels, labels, content.get("file_ending", ".nii.gz"))
-
-
-def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
-    """List the cases of DATA, sorted by name.
-
-    Files named in dataset.json ("training": [{"image", "label"}], "test": [...]) are taken as they
-    are listed (nnU-Net v1: NAME.nii.gz for NAME_0000.nii.gz, ...); else imagesTr/NAME_0000.nii.gz,
-    _0001, ... with labelsTr/NAME.nii.gz (nnU-Net), or imagesTr/NAME.nii.gz (Decathlon) are found by
-    name. Test cases lie in imagesTs, without labels.
-
-    Raises:
-        FileNotFoundError: a file is missing, or no case was found. ValueError: unknown split, two
-        cases of one name, or the number of channel files differs from dataset.json.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f"find_cases: split must be 'train' or 'test', got {split!r}")
-    data_dir = Path(data_dir)
-    info = read_dataset_info(data_dir)
-    listed = json.loads((data_dir / "dataset.json").read_text()).get(
-        "training" if split == "train" else "test"
-    )
-    cases = []
-    if listed:
-        for item in listed:
-            item = {"image": item} if isinstance(item, str) else item
-            images = item["image"] if isinstance(item["image"], list) else [item["image"]]
-            name = Path(images[0]).name.removesuffix(info.file_ending)
-            label = data_dir / item["label"] if "label" in item else None
-            paths = [data_dir / image for image in images]
-            if len(paths) == 1 and not paths[0].exists():
-                # nnU-Net v1 lists NAME.nii.gz for the files NAME_0000.nii.gz, NAME_0001.nii.gz, ...
-                pattern = f"{glob.escape(name)}_[0-9][0-9][0-9][0-9]{info.file_ending}"
-                paths = sorted(paths[0].parent.glob(pattern)) or paths
-            cases.append(Case(name, tuple(paths), label))
-    else:
-        folder = data_dir / ("imagesTr" if split == "train" else "imagesTs")
-        by_name: dict[str, list[Path]] = {}
-        for path in sorted(folder.glob(f"*{info.file_ending}")):
-            if path.name.startswith("."):
-                continue
-            stem = path.name.removesuffix(info.file_ending)
-            by_name.setdefault(re.sub(r"_\d{4}$", "", stem), []).append(path)
-        for name, images in by_name.items():
-            label = data_dir / "labelsTr" / f"{name}{info.file_ending}"
-            cases.append(Case(name, tuple(images), label if split == "train" else None))
-    missing = [str(p) for case in cases for p in (*case.images, case.label) if p and not p.exists()]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} file(s) missing, the first: {missing[0]}")
-    named: dict[str, Case] = {}
-    for case in cases:
-        other = named.setdefault(case.name, case)
-        if other is not case:
-            raise ValueError(
-                f"two {split} cases are named {case.name}: {other.images[0]} and {case.images[0]}; "
-                "names must differ, rename one of them"
-            )
-    if not cases:
-        raise FileNotFoundError(f"no {split} case found in {data_dir}; {_DATASET_JSON_HINT}")
-    for case in cases:
-        if len(case.images) not in (1, len(info.channels)):
-            raise ValueError(
-                f"case {case.name} has {len(case.images)} image files, but dataset.json names "
-                f"{len(info.channels)} channels {info.channels}"
-            )
-    return sorted(cases, key=lambda case: case.name)
-
-
-def split_cases(cases: Sequence[Case], fold: int = 0, folds: int = 5, seed: int = 12345):
-    """Split into (training, validation), the same for the same names, fold and seed.
-
-    Raises:
-        ValueError: fold outside 0..folds-1, or fewer than two cases.
-    """
-    if folds < 2 or not 0 <= fold < folds:
-        raise ValueError(f"fold must lie in 0..{folds - 1} and folds be at least 2, got {fold}")
-    if len(cases) < 2:
-        raise ValueError(f"a held-out split needs at least two labelled cases, got {len(cases)}")
-    order = np.random.default_rng(seed).permutation(len(cases))
-    # Fewer cases than folds would leave some folds empty.
-    held_out = set(order[fold % min(folds, len(cases)) :: min(folds, len(cases))].tolist())
-    training = [case for i, case in enumerate(cases) if i not in held_out]
-    return training, [case for i, case in enumerate(cases) if i in held_out]
-
-
 def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
     """Return (shape in voxels, spacing in mm) in SPL order, from the header of the first image.
 
@@ -238,7 +90,7 @@ def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
     """
     path = case.images[0]
     try:
-        image = nibabel.load(path)
+        image = open_nifti(path)
         spacing = [float(size) for size in nibabel.affines.voxel_sizes(image.affine)]
         turn = nibabel.orientations.ornt_transform(
             nibabel.orientations.io_orientation(image.affine),
@@ -302,30 +154,28 @@ class _ReadCase:
             )
         item = {"image": image, "name": case.name}
         if case.label is not None:
-            item["label"] = self._read_label(case, image)
+            item["label"] = self._read_label(case.label, case.images[0], image)
         return item
 
-    def _read_label(self, case: Case, image: MetaTensor) -> MetaTensor:
-        label = self._read(case.label)
+    def _read_label(self, file: Path, image_file: Path, image: MetaTensor) -> MetaTensor:
+        label = self._read(file)
         if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
             raise ValueError(
-                f"{case.label} has shape {tuple(label.shape[1:])} and {label.shape[0]} channel(s), "
-                f"but its image {case.images[0]} has {tuple(image.shape[1:])}; they must share one "
+                f"{file} has shape {tuple(label.shape[1:])} and {label.shape[0]} channel(s), "
+                f"but its image {image_file} has {tuple(image.shape[1:])}; they must share one "
                 "voxel grid"
             )
         known = set(self.preprocessing.labels.values())
         unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - known)
         if unknown:
             raise ValueError(
-                f"{case.label} holds label value(s) {unknown[:5]} that dataset.json does not name; "
+                f"{file} holds label value(s) {unknown[:5]} that dataset.json does not name; "
                 f"known: {self.preprocessing.labels}"
             )
         affine = image.affine
         if not torch.allclose(label.affine, affine, rtol=1e-3, atol=1e-2):
             # Sloppy headers are common; the voxel grid is what annotators drew on.
-            warnings.warn(
-                f"{case.label}: affine differs from its image's, which is used", stacklevel=2
-            )
+            warnings.warn(f"{file}: affine differs from its image's, which is used", stacklevel=2)
         return MetaTensor(label.as_tensor(), affine=affine)
 
 
@@ -342,6 +192,7 @@ class _Normalize:
         ):
             values = channel.as_tensor() if isinstance(channel, MetaTensor) else channel
             if kind == "ct":
+                assert statistics is not None  # `intensity` has them for "ct"
                 values.clamp_(statistics["lower"], statistics["upper"])
                 values.sub_(statistics["mean"]).div_(max(statistics["std"], 1e-8))
                 continue
@@ -360,13 +211,13 @@ class _Resample(mt.Spacingd):
         super().__init__(keys, pixdim, **options)
         self.target = list(pixdim)
 
-    def __call__(self, data: dict, lazy: bool | None = None) -> dict:
+    def __call__(self, data: Any, lazy: bool | None = None) -> Any:
         # Image and label share one affine, so they are resampled both or neither.
         if np.allclose(data["image"].pixdim, self.target, rtol=SAME_SPACING, atol=0):
             return data
         return super().__call__(data, lazy)
 
-    def inverse(self, data: dict) -> dict:
+    def inverse(self, data: Any) -> Any:
         done = data["image"].applied_operations
         if not done or done[-1]["class"] != "SpatialResample":
             return data

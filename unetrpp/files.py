@@ -1,0 +1,50 @@
+"""Files that are written whole or not at all; text is UTF-8 whatever the locale.
+
+with replacing(file) as partial: ...   write to `partial`, which then takes the file's place
+write_text, write_json, read_json      on top of it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_json", "replacing", "write_json", "write_text"]
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield a path to write to; then flush it to disk and rename it to `file`, or remove it.
+
+    Whenever the machine stops, `file` is the old file or the whole new one.
+    """
+    # A fixed name, so that what a killed process left is overwritten and never piles up. In front,
+    # because writers of images choose the format by the name's end.
+    partial = file.with_name(f".partial.{file.name}")
+    try:
+        yield partial
+        with open(partial, "r+b") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a text file; line ends are written as they are in `text`."""
+    with replacing(file) as partial:
+        partial.write_bytes(text.encode("utf-8"))
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Replace a JSON file."""
+    write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file."""
+    return json.loads(file.read_text(encoding="utf-8"))
