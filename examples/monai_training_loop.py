@@ -46,7 +46,7 @@ def main() -> float:
     model = create_model("unetrpp", "tiny", img_size=SIZE, out_channels=2)
     loss_function = DiceCELoss(to_onehot_y=True, softmax=True)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for epoch in range(6):
+    for epoch in range(4):
         losses = []
         for batch in DataLoader(train, batch_size=2, shuffle=True):
             logits = model(batch["image"])
