@@ -47,7 +47,7 @@ lint: $(VENV)
 
 # Without an install of the package: the docstrings are read, not imported.
 docs: $(VENV)
-	$(PIP) mkdocs-material "mkdocstrings[python]"
+	$(PIP) mkdocs-material "mkdocstrings[python]" ruff
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 # Without torch, and with the runtimes loaded first, because they replace malloc and wrap exceptions.

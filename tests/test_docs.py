@@ -261,9 +261,7 @@ def test_images_are_small():
 
 def test_pinned_tools_agree():
     """The hooks before a commit run the versions that `make lint` runs."""
-    pins = dict(
-        re.findall(r"^([\w.-]+)==([\w.]+)", read(REPOSITORY / "constraints.txt"), re.M)
-    )
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", read(REPOSITORY / "constraints.txt"), re.M))
     hooks = re.findall(r"([\w.-]+)==([\w.]+)", read(REPOSITORY / ".pre-commit-config.yaml"))
     assert hooks and all(pins[name] == version for name, version in hooks)
 
