@@ -43,8 +43,8 @@ def make_batch(size: int, generator: torch.Generator) -> tuple[torch.Tensor, tor
     half = torch.randint(2, (size,), generator=generator)
     centre = 8 + 16 * torch.rand(size, 3, generator=generator)
     centre[:, 0] = 8 + 16 * half
-    x, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
-    distance = sum((grid - c.view(-1, 1, 1, 1)) ** 2 for grid, c in zip((x, y, z), centre.T))
+    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))  # (3, 32, 32, 32)
+    distance = (grid - centre[:, :, None, None, None]).square().sum(1)
     volume = (distance < 25).float() + 0.5 * torch.randn(distance.shape, generator=generator)
     return volume[:, None], half
 
