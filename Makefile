@@ -2,7 +2,8 @@
 # make test   environment, install, the daily tests
 # make test-all  the same and every exhaustive test
 # make bench  environment, install, the benchmarks
-# make lint   environment, style checks
+# make lint   environment, style of Python and C++, types
+# make docs   environment, the pages as a site in site/, every link checked
 # make sanitize  the C++ kernels alone, compiled to report undefined behaviour and every access out of
 #             bounds, on every instruction set that this machine runs; needs g++, 3 minutes of one core
 #
@@ -15,7 +16,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all bench lint sanitize clean
+.PHONY: demo test test-all bench lint docs sanitize clean
 
 demo: $(VENV)
 	$(PIP) ".[demo]"
@@ -34,10 +35,20 @@ bench: $(VENV)
 	$(PIP) ".[bench]"
 	$(RUN)/pytest benchmarks --benchmark-only
 
+# mypy reads the types of the libraries. Where they are missing, an install without kernels brings
+# them; the next target that runs the package installs it anew.
 lint: $(VENV)
-	$(PIP) ruff
+	$(RUN)/python -c "import monai" 2>/dev/null || EPA_KERNELS_CPU=0 EPA_KERNELS_CUDA=0 $(PIP) ".[train]"
+	$(PIP) ruff clang-format mypy
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	git ls-files "*.cpp" "*.h" "*.cu" "*.cuh" | xargs $(RUN)/clang-format --dry-run -Werror
+	$(RUN)/mypy
+
+# Without an install of the package: the docstrings are read, not imported.
+docs: $(VENV)
+	$(PIP) mkdocs-material "mkdocstrings[python]" ruff
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 # Without torch, and with the runtimes loaded first, because they replace malloc and wrap exceptions.
 # A report ends the process, so nothing may capture it: sys leaves it on the screen.
@@ -60,4 +71,4 @@ $(VENV): constraints.txt
 	touch $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

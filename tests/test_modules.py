@@ -68,6 +68,23 @@ def test_autocast(backend, kind, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_subclass_of_a_tensor(backend):
+    """MONAI's loaders give tensors whose methods take other arguments than torch's."""
+
+    class Described(torch.Tensor):
+        def new_empty(self, size, dtype=None, device=None):
+            return super().new_empty(tuple(size), dtype=dtype, device=device)
+
+    layer = EPA(70, 8, 5, backend=backend, device=DEVICE).eval()
+    x = torch.randn(2, 70, 8, device=DEVICE)
+    described = x.as_subclass(Described).requires_grad_()
+    y = layer(described)
+    assert type(y) is torch.Tensor and torch.equal(y, layer(x))
+    y.sum().backward()
+    assert described.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_float64_alone(backend):
     layer = EPA(20, 8, 5, backend=backend, device=DEVICE).double()
     x = torch.randn(1, 20, 8, dtype=torch.float64, device=DEVICE)
