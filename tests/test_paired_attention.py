@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import epa_kernels
 from epa_kernels.backends import two_pass
+from epa_kernels.layout import from_heads, heads_view
 from epa_kernels.testing import (
     DEVICE,
     Errors,

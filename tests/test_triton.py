@@ -24,9 +24,9 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 from triton.runtime.errors import InterpreterError  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder  # noqa: E402
-from epa_kernels.backends.triton.interpreter import launch_shapes_of_users  # noqa: E402
 
 from epa_kernels.backends.triton import paired  # noqa: E402
+from epa_kernels.backends.triton.interpreter import launch_shapes_of_users  # noqa: E402
 
 # Both plans; layouts that are projected on the spot and through memory.
 SHAPES = {"rows": (2, 160, 32, 2, 9), "flat": (1, 130, 40, 2, 5), "direct": (2, 20, 24, 3, 5)}
