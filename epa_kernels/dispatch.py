@@ -180,7 +180,8 @@ def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -
 
 def _explained_call(op: Any, inputs: tuple, options: dict) -> Call:
     if isinstance(op, torch.nn.Module):
-        return OPS["paired_attention"].call(*op.arguments(*inputs))
+        arguments: Any = op.arguments
+        return OPS["paired_attention"].call(*arguments(*inputs))
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)} or a layer, got {op!r}.")
     if not inputs:

@@ -1,5 +1,7 @@
 """Efficient paired attention as a layer, and its drop-in for models that use the published one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +81,7 @@ class EfficientPairedAttention(nn.Module):
                 f"EfficientPairedAttention: hidden_size must be even, got {hidden_size}; each "
                 f"branch is projected to half of it. kind='sum' takes odd sizes."
             )
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.kind = kind
         self.layout = layout
@@ -104,17 +106,20 @@ class EfficientPairedAttention(nn.Module):
 
     def arguments(self, x: Tensor) -> tuple[PairedInputs, PairedOptions]:
         """Inputs and options of `epa_kernels.paired_attention` that compute the layer on x."""
-        qkvv, temperatures = self.qkvv, (self.temperature, self.temperature2)
+        qkvv, temperature, temperature2 = self.qkvv, self.temperature, self.temperature2
         if self.kind == "sum":
             inputs = PairedInputs(
-                x, qkvv.weight, qkvv.bias, self.EF.t(), None, None, None, *temperatures,
+                x, qkvv.weight, qkvv.bias, self.EF.t(), None, None, None, temperature, temperature2,
                 None, None, None, None,
             )  # fmt: skip
         else:
             E, out_proj, out_proj2 = self.E, self.out_proj, self.out_proj2
-            F = (self.F.weight, self.F.bias) if self.kind == "split" else (None, None)
+            F_weight, F_bias = None, None
+            if self.kind == "split":
+                F_weight, F_bias = self.F.weight, self.F.bias
             inputs = PairedInputs(
-                x, qkvv.weight, qkvv.bias, E.weight, E.bias, *F, *temperatures,
+                x, qkvv.weight, qkvv.bias, E.weight, E.bias, F_weight, F_bias,
+                temperature, temperature2,
                 out_proj.weight, out_proj.bias, out_proj2.weight, out_proj2.bias,
             )  # fmt: skip
         channel, spatial = self.attn_drop, self.attn_drop_2
@@ -150,14 +155,14 @@ def _kind_of(layer: nn.Module) -> str | None:
     return None
 
 
-def _adopt(name: str, layer: nn.Module, kind: str) -> EfficientPairedAttention:
+def _adopt(name: str, layer: Any, kind: str) -> EfficientPairedAttention:
     """Our layer around the parameters and dropout modules of a published one."""
     if kind == "sum":
-        token_projection, parts = tuple(layer.EF.shape), ("EF",)
+        token_projection, parts = tuple(layer.EF.shape), ["EF"]
     else:
         token_projection = tuple(reversed(layer.E.weight.shape))
-        parts = ("E", "F", "out_proj", "out_proj2")
-    parts += ("temperature", "temperature2", "qkvv", "attn_drop", "attn_drop_2")
+        parts = ["E", "F", "out_proj", "out_proj2"]
+    parts += ["temperature", "temperature2", "qkvv", "attn_drop", "attn_drop_2"]
     missing = [part for part in parts if not hasattr(layer, part)]
     unknown = (
         dict(layer.named_parameters(recurse=False)).keys() | dict(layer.named_children()).keys()

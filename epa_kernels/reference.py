@@ -31,6 +31,7 @@ def _softmax_dropout(
     wide = logits.to(accumulate_dtype(logits.dtype))
     weights = torch.softmax(temperature.to(wide.dtype).view(-1, 1, 1) * wide, dim=-1)
     if p > 0:
+        assert seed is not None
         rows = torch.arange(weights[..., 0].numel(), device=weights.device)
         weights = weights * dropout_multiplier(
             seed, rows.view(weights.shape[:-1]), weights.shape[-1], p, map_index, weights.dtype

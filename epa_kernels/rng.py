@@ -75,8 +75,8 @@ def dropout_multiplier(
     cut = threshold(p)
     # Both halves compare as they lie in their word: w >> 16 >= cut as w >= cut << 16.
     keep = [half >= c for w in words for half, c in ((w & 0xFFFF, cut), (w, cut << 16))]
-    keep = torch.stack(keep, dim=-1).flatten(-2)[..., :columns]
-    return keep.to(dtype) * (65536 / (65536 - cut))
+    multiplier = torch.stack(keep, dim=-1).flatten(-2)[..., :columns]
+    return multiplier.to(dtype) * (65536 / (65536 - cut))
 
 
 def draw_seed(device: torch.device) -> Tensor:

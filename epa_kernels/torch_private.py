@@ -4,7 +4,6 @@ tests/test_torch_private.py looks for each name in the torch at hand, and tries 
 """
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -25,7 +24,10 @@ CONSTANT_MARK = "_dynamo_marked_constant"  # what torch.compiler.assume_constant
 
 def find(path: str) -> Any:
     """torch.<path>, None where it is missing."""
-    return reduce(lambda found, name: getattr(found, name, None), path.split("."), torch)
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def cuda_driver_version() -> int | None:

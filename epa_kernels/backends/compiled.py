@@ -4,6 +4,7 @@ import importlib
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -67,7 +68,16 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+@overload
+def dense(t: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+@overload
+def dense(t: None, dtype: torch.dtype) -> None: ...
+
+
 def dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """t in `dtype` and dense, t itself where it is."""
     # Asked first: to and contiguous take two microseconds where they have nothing to do.
     if t is None or (t.dtype == dtype and t.is_contiguous()):
         return t

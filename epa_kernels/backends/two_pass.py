@@ -41,10 +41,9 @@ def _tiles(num_tokens: int, elements_per_token: int, device: torch.device) -> It
         yield slice(start, min(start + size, num_tokens))
 
 
-def _gradient(gradient: Tensor | None, target: Tensor | None, like: Tensor | None = None) -> Tensor:
-    """The gradient in dtype, shape and strides of its tensor; size 0 where that is absent."""
-    out = empty_gradient(target, target if like is None else like)
-    return out if target is None else out.copy_(gradient.view_as(target))
+def _gradient(gradient: Tensor, target: Tensor) -> Tensor:
+    """The gradient in dtype, shape and strides of its tensor."""
+    return empty_gradient(target, target).copy_(gradient.view_as(target))
 
 
 def _softmax_backward(softmax: Tensor, d: Tensor) -> Tensor:
@@ -507,7 +506,10 @@ def paired_attention_bwd(dy, *tensors, **options):
     else:
         grads, dprojections = _two_pass_backward(layer, dy, *kept)
     grads["proj_k_weight"], grads["proj_v_weight"] = dprojections[0], dprojections[-1]
-    return tuple(_gradient(grads.get(n), t, inputs.x) for n, t in inputs._asdict().items())
+    return tuple(
+        empty_gradient(t, inputs.x) if t is None else _gradient(grads[name], t)
+        for name, t in inputs._asdict().items()
+    )
 
 
 def _head_major(t):
