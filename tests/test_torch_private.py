@@ -1,0 +1,66 @@
+"""Each name of torch's private API exists, and where it does not, something else serves."""
+
+import pytest
+import torch
+
+from epa_kernels import torch_private
+from epa_kernels.torch_private import AUTOGRAD_NAMES, CONSTANT_MARK, DRIVER_VERSION
+
+
+@pytest.mark.parametrize("name", AUTOGRAD_NAMES)
+def test_torch_has_the_name(name):
+    assert torch_private.find(name) is not None
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_torch_tells_the_version_of_the_driver():
+    assert torch_private.find(DRIVER_VERSION) is not None
+
+
+def test_a_build_without_the_driver_s_version_gives_none(monkeypatch):
+    monkeypatch.delattr(torch._C, "_cuda_getDriverVersion", raising=False)
+    assert torch_private.cuda_driver_version() is None
+
+
+def test_the_mark_is_that_of_assume_constant_result():
+    def answer():
+        return 3
+
+    assert not hasattr(answer, CONSTANT_MARK)
+    torch.compiler.assume_constant_result(answer)
+    assert getattr(answer, CONSTANT_MARK) is True
+    assert getattr(torch_private.constant_result(lambda: 3), CONSTANT_MARK) is True
+
+
+@pytest.mark.parametrize("missing", (None, *AUTOGRAD_NAMES))
+def test_autograd_is_registered_with_and_without_each_name(missing, monkeypatch):
+    """y = a x and what is kept, in a library of its own."""
+    find = torch_private.find
+    monkeypatch.setattr(torch_private, "find", lambda name: None if name == missing else find(name))
+    namespace = f"epa_kernels_test_{'none' if missing is None else missing.replace('.', '_')}"
+    library = torch.library.Library(namespace, "DEF")
+    library.define("scale(Tensor x, Tensor? seed, *, float a) -> (Tensor, Tensor)")
+    library.impl("scale", lambda x, seed, *, a: (a * x, x.new_tensor([a])), "CPU")
+    op = getattr(torch.ops, namespace).scale.default
+
+    def save(ctx, inputs, options, results):
+        ctx.save_for_backward(results[1])
+        ctx.mark_non_differentiable(results[1])
+        ctx.options = options
+
+    def gradients(ctx, dout, _):
+        (kept,) = ctx.saved_tensors
+        assert kept.item() == ctx.options["a"]
+        return dout * kept, None
+
+    torch_private.register_autograd(library, op, save, gradients)
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    y, kept = op(x, None, a=2.5)
+    assert torch.equal(y, 2.5 * x) and not kept.requires_grad
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.5))
+    with torch.no_grad():
+        assert not op(x, None, a=2.5)[0].requires_grad
+    if missing is None:
+        with pytest.raises(RuntimeError, match="scale: .* neither forward-mode"):
+            torch.func.grad(lambda t: op(t, None, a=2.5)[0].sum())(x.detach())
