@@ -8,7 +8,6 @@ projections: 2 for kind "split", else 1.
 """
 
 from collections.abc import Callable, Mapping
-from operator import itemgetter
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -311,10 +310,7 @@ class Op:
 
 def shape_getter(axes: tuple[str, ...]) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
     """The shape that axes make of `Call.sizes`."""
-    if len(axes) == 1:
-        (axis,) = axes
-        return lambda sizes: (sizes[axis],)
-    return itemgetter(*axes)
+    return lambda sizes: tuple([sizes[axis] for axis in axes])
 
 
 def _markers(fields: Any) -> dict:
