@@ -198,9 +198,9 @@ def test_info_of_other_networks_and_says_what_is_a_reconstruction(capsys):
         assert parameters in text and f"= {multiply_adds} multiply-adds" in text
         assert "each axis a multiple of 32x32x32" in text
         tokens = {"segformer3d": 32768, "slim_unetr": 216, "slim_unetrpp": 512}[name.split("/")[0]]
-        assert f"spatial_attention on cpu float32 (1, {tokens}, 1, " in text
+        assert f"spatial_attention on cpu float32, B = 1, N = {tokens}, " in text
         for op in ("paired_attention", "channel_attention"):
-            assert (f"{op} on cpu float32 (1, " in text) == name.startswith("slim_unetrpp")
+            assert (f"{op} on cpu float32, B = 1, " in text) == name.startswith("slim_unetrpp")
         assert ("RECONSTRUCTION" in text) == name.startswith("slim_unetrpp")
         assert ("any other size" in text) == name.startswith("segformer3d")
     assert cli.main(["info"]) == 1
