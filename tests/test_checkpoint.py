@@ -221,7 +221,7 @@ def test_wrong_place_is_named(folder, tmp_path):
         load_checkpoint(folder.parent)
     with pytest.raises(ValueError, match="is a file; .*load_published reads"):
         load_checkpoint(folder / "model.safetensors")
-    (folder / "config.json").write_text('{"architectures": ["Bert"]}')
+    (folder / "config.json").write_text('{"architectures": ["Bert"]}', encoding="utf-8")
     with pytest.raises(ValueError, match=r'config.json must hold {"model": {"name", "args"}}'):
         load_checkpoint(folder)
 

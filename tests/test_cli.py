@@ -76,7 +76,9 @@ def test_help_says_that_no_recipe_decides_the_patch_size(capsys):
 def test_yaml_then_command_line(tmp_path, monkeypatch):
     seen = captured_config(monkeypatch)
     file = tmp_path / "config.yaml"
-    file.write_text("data: here\noutput: there\nsteps: 7\npatch_size: [16, 32, 16]\n")
+    file.write_text(
+        "data: here\noutput: there\nsteps: 7\npatch_size: [16, 32, 16]\n", encoding="utf-8"
+    )
     assert (
         cli.main(
             [
@@ -104,7 +106,7 @@ def test_printed_config_can_be_read_back(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--data", "d", "-o", "r", "--learning-rate", "0.5", "--print_config"])
     file = tmp_path / "printed.yaml"
-    file.write_text(capsys.readouterr().out)
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
     seen = captured_config(monkeypatch)
     assert cli.main(["train", "--config", str(file)]) == 0
     assert seen[0].learning_rate == 0.5 and str(seen[0].data) == "d"
@@ -198,9 +200,9 @@ def test_info_of_other_networks_and_says_what_is_a_reconstruction(capsys):
         assert parameters in text and f"= {multiply_adds} multiply-adds" in text
         assert "each axis a multiple of 32x32x32" in text
         tokens = {"segformer3d": 32768, "slim_unetr": 216, "slim_unetrpp": 512}[name.split("/")[0]]
-        assert f"spatial_attention on cpu float32 (1, {tokens}, 1, " in text
+        assert f"spatial_attention on cpu float32, B = 1, N = {tokens}, " in text
         for op in ("paired_attention", "channel_attention"):
-            assert (f"{op} on cpu float32 (1, " in text) == name.startswith("slim_unetrpp")
+            assert (f"{op} on cpu float32, B = 1, " in text) == name.startswith("slim_unetrpp")
         assert ("RECONSTRUCTION" in text) == name.startswith("slim_unetrpp")
         assert ("any other size" in text) == name.startswith("segformer3d")
     assert cli.main(["info"]) == 1

@@ -69,7 +69,7 @@ def test_decathlon_and_nnunet_folders_list_the_same_cases(tmp_path):
             }
         else:
             content = {"channel_names": {"0": "MRI"}, "labels": LABELS, "file_ending": ".nii.gz"}
-        (root / "dataset.json").write_text(json.dumps(content))
+        (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
         info = dataset.read_dataset_info(root)
         assert (info.channels, info.labels) == (["MRI"], LABELS)
         cases = dataset.find_cases(root)
@@ -82,7 +82,7 @@ def test_nnunet_channels_are_grouped_in_order(tmp_path):
         save(tmp_path / f"imagesTr/{name}.nii.gz", image_of((8, 8, 8)))
     save(tmp_path / "labelsTr/x_2021.nii.gz", np.ones((8, 8, 8), np.uint8))
     content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": LABELS, "file_ending": ".nii.gz"}
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     (found,) = dataset.find_cases(tmp_path)
     assert found.name == "x_2021"
     assert [path.name[-8] for path in found.images] == ["0", "1"]
@@ -104,7 +104,7 @@ def test_nnunet_channels_are_grouped_in_order(tmp_path):
     ],
 )
 def test_bad_dataset_json_is_explained(tmp_path, content, message):
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         dataset.read_dataset_info(tmp_path)
 
@@ -122,7 +122,7 @@ def test_bad_dataset_json_is_explained(tmp_path, content, message):
 def test_labels_have_one_reader(tmp_path, labels, expected):
     """Training and scoring read the same classes from one dataset.json."""
     content = {"labels": labels, "channel_names": {"0": "MR"}}
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     assert dataset.class_names(tmp_path / "dataset.json") == expected
     if "both" not in labels:
         found = dataset.read_dataset_info(tmp_path).labels
@@ -131,7 +131,7 @@ def test_labels_have_one_reader(tmp_path, labels, expected):
 
 def test_class_names_of_a_bad_file_are_explained(tmp_path):
     for text in ("", "{}", "[]", '{"labels": 3}', '{"labels": {"liver": "one"}, "b": 1}'):
-        (tmp_path / "names.json").write_text(text)
+        (tmp_path / "names.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="names.json must be a JSON file with 'labels'"):
             dataset.class_names(tmp_path / "names.json")
     with pytest.raises(ValueError, match="gave FileNotFoundError"):
@@ -146,7 +146,7 @@ def listed(root: Path, *images: str) -> Path:
         "labels": {"0": "background", "1": "lesion"},
         "training": [{"image": image, "label": "labelsTr/l.nii.gz"} for image in images],
     }
-    (root / "dataset.json").write_text(json.dumps(content))
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return root
 
 

@@ -93,14 +93,14 @@ def test_demo_runs_from_data_to_report(tmp_path):
         "scores/scores.csv", "scores/scores.json", "report.html", "demo.json",
     ):  # fmt: skip
         assert (tmp_path / "demo" / file).is_file(), file
-    scores = json.loads((tmp_path / "demo/scores/scores.json").read_text())
+    scores = json.loads((tmp_path / "demo/scores/scores.json").read_text(encoding="utf-8"))
     assert result["dice"] == {row["class"]: row["dice"] for row in scores["rows"]}
     assert set(result["dice"]) == set(result["dice_front"]) == {"grey matter", "white matter"}
-    config = (tmp_path / "demo/run/config.yaml").read_text()
+    config = (tmp_path / "demo/run/config.yaml").read_text(encoding="utf-8")
     assert "mirror: false" in config, "a flip would show the network the test volume"
-    plan = json.loads((tmp_path / "demo/run/plan.json").read_text())
+    plan = json.loads((tmp_path / "demo/run/plan.json").read_text(encoding="utf-8"))
     assert plan["split"] == {"training": ["left_back"], "validation": ["left_front"]}
-    page = (tmp_path / "demo/report.html").read_text()
+    page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
     assert "exact mirror image" in page and "no clinical result" in page
     assert f"{scores['summary']['mean']['dice']['mean']:.4f}" in page
     with pytest.raises(FileExistsError, match="not empty"):

@@ -132,12 +132,13 @@ def test_evaluate_writes_csv_json_and_table(tmp_path, maps, capsys):
     # In the second case the second class was not predicted at all.
     save(tmp_path / "pred", "two.nii.gz", np.where(prediction == 2, 0, prediction), affine)
     (tmp_path / "dataset.json").write_text(
-        json.dumps({"labels": {"background": 0, "tumour": 1, "cyst": 2, "both": [1, 2]}})
+        json.dumps({"labels": {"background": 0, "tumour": 1, "cyst": 2, "both": [1, 2]}}),
+        encoding="utf-8",
     )
     result = run_evaluate(tmp_path / "pred", tmp_path / "labelsTr", tmp_path / "out")
     assert not result.failures
 
-    with (tmp_path / "out" / "scores.csv").open() as stream:
+    with (tmp_path / "out" / "scores.csv").open(encoding="utf-8") as stream:
         rows = {(row["case"], row["class"]): row for row in csv.DictReader(stream)}
     assert len(rows) == 6
     tumour = rows["one", "tumour"]
@@ -150,7 +151,7 @@ def test_evaluate_writes_csv_json_and_table(tmp_path, maps, capsys):
     assert float(cyst["hd95_voxels"]) == 0, "as the published tables count an empty prediction"
     assert math.isnan(float(cyst["hd95_mm"]))
 
-    content = json.loads((tmp_path / "out" / "scores.json").read_text())
+    content = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))
     summary = content["summary"]["classes"]["cyst"]
     assert summary["dice"] == {"mean": 0.5, "median": 0.5, "n": 2, "undefined": 0}
     assert summary["hd95_mm"] == {"mean": 0, "median": 0, "n": 1, "undefined": 1}
@@ -188,7 +189,7 @@ def test_evaluate_names_bad_files_and_does_the_others(tmp_path, maps):
     assert "cannot be read" in reasons["truncated"]
     assert "whole numbers" in reasons["fraction"]
     assert "[7]" in reasons["unlisted"]
-    written = json.loads((tmp_path / "pred" / "scores.json").read_text())
+    written = json.loads((tmp_path / "pred" / "scores.json").read_text(encoding="utf-8"))
     assert written["failures"] == result.failures
 
     options = dict(quiet=True, only_predicted=True, check_affine=False)
@@ -202,7 +203,9 @@ def test_evaluate_pairs_two_files_and_reads_decathlon_names(tmp_path, maps):
     first = save(tmp_path / "a", "prediction.nii", prediction.astype(np.float32), dtype=np.float32)
     second = save(tmp_path / "b", "truth.nii.gz", reference)
     names = tmp_path / "names.json"
-    names.write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}}))
+    names.write_text(
+        json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}}), encoding="utf-8"
+    )
     result = run_evaluate(first, second, tmp_path / "out", names=names, quiet=True)
     assert [row["class"] for row in result.rows] == ["liver", "spleen"]
     assert result.rows[1]["dice"] == 1

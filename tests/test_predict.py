@@ -225,7 +225,7 @@ def test_several_channels_as_files_and_as_one_4d_file(tmp_path, checkpoint):
         image = nib.load(file)
         np.testing.assert_array_equal(np.asarray(image.dataobj), first + second > 0.2)
         np.testing.assert_array_equal(image.affine, nib.load(tmp_path / "in/b.nii.gz").affine)
-    record = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    record = json.loads((tmp_path / "out" / "prediction.json").read_text(encoding="utf-8"))
     assert record["labels"] == {"name 0": 0, "name 1": 1}
     assert set(record["seconds"]) == {"a", "b", "year_2024"}
 
@@ -237,14 +237,14 @@ def test_bad_files_are_named_and_the_others_done(tmp_path, checkpoint, capsys):
         save(inputs / f"{name}.nii.gz", values)
     truncated = inputs / "truncated.nii.gz"
     truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
-    (inputs / "not_nifti.nii.gz").write_text("hello")
+    (inputs / "not_nifti.nii.gz").write_text("hello", encoding="utf-8")
     holes = values.copy()
     holes[3, 3, 3] = np.nan
     save(inputs / "holes.nii.gz", holes)
     save(inputs / "channels.nii.gz", np.stack([values, values], -1))
     save(inputs / "._hidden.nii.gz", values)
     text = tmp_path / "notes.txt"
-    text.write_text("no volume")
+    text.write_text("no volume", encoding="utf-8")
 
     result = run_predict([inputs, tmp_path / "nowhere.nii.gz", text], tmp_path / "out", folder)
     assert set(result.outputs) == {"good", "also_good"}

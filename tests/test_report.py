@@ -44,7 +44,7 @@ class Balanced(HTMLParser):
 
 def parse(file):
     parser = Balanced()
-    parser.feed(file.read_text())
+    parser.feed(file.read_text(encoding="utf-8"))
     assert parser.open == []
     return parser
 
@@ -76,18 +76,20 @@ def run(tmp_path):
         "seconds": dict.fromkeys(inputs, 1.5),
         "options": {"overlap": 0.5},
     }
-    (folder / "pred" / "prediction.json").write_text(json.dumps(record))
+    (folder / "pred" / "prediction.json").write_text(json.dumps(record), encoding="utf-8")
     run_evaluate(folder / "pred", tmp_path / "labels", folder / "scores", quiet=True)
     lines = [{"step": s, "loss": 2 / s, "seconds": 0.5 * s} for s in range(1, 101)]
     for step, dice in ((50, 0.4), (80, 0.75), (100, 0.7)):
         per_class = {"<b>left</b> & co": dice, "right": dice}
         lines.append({"step": step, "val_dice": dice, "val_dice_per_class": per_class})
     text = "\n".join(json.dumps(line) for line in lines)
-    (folder / "metrics.jsonl").write_text(text + '\n{"step": 101, "lo')
-    (folder / "config.yaml").write_text("recipe: short\nlearning_rate: 0.001\n")
+    (folder / "metrics.jsonl").write_text(text + '\n{"step": 101, "lo', encoding="utf-8")
+    (folder / "config.yaml").write_text("recipe: short\nlearning_rate: 0.001\n", encoding="utf-8")
     reasons = {"reasons": ["patch 16 because of <something>"]}
     split = {"training": ["a", "b"], "validation": ["c"]}
-    (folder / "plan.json").write_text(json.dumps({"plan": reasons, "split": split}))
+    (folder / "plan.json").write_text(
+        json.dumps({"plan": reasons, "split": split}), encoding="utf-8"
+    )
     return folder
 
 
@@ -106,11 +108,11 @@ def test_report_is_complete_and_self_contained(run):
     page = parse(file)
     external = [link for link in page.links if not link.startswith(("data:", "#"))]
     assert external == []
-    source = file.read_text()
+    source = file.read_text(encoding="utf-8")
     assert not re.search(r"@import|url\((?!#)|<script|<link", source)
     text = " ".join(page.text)
     assert "chosen by its Dice" not in text, "these cases were not held out to choose by"
-    scores = json.loads((run / "scores" / "scores.json").read_text())
+    scores = json.loads((run / "scores" / "scores.json").read_text(encoding="utf-8"))
     for expected in (
         "A & B", "mind the <gap>", "<b>left</b> & co", "patch 16 because of <something>",
         "learning_rate: 0.001", "0.7500", "step 80", "50 s", "100 steps", "1.5 s", "torch",
@@ -129,16 +131,16 @@ def test_report_is_complete_and_self_contained(run):
 
 
 def test_report_says_that_the_network_is_a_reconstruction(run):
-    plan = json.loads((run / "plan.json").read_text())
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     for name, expected in (("slim_unetrpp", True), ("slim_unetr", False)):
         plan["plan"]["model"] = {"name": name}
-        (run / "plan.json").write_text(json.dumps(plan))
+        (run / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         text = " ".join(parse(write_report(run, run / "scores")).text)
         assert ("SlimUNETRPP, the network of this run, is a RECONSTRUCTION: " in text) == expected
 
 
 def test_worst_median_and_best_case_are_shown(run):
-    source = write_report(run, run / "scores").read_text()
+    source = write_report(run, run / "scores").read_text(encoding="utf-8")
     shown = re.findall(r"<figcaption><b>(\w+)</b> <span class='badge'>(\w+)</span>", source)
     assert shown == [("none", "worst"), ("most", "median"), ("all", "best")]
     worst, median, best = pictures(source)
@@ -188,18 +190,18 @@ def test_held_out_cases_are_predicted_and_scored_once(tmp_path, channels):
     labels = {"background": 0, "bright": 1}
     named = {str(index): channel for index, channel in enumerate(channels)}
     description = {"channel_names": named, "labels": labels, "training": listed}
-    (data / "dataset.json").write_text(json.dumps(description))
-    (run / "config.yaml").write_text(yaml.safe_dump({"data": str(data)}))
+    (data / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": str(data)}), encoding="utf-8")
     split = {"training": ["scan_b"], "validation": ["scan_a", "scan_c"]}
-    (run / "plan.json").write_text(json.dumps({"plan": {}, "split": split}))
+    (run / "plan.json").write_text(json.dumps({"plan": {}, "split": split}), encoding="utf-8")
     kinds, nothing = ["zscore"] * len(channels), [None] * len(channels)
     preprocessing = Preprocessing(channels, kinds, nothing, None, [32, 32, 32], labels)
     model = unetrpp.create_model("unetrpp", preset="tiny", in_channels=len(channels))
     extra = {"preprocessing": preprocessing.to_dict(), "labels": labels}
     save_checkpoint(run / "best", model, extra)
 
-    source = write_report(run).read_text()
-    rows = json.loads((run / "validation" / "scores.json").read_text())["rows"]
+    source = write_report(run).read_text(encoding="utf-8")
+    rows = json.loads((run / "validation" / "scores.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["case"], row["class"]) for row in rows] == [
         ("scan_a", "bright"),
         ("scan_c", "bright"),
@@ -226,7 +228,7 @@ def test_moved_volumes_and_failures_are_said(run):
     (run.parent / "images" / "none.nii.gz").unlink()
     (run.parent / "labels" / "extra.nii.gz").write_bytes(b"")
     run_evaluate(run / "pred", run.parent / "labels", run / "scores", quiet=True)
-    source = write_report(run, run / "scores").read_text()
+    source = write_report(run, run / "scores").read_text(encoding="utf-8")
     assert "none.nii.gz is gone" in source
     assert len(pictures(source)) == 2
     assert "extra.nii.gz" in source and "Not scored" in source

@@ -25,6 +25,7 @@ from safetensors.torch import load_file  # noqa: E402
 from unetrpp import train as training  # noqa: E402
 from unetrpp import train_model  # noqa: E402
 from unetrpp.dataset import find_cases, read_dataset_info  # noqa: E402
+from unetrpp.files import read_json  # noqa: E402
 from unetrpp.models import MODELS  # noqa: E402
 from unetrpp.plan import propose  # noqa: E402
 from unetrpp.train import Interrupted, NonFiniteLoss, TrainConfig, run_train  # noqa: E402
@@ -64,7 +65,7 @@ def make_data(root: Path, cases: int = 4, channel: str = "MRI", shape=(20, 18, 1
         "labels": {"0": "background", "1": "box"},
         "training": listed,
     }
-    (root / "dataset.json").write_text(json.dumps(content))
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return root
 
 
@@ -110,7 +111,10 @@ def assert_same_end(run: Path, expected: Path) -> None:
 
 
 def losses(run: Path) -> list[tuple]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [(r["step"], r.get("loss"), r.get("val_dice")) for r in records]
 
 
@@ -127,7 +131,7 @@ def interrupt_at(number: int):
 def wait_for_steps(run: Path, process: subprocess.Popen, steps: int) -> None:
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
-    while not metrics.is_file() or metrics.read_text().count('"loss"') < steps:
+    while not metrics.is_file() or metrics.read_text(encoding="utf-8").count('"loss"') < steps:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "the run made no progress"
         time.sleep(0.005)
@@ -150,17 +154,19 @@ def test_a_run_learns_and_writes_everything(data, tmp_path):
     first, last = losses(run)[0][1], losses(run)[-2][1]
     assert last < 0.7 * first
     assert result["best_dice"] > 0.5
-    plan = json.loads((run / "plan.json").read_text())
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     assert len(plan["split"]["validation"]) == 1 and len(plan["split"]["training"]) == 3
     for name in ("best", "last"):
-        config = json.loads((run / name / "config.json").read_text())
+        config = json.loads((run / name / "config.json").read_text(encoding="utf-8"))
         assert config["preprocessing"]["patch_size"] == [16, 16, 16]
         assert config["labels"] == {"background": 0, "box": 1}
         assert (run / name / "model.safetensors").is_file()
     import yaml
 
-    assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 0.005
-    assert not list(run.glob("*.tmp"))
+    assert (
+        yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["learning_rate"] == 0.005
+    )
+    assert not list(run.rglob(".partial.*"))
 
 
 @pytest.mark.parametrize("recipe", ["short", "published"])
@@ -184,7 +190,7 @@ def test_every_network_goes_through_the_same_commands(
     assert cli.main(["train", *map(str, arguments)]) == 0
     assert np.isfinite([loss for _, loss, _ in losses(run) if loss is not None]).all()
     assert used == {"dice_ce" if recipe == "short" else MODELS[model].recipe["loss"]}
-    assert json.loads((run / "best/config.json").read_text())["model"]["name"] == model
+    assert read_json(run / "best/config.json")["model"]["name"] == model
     scans = str(data / "imagesTr")
     assert cli.main(["predict", scans, "-o", str(out), "--checkpoint", str(run / "best")]) == 0
     assert cli.main(["evaluate", str(out), str(data / "labelsTr")]) == 0
@@ -265,7 +271,7 @@ def test_non_finite_loss_names_the_cases_and_spares_the_checkpoints(data, tmp_pa
     state = torch.load(run / "resume.pt", weights_only=True)
     assert state["step"] == 2
     assert all(torch.isfinite(value).all() for value in state["model"].values())
-    assert json.loads((run / "last/config.json").read_text())["step"] == 2
+    assert json.loads((run / "last/config.json").read_text(encoding="utf-8"))["step"] == 2
 
 
 def test_nothing_is_overwritten_unasked(data, uninterrupted, tmp_path):
@@ -274,7 +280,7 @@ def test_nothing_is_overwritten_unasked(data, uninterrupted, tmp_path):
     with pytest.raises(FileExistsError, match="--resume"):
         run_train(config)
     assert (uninterrupted / "resume.pt").read_bytes() == before
-    (tmp_path / "thesis.txt").write_text("not a run")
+    (tmp_path / "thesis.txt").write_text("not a run", encoding="utf-8")
     with pytest.raises(FileExistsError, match="not an earlier run"):
         run_train(replace(config, output=tmp_path, overwrite=True))
     assert (tmp_path / "thesis.txt").exists()
@@ -315,8 +321,8 @@ def test_saved_models_have_one_output_and_the_weights_of_all_heads(uninterrupted
 def test_resume_refuses_bf16_without_a_gpu(uninterrupted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("32-true", "bf16-mixed"))
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    (run / "config.yaml").write_text(text.replace("32-true", "bf16-mixed"), encoding="utf-8")
     with pytest.raises(ValueError, match="bf16-mixed needs a CUDA device.*resume it on a GPU"):
         run_train(TrainConfig(resume=run, accelerator="cpu"))
 
@@ -340,9 +346,9 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path):
 
     whole = '{"step": 1, "loss": 0.5}\n'
     half = '{"step": 2, "val_dice_per_class": {"box": 0.5}'
-    (tmp_path / "metrics.jsonl").write_text(whole + half)
+    (tmp_path / "metrics.jsonl").write_text(whole + half, encoding="utf-8")
     Metrics(tmp_path, 2).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == whole
 
 
 def test_a_measured_total_outlives_a_kill(data, tmp_path):
@@ -364,7 +370,7 @@ def test_the_data_folder_is_stored_absolute(data, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(data.parent)
     run = tmp_path / "run"
     run_train(TrainConfig(data=Path(data.name), output=run, steps=1, **SMALL))
-    assert yaml.safe_load((run / "config.yaml").read_text())["data"] == str(data)
+    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"] == str(data)
     monkeypatch.chdir(tmp_path)
     (run / "resume.pt").unlink()
     run_train(TrainConfig(resume=run))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from unetrpp.files import write_json
+from unetrpp.files import replacing, write_json
 
 __all__ = ["make_demo_data", "run_demo"]
 
@@ -196,7 +196,8 @@ def make_demo_data(folder: Path) -> int:
         for kind, values in (("images", intensity), ("labels", labels)):
             file = folder / f"{kind}{group}" / f"{name}.nii.gz"
             file.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(values[box], moved), file)
+            with replacing(file) as partial:
+                nib.save(nib.Nifti1Image(values[box], moved), partial)
     description = {
         "name": "MNI152 tissues",
         "description": "Hemispheres of the symmetric ICBM152 2009a template, labels from its maps",

@@ -23,7 +23,7 @@ import numpy as np
 
 from unetrpp.files import read_json, write_text
 from unetrpp.report_pictures import BACKGROUND, PALETTE, color_of, overlay
-from unetrpp.run_folder import read_metrics
+from unetrpp.run_folder import read_config, read_metrics
 
 __all__ = ["score_validation", "write_report"]
 
@@ -122,7 +122,7 @@ def score_validation(run: Path) -> Path | None:
 
     run = Path(run)
     folder, best = run / "validation", run / "best" / "model.safetensors"
-    data = _read_yaml(run / "config.yaml").get("data")
+    data = read_config(run).get("data")
     held_out = _read_json(run / "plan.json").get("split", {}).get("validation", [])
     if not best.is_file() or not held_out or data is None or not Path(data).is_dir():
         return None
@@ -142,12 +142,6 @@ def score_validation(run: Path) -> Path | None:
 
 def _read_json(file: Path) -> dict:
     return read_json(file) if file.is_file() else {}
-
-
-def _read_yaml(file: Path) -> dict:
-    import yaml
-
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _prediction_record(scores: Mapping) -> dict:

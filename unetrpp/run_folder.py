@@ -15,9 +15,10 @@ from typing import Any
 
 from unetrpp.files import write_json, write_text
 
-__all__ = ["Metrics", "check_folder", "read_metrics", "start_folder"]
+__all__ = ["Metrics", "check_folder", "read_config", "read_metrics", "start_folder"]
 
 METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -30,6 +31,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue  # a killed run may leave half a line
     return records
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the options that a run was started with; empty where there are none."""
+    import yaml
+
+    file = folder / CONFIG
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 class Metrics:
@@ -90,4 +99,4 @@ def start_folder(
     write_json(folder / "plan.json", {"plan": plan, "split": split})
     values = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     # Last, because a folder with config.yaml can be resumed.
-    write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))

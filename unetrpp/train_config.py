@@ -10,6 +10,7 @@ import torch
 
 from unetrpp.losses import Loss
 from unetrpp.models import MODELS
+from unetrpp.run_folder import read_config
 
 __all__ = ["SHORT", "ResolvedConfig", "TrainConfig", "is_decayed", "resolved", "resumed"]
 
@@ -205,17 +206,15 @@ def resumed(config: TrainConfig) -> ResolvedConfig:
         FileNotFoundError: no run there. ValueError: another setting than may change, another
         output folder, or bf16 without a GPU.
     """
-    import yaml
-
     folder = Path(config.resume or "")
-    if not (folder / "config.yaml").is_file():
+    stored = read_config(folder)
+    if not stored:
         raise FileNotFoundError(f"{folder} holds no run to resume: {folder}/config.yaml is missing")
     if config.output is not None and Path(config.output).resolve() != folder.resolve():
         raise ValueError(
             f"--resume {folder} goes on in that folder, so it takes no other --output, got "
             f"{config.output}; leave it out, or copy the run there and resume the copy"
         )
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     default = asdict(TrainConfig())
     given = {
         key: value

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unetrpp.files import replacing
 from unetrpp.losses import deep_supervision_loss
 from unetrpp.models import create_model
 from unetrpp.train_config import ResolvedConfig, is_decayed
@@ -221,7 +222,9 @@ class Trainee:
         number = self.step + 1
         rank = f"_rank{self.fabric.global_rank}" if self.fabric.world_size > 1 else ""
         path = self.config.output / f"nonfinite_step_{number}{rank}.pt"
-        torch.save({**batch, "step": number, "loss": loss.item(), "grad_norm": norm.item()}, path)
+        content = {**batch, "step": number, "loss": loss.item(), "grad_norm": norm.item()}
+        with replacing(path) as partial:
+            torch.save(content, partial)
         raise NonFiniteLoss(
             f"train: loss {loss.item()}, gradient norm {norm.item()} at step {number}, cases "
             f"{', '.join(batch['name'])}; the batch is in {path}, all checkpoints are from before. "
