@@ -13,6 +13,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 EMULATOR, SOURCES = TESTS / "cuda_emulator", TESTS.parent / "csrc"
+SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 # The kernels read rows of 16-bit numbers as words.
 FLAGS = (
     "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
@@ -107,7 +108,7 @@ def _kernels() -> list[Path]:
 
 @functools.cache
 def _digest(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
     content = b"\n".join(str(f.relative_to(folder)).encode() + f.read_bytes() for f in files)
     return hashlib.sha256(content).hexdigest()
 
