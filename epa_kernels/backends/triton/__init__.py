@@ -5,8 +5,9 @@
     paired       launches of paired attention; its kernels: paired_summary, paired_mix,
                  paired_output, paired_product, paired_gather, each forward beside backward
     spatial, channel   the two other ops, kernels and launches
+    interpreter  repairs of Triton's interpreter, for tests
 
-A module has not the name of an op, because importing it would hide the op of this package.
+No module is named like an op, because importing it would hide the op of this package.
 
 A kernel is `<op>_<pass>_<fwd|bwd>`, as paired_output_bwd; a function that kernels call has neither
 prefix nor suffix. A pass that adds up what chunks left is called merge. Paired attention runs
@@ -25,16 +26,16 @@ Sizes in kernels. A block is a power of two of at least 16; what lies beyond a t
     SIZE       numbers that a head leaves in the sums of a chunk
     chunk      tokens that one program walks, a multiple of T; chunks is how many a sample has
     T          tokens of a tile, the step of a walk
-    BC         channels of x of a block
-    BD         channels of a head, all in one block
-    BP         projected tokens of a block
-    BO         output channels of a branch, all in one block
+    BC         channels in a block of x
+    BD         channels in a block of a head, which holds all D
+    BP         projected tokens in a block
+    BO         output channels in a block of a branch, which holds all O
     BR         output channels of the channel branch that one program makes
-    BW         output channels of a block of dWo1, in MODE rows
-    BM         rows of a block of a matrix: output channels, or rows of a gradient
-    BK         terms of a block of the inner axis of a product
+    BW         output channels in a block of dWo1, in MODE rows
+    BM         rows in a block of a matrix: output channels, or rows of a gradient
+    BK         terms in a block of the inner axis of a product
     BT         terms of a sum that are loaded at a time: chunks, samples or heads
-    BLOCK      elements of a block that is walked as a vector
+    BLOCK      elements in a block of a vector
 
 Environment variable TRITON_INTERPRET=1, Triton's own: the kernels run in Python on CPU tensors, for
 tests.
