@@ -19,6 +19,7 @@ BENCHMARK_TESTS = {
     "test_floor",
     "test_gpu_check",
     "test_published_order",
+    "test_triton_resources",
     "test_tune",
 }
 # What stands in the contract, and is imported everywhere else.
