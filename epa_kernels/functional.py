@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
-from torch.overrides import has_torch_function
 
 from . import dispatch
 from .contract import (
@@ -168,12 +167,7 @@ def _autocast_dtype(t: Tensor) -> torch.dtype | None:
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Activations in the autocast dtype, as nn.Linear takes them; float64 is left alone.
-
-    Subclasses with methods of their own, such as MONAI's MetaTensor, become plain tensors.
-    """
-    if has_torch_function(tensors):
-        tensors = tuple(t.as_subclass(Tensor) for t in tensors)
+    """Activations in the autocast dtype, as nn.Linear takes them; float64 is left alone."""
     if dtype is None:
         return tensors
     return tuple(

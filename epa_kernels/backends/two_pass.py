@@ -215,8 +215,8 @@ def _summary(layer):
     """First pass: mean (B,C), centred gram (B,C,C), projected (B,J,P,C)."""
     B, C = layer.B, layer.C
     mean = torch.zeros(B, 1, C, dtype=mean_dtype(layer.x.device), device=layer.x.device)
-    gram = layer.weight.new_zeros(B, C, C)
-    projected = layer.weight.new_zeros(B, len(layer.projections), layer.P, C)
+    gram = layer.weight.new_zeros((B, C, C))
+    projected = layer.weight.new_zeros((B, len(layer.projections), layer.P, C))
     for tile in layer.tiles():
         x = layer.tokens(tile)
         # Differences to one token are exact where tokens are nearly constant.
@@ -448,7 +448,7 @@ def _direct_forward(layer):
     y_c = direct.out_c
     if layer.kind != "sum":
         y_c = F.linear(y_c, layer.out_proj2_weight, layer.out_proj2_bias)
-    return layer.join(buffer, y_c), *(layer.x.new_empty(0) for _ in range(3))
+    return layer.join(buffer, y_c), *(layer.x.new_empty((0,)) for _ in range(3))
 
 
 def _direct_backward(layer, dy):

@@ -212,19 +212,19 @@ def forward(q, k, v, temperature, seed, *, dropout_p):
     dtype = accumulate_dtype(q.dtype)
     launch, common = prepare_heads("channel_gram_fwd", q)
     count, size = chunks(N, launch)
-    sums = q.new_empty(B, H, count, D * D + 2 * D, dtype=dtype)
+    sums = q.new_empty((B, H, count, D * D + 2 * D), dtype=dtype)
     channel_gram_fwd[(count, H, B)](
         q, *q.stride(), k, *k.stride(), sums, N, size,
         T=launch.rows, PRECISION=precision(q), **common,
     )  # fmt: skip
-    gram, attention = (q.new_empty(B, H, D, D, dtype=dtype) for _ in range(2))
-    q_norm, k_norm = (q.new_empty(B, H, D, dtype=dtype) for _ in range(2))
+    gram, attention = (q.new_empty((B, H, D, D), dtype=dtype) for _ in range(2))
+    q_norm, k_norm = (q.new_empty((B, H, D), dtype=dtype) for _ in range(2))
     _, common = prepare_heads("channel_mix_fwd", q)
     channel_mix_fwd[(H, B)](
         sums, count, *per_head(temperature), seed, gram, q_norm, k_norm, attention,
         rng.threshold(dropout_p), DROPOUT=dropout_p > 0, **common,
     )  # fmt: skip
-    out = q.new_empty(B, N, H, D)
+    out = q.new_empty((B, N, H, D))
     launch, common = prepare_heads("channel_output_fwd", q)
     channel_output_fwd[(triton.cdiv(N, launch.rows), H, B)](
         v, *v.stride(), attention, out, N,
@@ -239,14 +239,14 @@ def backward(dout, q, k, v, temperature, gram, q_norm, k_norm, seed, *, dropout_
     dout = within_reach(dout)
     launch, common = prepare_heads("channel_gram_bwd", q)
     count, size = chunks(N, launch)
-    sums = gram.new_empty(B, H, count, D, D)
+    sums = gram.new_empty((B, H, count, D, D))
     channel_gram_bwd[(count, H, B)](
         dout, *dout.stride(), v, *v.stride(), sums, N, size,
         T=launch.rows, PRECISION=precision(q), **common,
     )  # fmt: skip
     attention, ddots = torch.empty_like(gram), torch.empty_like(gram)
     dq_norm, dk_norm = torch.empty_like(q_norm), torch.empty_like(k_norm)
-    dtemperature = gram.new_empty(B, H)
+    dtemperature = gram.new_empty((B, H))
     _, common = prepare_heads("channel_mix_bwd", q)
     channel_mix_bwd[(H, B)](
         sums, count, gram, q_norm, k_norm, *per_head(temperature), seed,

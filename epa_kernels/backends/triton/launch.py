@@ -221,16 +221,17 @@ def numbers(x: Tensor, kernel: str) -> str:
 def offset(t: Tensor, axes: int) -> int:
     """Largest offset that the last axes of a tensor span, in elements."""
     steps = zip(t.shape[-axes:], t.stride()[-axes:], strict=True)
-    return sum((n - 1) * step for n, step in steps)
+    return sum([(n - 1) * step for n, step in steps])
 
 
 def largest_offset(call: Call) -> int:
     """Of a channel within a token, or within the projected tokens, of a call's activations."""
-    # Kernels walk projected tokens as they walk channels.
-    axes = [1 if t.dim() == 3 else 2 for t in call.activations]
-    if call.op == "spatial_attention":
-        axes[1:] = [3, 3]
-    return max((offset(t, n) for t, n in zip(call.activations, axes, strict=False)), default=0)
+    largest = 0
+    for i, t in enumerate(call.activations):
+        # Behind batch and tokens; kernels walk projected tokens as they walk channels.
+        axes = t.dim() - (1 if i > 0 and call.op == "spatial_attention" else 2)
+        largest = max(largest, offset(t, axes))
+    return largest
 
 
 def within_reach(t: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _summary(layer):
     count, size = chunks(N, launch, spare_launch=spare)
     mean = torch.empty(B, C, dtype=mean_dtype(layer.x.device), device=layer.x.device)
     result = mean, layer.empty(B, C, C), layer.empty(B, J, P, C)
-    sums = result if count == 1 else [t.new_empty(count, *t.shape) for t in result]
+    sums = result if count == 1 else [t.new_empty((count, *t.shape)) for t in result]
     columns = triton.cdiv(C, BC)
     rows = max(columns, J * triton.cdiv(P, BP))
     paired_summary_fwd[(count, rows * columns, B)](
@@ -184,8 +184,8 @@ def forward(*tensors, **options):
     launch, common = layer.prepare("paired_output_fwd")
     T, heads = launch.rows, H if mode == "tokens" else 1
     tokens = max(T, C) if mode in ("rows", "row_sum") else T  # of a program
-    y = layer.x.new_empty(B, N, C)
-    out_s = layer.x.new_empty(B, N, C) if is_flat else None
+    y = layer.x.new_empty((B, N, C))
+    out_s = layer.x.new_empty((B, N, C)) if is_flat else None
     paired_output_fwd[(triton.cdiv(N, tokens), H // heads, B)](
         layer.x, *layer.x.stride(), layer.qkvv_weight, layer.qkvv_bias, *mixed[:5],
         layer.out_proj_weight, layer.out_proj_bias, layer.out_proj2_weight, layer.out_proj2_bias,
@@ -199,7 +199,7 @@ def forward(*tensors, **options):
     if mode == "flat_sum":
         _product(layer, layer.x, mixed.value_matrix, None, y, add=True)
     if plan(N, C) == "direct":  # keeps nothing; backward makes it again
-        kept = tuple(layer.x.new_empty(0) for _ in range(3))
+        kept = tuple(layer.x.new_empty((0,)) for _ in range(3))
     return y, *kept
 
 

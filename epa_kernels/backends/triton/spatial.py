@@ -289,9 +289,9 @@ def forward(q, k_proj, v_proj, temperature, seed, *, normalize, dropout_p):
     if normalize:
         launch, common = prepare_heads("spatial_norm_fwd", q, P)
         count, size = chunks(N, launch)
-        sums = q.new_empty(B, H, count, D, dtype=dtype)
+        sums = q.new_empty((B, H, count, D), dtype=dtype)
         spatial_norm_fwd[(count, H, B)](q, *q.stride(), sums, N, size, T=launch.rows, **common)
-    out, q_norm = q.new_empty(B, N, H, D), q.new_empty(B, H, D, dtype=dtype)
+    out, q_norm = q.new_empty((B, N, H, D)), q.new_empty((B, H, D), dtype=dtype)
     launch, common = prepare_heads("spatial_output_fwd", q, P)
     T = launch.rows
     spatial_output_fwd[(triton.cdiv(N, T), H, B)](
@@ -320,20 +320,20 @@ def backward(dout, q, k_proj, v_proj, temperature, q_norm, seed, *, normalize, d
     }  # fmt: skip
     blocks, rows = triton.cdiv(P, BP), None
     if blocks > 1:
-        rows = q_norm.new_empty(B, H, 3, N)
+        rows = q_norm.new_empty((B, H, 3, N))
         launch, common = prepare_heads("spatial_query_bwd", q, P)
         spatial_query_bwd[(triton.cdiv(N, launch.rows), H, B)](
             *tensors, rows, N, threshold, T=launch.rows, **options, **common
         )
     launch, common = prepare_heads("spatial_output_bwd", q, P)
     count, size = chunks(N, launch)
-    sums = q_norm.new_empty(B, H, count, 2, P, D)
-    temperature_sums = None if normalize else q_norm.new_empty(B, H, count, blocks)
+    sums = q_norm.new_empty((B, H, count, 2, P, D))
+    temperature_sums = None if normalize else q_norm.new_empty((B, H, count, blocks))
     spatial_output_bwd[(count, H * blocks, B)](
         *tensors, rows, sums, temperature_sums, N, size, threshold,
         T=launch.rows, **options, **common,
     )  # fmt: skip
-    dtemperature, dnorm = q_norm.new_empty(B, H), torch.empty_like(q_norm)
+    dtemperature, dnorm = q_norm.new_empty((B, H)), torch.empty_like(q_norm)
     launch, common = prepare_heads("spatial_merge_bwd", q, P)
     spatial_merge_bwd[(H, B)](
         sums, count, temperature_sums, count * blocks,
