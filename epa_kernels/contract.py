@@ -72,16 +72,12 @@ class Call(NamedTuple):
             if getattr(self, axis) > most
         ]
 
-    def sizes(self) -> dict[str, int]:
-        """Length of every axis that the contract names."""
-        return sizes(self.B, self.N, self.C, self.H, self.D, self.P, self.kind)
 
-
-def sizes(B: int, N: int, C: int, H: int, D: int, P: int, kind: str = "") -> dict[str, int]:
+def _sizes(B: int, N: int, C: int, H: int, D: int, P: int, J: int = 1) -> dict[str, int]:
     """Length of every axis that the contract names."""
     return {
         "B": B, "N": N, "C": C, "H": H, "D": D, "P": P,
-        "J": 2 if kind == "split" else 1, "4C": 4 * C, "C/2": C // 2, "1": 1,
+        "J": J, "4C": 4 * C, "C/2": C // 2, "1": 1,
     }  # fmt: skip
 
 
@@ -117,7 +113,9 @@ class Kept(NamedTuple):
     """A tensor that an op keeps for backward, in the accumulation dtype unless told."""
 
     axes: tuple[str, ...]
-    dtype: Callable[[Call], torch.dtype] = lambda call: accumulate_dtype(call.dtype)
+    dtype: Callable[[torch.dtype, torch.device], torch.dtype] = lambda dtype, _: accumulate_dtype(
+        dtype
+    )
 
 
 class PairedInputs(NamedTuple):
@@ -160,7 +158,7 @@ class PairedOptions(NamedTuple):
 class PairedKept(NamedTuple):
     """What the plan "two_pass" of paired_attention keeps: sums over tokens."""
 
-    mean: Annotated[Tensor, Kept(("B", "C"), lambda call: mean_dtype(call.device))]  # of x
+    mean: Annotated[Tensor, Kept(("B", "C"), lambda _, device: mean_dtype(device))]  # of x
     gram: Annotated[Tensor, Kept(("B", "C", "C"))]  # of x - mean
     projected: Annotated[Tensor, Kept(("B", "J", "P", "C"))]  # E x, and F x
 
@@ -210,58 +208,69 @@ class ChannelKept(NamedTuple):
     k_norm: Annotated[Tensor, Kept(("B", "H", "D"))]
 
 
-def _paired_call(inputs: PairedInputs, options: PairedOptions) -> Call:
-    x = inputs.x
-    B, N, C = x.shape
-    H = options.num_heads
-    return Call(
-        "paired_attention", x.device, x.dtype, B, N, C, H, C // H, inputs.proj_k_weight.shape[0],
-        options.kind, options.layout, False,
-        options.channel_dropout_p > 0 or options.spatial_dropout_p > 0, (x,),
-    )  # fmt: skip
+def _paired_sizes(inputs: PairedInputs, options: PairedOptions) -> dict[str, int]:
+    B, N, C = inputs.x.shape
+    H, P = options.num_heads, inputs.proj_k_weight.shape[0]
+    return _sizes(B, N, C, H, C // H, P, 2 if options.kind == "split" else 1)
 
 
-def _spatial_call(inputs: SpatialInputs, options: SpatialOptions) -> Call:
-    q, k_proj, v_proj, _ = inputs
-    B, N, H, D = q.shape
-    return Call(
-        "spatial_attention", q.device, q.dtype, B, N, H * D, H, D, k_proj.shape[1], "", "",
-        options.normalize, options.dropout_p > 0, (q, k_proj, v_proj),
-    )  # fmt: skip
+def _paired_flags(options: PairedOptions) -> tuple[str, str, bool, bool]:
+    dropout = options.channel_dropout_p > 0 or options.spatial_dropout_p > 0
+    return options.kind, options.layout, False, dropout
 
 
-def _channel_call(inputs: ChannelInputs, options: ChannelOptions) -> Call:
-    q, k, v, _ = inputs
-    B, N, H, D = q.shape
-    return Call(
-        "channel_attention", q.device, q.dtype, B, N, H * D, H, D, 0, "", "", False,
-        options.dropout_p > 0, (q, k, v),
-    )  # fmt: skip
+def _spatial_sizes(inputs: SpatialInputs, _: SpatialOptions) -> dict[str, int]:
+    B, N, H, D = inputs.q.shape
+    return _sizes(B, N, H * D, H, D, inputs.k_proj.shape[1])
+
+
+def _spatial_flags(options: SpatialOptions) -> tuple[str, str, bool, bool]:
+    return "", "", options.normalize, options.dropout_p > 0
+
+
+def _channel_sizes(inputs: ChannelInputs, _: ChannelOptions) -> dict[str, int]:
+    B, N, H, D = inputs.q.shape
+    return _sizes(B, N, H * D, H, D, 0)
+
+
+def _channel_flags(options: ChannelOptions) -> tuple[str, str, bool, bool]:
+    return "", "", False, options.dropout_p > 0
 
 
 class Op:
     """An op: its tables, and what follows from them.
 
     inputs, options, kept: the classes above; result: axes of the result.
-    call: (inputs, options) -> Call
+    sizes: (inputs, options) -> length of every axis that the contract names
     view_names, address_names: the inputs that kernels read by strides, and as dense arrays
     """
 
     def __init__(
         self, name: str, inputs: Any, options: Any, kept: Any, result: tuple[str, ...],
-        call: Callable[[Any, Any], Call],
+        sizes: Callable[[Any, Any], dict[str, int]],
+        flags: Callable[[Any], tuple[str, str, bool, bool]],
     ) -> None:  # fmt: skip
-        self.name, self.result, self.call = name, result, call
+        self.name, self.result, self.sizes, self._flags = name, result, sizes, flags
         self.Inputs, self.Options, self.Kept = inputs, options, kept
         self.inputs: dict[str, Input] = _markers(inputs)
         self.kept: dict[str, Kept] = _markers(kept)
         self._result_shape = shape_getter(result)
         self._kept_shapes = [(shape_getter(k.axes), k.dtype) for k in self.kept.values()]
-        names = list(self.inputs)
+        names, roles = list(self.inputs), [i.role for i in self.inputs.values()]
+        self._activations = roles.count("activation")  # come first
         self.view_names = tuple(n for n in names if self.inputs[n].role != "parameter")
         self.address_names = tuple(n for n in names if self.inputs[n].role == "parameter")
         self._view_indices = [names.index(n) for n in self.view_names]
         self._address_indices = [names.index(n) for n in self.address_names]
+
+    def call(self, inputs: Any, options: Any, sizes: Mapping[str, int] | None = None) -> Call:
+        """What a call with these inputs and options is; sizes where they are known already."""
+        n, first = sizes or self.sizes(inputs, options), inputs[0]
+        return Call(
+            self.name, first.device, first.dtype,
+            n["B"], n["N"], n["C"], n["H"], n["D"], n["P"],
+            *self._flags(options), inputs[: self._activations],
+        )  # fmt: skip
 
     def schema(self) -> tuple[str, str]:
         """The signatures of the op and of its backward, as torch.library takes them."""
@@ -299,18 +308,28 @@ class Op:
 
     def allocate(self, inputs: Any, options: Any) -> tuple[Tensor, Any]:
         """The result of a call and what it keeps, uninitialised and dense."""
-        call, new_empty = self.call(inputs, options), inputs[0].new_empty
-        sizes = call.sizes()
+        first, sizes = inputs[0], self.sizes(inputs, options)
+        dtype, device, new_empty = first.dtype, first.device, first.new_empty
         result = new_empty(self._result_shape(sizes))
-        if call.kind and plan(call.N, call.C) == "direct":
+        if self.name == "paired_attention" and plan(sizes["N"], sizes["C"]) == "direct":
             return result, self.Kept(*[new_empty((0,)) for _ in self.kept])
-        kept = [new_empty(shape(sizes), dtype=dtype(call)) for shape, dtype in self._kept_shapes]
+        kept = [new_empty(shape(sizes), dtype=of(dtype, device)) for shape, of in self._kept_shapes]
         return result, self.Kept(*kept)
 
 
 def shape_getter(axes: tuple[str, ...]) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
-    """The shape that axes make of `Call.sizes`."""
-    return lambda sizes: tuple([sizes[axis] for axis in axes])
+    """The shape that axes make of `Op.sizes`."""
+    # Neither a loop nor operator.itemgetter: it runs at every call, and dynamo traces it.
+    match axes:
+        case (a,):
+            return lambda sizes: (sizes[a],)
+        case a, b:
+            return lambda sizes: (sizes[a], sizes[b])
+        case a, b, c:
+            return lambda sizes: (sizes[a], sizes[b], sizes[c])
+        case a, b, c, d:
+            return lambda sizes: (sizes[a], sizes[b], sizes[c], sizes[d])
+    raise ValueError(f"shape_getter: 1 to 4 axes, got {axes}.")
 
 
 def _markers(fields: Any) -> dict:
@@ -323,15 +342,15 @@ OPS = {
     for op in (
         Op(
             "paired_attention", PairedInputs, PairedOptions, PairedKept, ("B", "N", "C"),
-            _paired_call,
+            _paired_sizes, _paired_flags,
         ),
         Op(
             "spatial_attention", SpatialInputs, SpatialOptions, SpatialKept, ("B", "N", "H", "D"),
-            _spatial_call,
+            _spatial_sizes, _spatial_flags,
         ),
         Op(
             "channel_attention", ChannelInputs, ChannelOptions, ChannelKept, ("B", "N", "H", "D"),
-            _channel_call,
+            _channel_sizes, _channel_flags,
         ),
     )
 }  # fmt: skip

@@ -114,12 +114,13 @@ def _check(op: Op, inputs: Any, options: Any) -> Call:
     function = op.name
     first_name, first = op.view_names[0], inputs[0]
     _check_first(function, first_name, first)
-    call = op.call(inputs, options)
+    sizes = op.sizes(inputs, options)
+    call = op.call(inputs, options, sizes)
     if call.P == 0 and op is not CHANNEL:
         raise ValueError(
             f"{function}: {op.view_names[1]} must have at least one projected token, got P = 0."
         )
-    sizes, device, dtype, kind = call.sizes(), first.device, first.dtype, call.kind
+    device, dtype, kind = call.device, call.dtype, call.kind
     for (name, rule, shape), t in zip(_RULES[function], inputs, strict=True):
         if rule.kinds and (t is None) == (kind in rule.kinds):
             _check_kind(function, name, t, rule, kind)
