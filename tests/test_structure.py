@@ -32,12 +32,6 @@ TABLES = {
 WITHOUT_TORCH = "test_kernels_without_torch"  # cannot import epa_kernels
 
 
-def expected_with(*names: str) -> pytest.MarkDecorator:
-    """A mark: the test may fail as long as one of the files is missing."""
-    missing = [name for name in names if not (ROOT / name).exists()]
-    return pytest.mark.xfail(bool(missing), reason=f"missing: {missing}", strict=False)
-
-
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -140,7 +134,6 @@ def test_a_package_imports_nothing_of_those_above_it_or_of_tests(package, others
         assert not roots(imported(name, modules, at_import=False)) & forbidden, name
 
 
-@expected_with("tests/test_published_order.py")
 def test_only_tests_of_the_benchmarks_import_them():
     modules = tests()
     every = {name: roots(imported(name, modules, at_import=False)) for name in modules}
@@ -151,7 +144,7 @@ def test_only_tests_of_the_benchmarks_import_them():
     "package",
     (
         "epa_kernels",
-        pytest.param("unetrpp", marks=pytest.mark.xfail(reason="torch._foreach_lerp_ in training")),
+        "unetrpp",
         "benchmarks",
     ),
 )
@@ -223,7 +216,6 @@ def test_a_missing_encoding_is_found():
     assert list(map(opens_text_as_the_locale_says, calls)) == [False] * 4 + [True] * 3
 
 
-@expected_with("unetrpp/files.py", "epa_kernels/backends/triton/launch.py", "csrc/bind_cuda.cpp")
 def test_text_files_have_an_encoding():
     for name, tree in sources(*PACKAGES).items():
         for node in ast.walk(tree):

@@ -213,7 +213,9 @@ class Trainee:
         # TensorFlow's ExponentialMovingAverage with num_updates.
         keep = min(self.config.ema, (1 + self.step) / (10 + self.step))
         if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, values, 1 - keep)
+            from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+            get_ema_multi_avg_fn(keep)(averages, values, self.step)
         else:
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
