@@ -12,6 +12,7 @@ import golden
 import pytest
 import torch
 
+import epa_kernels
 import unetrpp
 from epa_kernels import EfficientPairedAttention, dispatch
 from epa_kernels.testing import relative_l2
@@ -153,10 +154,12 @@ except SystemExit:
     pass
 """
     pytest.importorskip("jsonargparse")
+    # The copy first, then what epa_kernels comes from.
+    folders = [str(tmp_path), str(Path(epa_kernels.__file__).parents[1])]
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,
     )
