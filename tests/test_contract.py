@@ -9,7 +9,7 @@ from cases import DEVICE
 import epa_kernels
 from epa_kernels import dispatch, functional, reference
 from epa_kernels.backends import cpu
-from epa_kernels.contract import OPS, call_on
+from epa_kernels.contract import KINDS, OPS, call_on
 from epa_kernels.testing import op_arguments
 
 SCHEMAS = {
@@ -71,7 +71,7 @@ def test_what_a_call_allocates(kind, J):
             assert (kept.mean.dtype, kept.gram.dtype) == (torch.float64, torch.float32)
 
 
-@pytest.mark.parametrize("kind", ("shared", "split", "sum"))
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_input_of_a_wrong_shape_is_named(kind):
     op = OPS["paired_attention"]
     tensors, options = op_arguments((1, 20, 8, 2, 5), kind, "official")

@@ -19,6 +19,7 @@ BENCHMARK_TESTS = {
     "test_floor",
     "test_gpu_check",
     "test_published_order",
+    "test_triton_compile",
     "test_tune",
 }
 # What stands in the contract, and is imported everywhere else.
@@ -29,12 +30,6 @@ TABLES = {
     "dtypes": {str(dtype).removeprefix("torch.") for dtype in contract.DTYPES},
 }
 WITHOUT_TORCH = "test_kernels_without_torch"  # cannot import epa_kernels
-
-
-def expected_with(*names: str) -> pytest.MarkDecorator:
-    """A mark: the test may fail as long as one of the files is missing."""
-    missing = [name for name in names if not (ROOT / name).exists()]
-    return pytest.mark.xfail(bool(missing), reason=f"missing: {missing}", strict=False)
 
 
 def parse(path: Path) -> ast.Module:
@@ -139,24 +134,15 @@ def test_a_package_imports_nothing_of_those_above_it_or_of_tests(package, others
         assert not roots(imported(name, modules, at_import=False)) & forbidden, name
 
 
-@expected_with("tests/test_published_order.py")
 def test_only_tests_of_the_benchmarks_import_them():
     modules = tests()
     every = {name: roots(imported(name, modules, at_import=False)) for name in modules}
     assert {name for name in every if "benchmarks" in every[name]} <= BENCHMARK_TESTS
 
 
-@pytest.mark.parametrize(
-    "package",
-    (
-        "epa_kernels",
-        pytest.param("unetrpp", marks=pytest.mark.xfail(reason="torch._foreach_lerp_ in training")),
-        "benchmarks",
-    ),
-)
-def test_private_names_of_torch_are_in_one_file(package):
+def test_private_names_of_torch_are_in_one_file():
     """As `torch._C.name`, or imported from such a module."""
-    for name, tree in sources(package).items():
+    for name, tree in sources(*PACKAGES).items():
         if name == "epa_kernels.torch_private":
             continue
         for node in ast.walk(tree):
@@ -222,7 +208,6 @@ def test_a_missing_encoding_is_found():
     assert list(map(opens_text_as_the_locale_says, calls)) == [False] * 4 + [True] * 3
 
 
-@expected_with("unetrpp/files.py", "epa_kernels/backends/triton/launch.py", "csrc/bind_cuda.cpp")
 def test_text_files_have_an_encoding():
     for name, tree in sources(*PACKAGES).items():
         for node in ast.walk(tree):
