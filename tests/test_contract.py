@@ -4,12 +4,12 @@ import inspect
 
 import pytest
 import torch
-from cases import DEVICE, KINDS
+from cases import DEVICE
 
 import epa_kernels
 from epa_kernels import dispatch, functional, reference
 from epa_kernels.backends import cpu
-from epa_kernels.contract import OPS, call_on
+from epa_kernels.contract import KINDS, OPS, call_on
 from epa_kernels.testing import op_arguments
 
 SCHEMAS = {

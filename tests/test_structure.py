@@ -19,7 +19,7 @@ BENCHMARK_TESTS = {
     "test_floor",
     "test_gpu_check",
     "test_published_order",
-    "test_triton_resources",
+    "test_triton_compile",
     "test_tune",
 }
 # What stands in the contract, and is imported everywhere else.
@@ -140,17 +140,9 @@ def test_only_tests_of_the_benchmarks_import_them():
     assert {name for name in every if "benchmarks" in every[name]} <= BENCHMARK_TESTS
 
 
-@pytest.mark.parametrize(
-    "package",
-    (
-        "epa_kernels",
-        "unetrpp",
-        "benchmarks",
-    ),
-)
-def test_private_names_of_torch_are_in_one_file(package):
+def test_private_names_of_torch_are_in_one_file():
     """As `torch._C.name`, or imported from such a module."""
-    for name, tree in sources(package).items():
+    for name, tree in sources(*PACKAGES).items():
         if name == "epa_kernels.torch_private":
             continue
         for node in ast.walk(tree):

@@ -3,7 +3,6 @@
 That they compute what the reference does is tested where every backend is.
 """
 
-import ast
 import os
 import subprocess
 import sys
@@ -354,36 +353,6 @@ def test_a_training_step_waits_for_nothing():
         optimizer.step()
         with pytest.raises(RuntimeError, match="_local_scalar_dense.* needs a value on the host"):
             loss.item()
-
-
-PRECISIONS = (
-    ("pass", ("ieee", "tf32x3", "ieee")),
-    ("torch.set_float32_matmul_precision('high')", ("tf32x3", "tf32x3", "ieee")),
-    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", ("tf32x3", "tf32x3", "ieee")),
-    ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", ("ieee", "tf32x3", "ieee")),
-)
-
-
-def test_float32_products_follow_the_setting_of_torch():
-    """A process for each setting, forked, since torch refuses the old one after the new one."""
-    code = f"""
-import os
-import torch
-from epa_kernels.backends.triton.launch import precision
-x, y = torch.empty(0), torch.empty(0, dtype=torch.bfloat16)
-for setting in {[setting for setting, _ in PRECISIONS]}:
-    if os.fork():
-        assert os.wait()[1] == 0
-        continue
-    exec(setting)
-    print((precision(x), precision(y), precision(x, "paired_output_bwd")), flush=True)
-    os._exit(0)
-"""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert [ast.literal_eval(line) for line in found] == [expected for _, expected in PRECISIONS]
 
 
 def test_sizes_that_were_never_compiled_are_refused():

@@ -209,13 +209,13 @@ class Trainee:
 
     @torch.no_grad()
     def _average_weights(self, averages: Any, values: Any, _: Any) -> None:
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
+
         # A short memory at first, so that the initial weights are soon forgotten: the rule of
         # TensorFlow's ExponentialMovingAverage with num_updates.
         keep = min(self.config.ema, (1 + self.step) / (10 + self.step))
         if averages[0].is_floating_point():
-            from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-            get_ema_multi_avg_fn(keep)(averages, values, self.step)
+            get_ema_multi_avg_fn(keep)(averages, values, None)
         else:
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)

@@ -1,4 +1,4 @@
-"""What every Triton kernel takes on every architecture: the table is true, and nothing spills."""
+"""The Triton kernels through its compiler, without a GPU, and the table of what they take."""
 
 import ast
 import subprocess
@@ -7,8 +7,6 @@ import sys
 import pytest
 from cases import CHILD_ENVIRONMENT, ROOT
 
-from benchmarks import triton_resources as resources
-
 pytest.importorskip("triton", reason="needs the package triton")
 
 COMPILING = CHILD_ENVIRONMENT | {"TRITON_INTERPRET": "0"}
@@ -16,6 +14,13 @@ COMPILING = CHILD_ENVIRONMENT | {"TRITON_INTERPRET": "0"}
 LARGE_PRODUCTS = (
     "paired_summary_fwd", "paired_output_fwd", "paired_output_bwd", "paired_summary_bwd",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def resources():
+    from benchmarks import triton_resources
+
+    return triton_resources
 
 
 def compiling(code):
@@ -27,7 +32,7 @@ def compiling(code):
     ).stdout  # fmt: skip
 
 
-def test_every_launch_fits_every_architecture():
+def test_every_launch_fits_every_architecture(resources):
     """No published layer spills, the shared memory is there, large products use tensor cores.
 
     The table says what compiling gave; the next tests show that it is of these sources, and true.
@@ -51,7 +56,7 @@ def pinned_triton():
         pytest.skip(f"the table is of {pinned}, here is {triton.__version__}")
 
 
-def test_resources_are_of_these_sources(pinned_triton):
+def test_resources_are_of_these_sources(resources, pinned_triton):
     """A change shows in review: python -m benchmarks.triton_resources writes the table anew."""
     head = resources.TABLE.read_text(encoding="utf-8").partition("\n")[0]
     assert head == f"# {resources.header()}"
@@ -110,3 +115,30 @@ first = {{c.kernel.__name__: c for c in reversed(calls)}}
 print([name for name in {names} if first[name].compile("sm_90")])
 """
     assert ast.literal_eval(compiling(code)) == names
+
+
+PRECISIONS = (
+    ("pass", ("ieee", "tf32x3", "ieee")),
+    ("torch.set_float32_matmul_precision('high')", ("tf32x3", "tf32x3", "ieee")),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", ("tf32x3", "tf32x3", "ieee")),
+    ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", ("ieee", "tf32x3", "ieee")),
+)
+
+
+def test_float32_products_follow_the_setting_of_torch():
+    """A process for each setting, forked, since torch refuses the old one after the new one."""
+    code = f"""
+import os
+import torch
+from epa_kernels.backends.triton.launch import precision
+x, y = torch.empty(0), torch.empty(0, dtype=torch.bfloat16)
+for setting in {[setting for setting, _ in PRECISIONS]}:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    exec(setting)
+    print((precision(x), precision(y), precision(x, "paired_output_bwd")), flush=True)
+    os._exit(0)
+"""
+    found = compiling(code).splitlines()
+    assert [ast.literal_eval(line) for line in found] == [expected for _, expected in PRECISIONS]
