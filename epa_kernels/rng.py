@@ -72,11 +72,11 @@ def dropout_multiplier(
     words = philox(
         (group, row & _MASK, (row >> 32) & _MASK, torch.full_like(group, map_index)), seed
     )
-    cut = threshold(p)
-    # Both halves compare as they lie in their word: w >> 16 >= cut as w >= cut << 16.
-    keep = [half >= c for w in words for half, c in ((w & 0xFFFF, cut), (w, cut << 16))]
+    least = threshold(p)  # that is kept
+    # Both halves compare as they lie in their word: w >> 16 >= least as w >= least << 16.
+    keep = [half >= c for w in words for half, c in ((w & 0xFFFF, least), (w, least << 16))]
     multiplier = torch.stack(keep, dim=-1).flatten(-2)[..., :columns]
-    return multiplier.to(dtype) * (65536 / (65536 - cut))
+    return multiplier.to(dtype) * (65536 / (65536 - least))
 
 
 def draw_seed(device: torch.device) -> Tensor:

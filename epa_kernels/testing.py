@@ -26,7 +26,7 @@ WARM_UP = 3  # calls before a capture, as torch's notes on CUDA graphs recommend
 def strided(*shape, dtype, generator):
     """Normal numbers as a slice of a larger tensor, so that no stride is trivial."""
     larger = torch.randn(*(n + 1 for n in shape), generator=generator, dtype=torch.float64)
-    # Moved before it is cut, since a cut tensor would arrive dense.
+    # Moved before it is sliced, since a slice would arrive dense.
     return larger.to(DEVICE)[tuple(slice(1, None) for _ in shape)].to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Spatial and channel attention on their own: every backend against the spec."""
+"""Spatial and channel attention on their own: every backend against the reference."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from epa_kernels.testing import Errors
 
 
 def gathered(change, size=200, draws=24):
-    """Errors of results that `change` is done to, beside float32 rounding like the spec's."""
+    """Errors of results that `change` is done to, beside float32 rounding like the reference's."""
     generator = torch.Generator().manual_seed(0)
     errors = Errors()
     for _ in range(draws):

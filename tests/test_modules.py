@@ -168,7 +168,7 @@ def test_functional_refuses_what_contradicts(change, message):
 
 
 class PublishedEPA(nn.Module):
-    """A layer with the attributes of the published one; its forward is the spec's."""
+    """A layer with the attributes of the published one; its forward is the reference's."""
 
     def __init__(self, N, C, P, H, kind):
         super().__init__()

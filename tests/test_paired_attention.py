@@ -224,7 +224,7 @@ CONSTANT = {
     ],
 )
 def test_nearly_constant_tokens(backend, shape, kind, bias, eps, small_tiles):
-    """x = v + eps noise: the float32 error, RMS over draws, is at most twice the definition's.
+    """x = v + eps noise: the float32 error, RMS over draws, is at most twice the reference's.
 
     Over draws, because the error of the H temperatures' gradients in one draw is a matter of luck.
     """
@@ -249,7 +249,7 @@ def test_nearly_constant_tokens(backend, shape, kind, bias, eps, small_tiles):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", (SHAPES[1], SHAPES[2]), ids=("direct", "two_pass"))
 def test_zero_channel_is_finite_and_equal(backend, shape):
-    """|q| = 0 is clamped to 1e-12: output and gradients are those of the spec."""
+    """|q| = 0 is clamped to 1e-12: output and gradients are those of the reference."""
     B, N, C, _, _ = shape
     layer = make_layer(shape, bias=False)
     with torch.no_grad():
@@ -307,7 +307,7 @@ def test_float32_parameters_with_low_precision_input(backend, dtype):
 def test_gradcheck(backend, shape, kind):
     inputs, call = gradcheck_case(shape, kind, backend)
     assert torch.autograd.gradcheck(call, inputs, eps=1e-6, atol=1e-6)
-    if backend == "reference" and shape[1] > 2 * shape[2]:  # the spec has one plan
+    if backend == "reference" and shape[1] > 2 * shape[2]:  # the reference has one plan
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 

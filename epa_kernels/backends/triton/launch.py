@@ -89,7 +89,7 @@ def projected_block(head_dim: int, projected: int, element_size: int) -> int:
 
 def rule(kernel: str, channels: int, head_dim: int, projected: int, numbers: str) -> Launch:
     """Launch shape for any shape: of those that do not spill, the one with the fewest machine
-    instructions a token on sm_90, where they were counted (docs/triton_kernels.md)."""
+    instructions a token on sm_90, where they were counted (docs/internals/triton_kernels.md)."""
     wide, exact, in_parts = numbers != "half", numbers == "ieee", numbers == "tf32x3"
     C, D = block(channels), block(head_dim)
     P = projected_block(head_dim, projected, 4 if wide else 2)  # float64 as float32
