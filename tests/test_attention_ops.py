@@ -66,7 +66,7 @@ OPTION_IDS = ("channel", "channel-dropout", "spatial", "spatial-normalize", "spa
 @pytest.mark.parametrize("op, options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
-def test_matches_spec_in_float64(backend, shape, op, options, per_head):
+def test_matches_the_reference_in_float64(backend, shape, op, options, per_head):
     inputs, dout = make_inputs(op, shape, torch.float64, per_head)
     exact = run(op, inputs, dout, "reference", torch.float64, **options)
     found = run(op, inputs, dout, backend, torch.float64, **options)
@@ -90,7 +90,7 @@ def is_daily(backend, shape, options, dtype, op):
 @pytest.mark.parametrize("op, options", OPTIONS, ids=OPTION_IDS)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=shape_id)
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
-def test_low_precision_is_as_accurate_as_spec(backend, shape, op, options, dtype):
+def test_low_precision_is_as_accurate_as_the_reference(backend, shape, op, options, dtype):
     errors = Errors()
     for draw in draws(dtype, backend):
         inputs, dout = make_inputs(op, shape, dtype, draw=draw)

@@ -82,7 +82,7 @@ def run_branch(op, inputs, dout, **options):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_every_instruction_set_matches_spec_in_float64(isa, shape, kind, layout):
+def test_every_instruction_set_matches_the_reference_in_float64(isa, shape, kind, layout):
     B, N, C, _, _ = shape
     generator = torch.Generator().manual_seed(1)
     x, gy = (strided(B, N, C, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -97,7 +97,7 @@ def test_every_instruction_set_matches_spec_in_float64(isa, shape, kind, layout)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", (SHAPES[2], SHAPES[-1]), ids=("two_pass", "direct"))
-def test_every_instruction_set_is_as_accurate_as_spec(isa, shape, kind):
+def test_every_instruction_set_is_as_accurate_as_the_reference(isa, shape, kind):
     B, N, C, _, _ = shape
     errors = Errors()
     for draw in range(24):

@@ -137,7 +137,7 @@ def test_golden_temperatures(backend, key):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend, shape", backend_shapes())
-def test_matches_spec_in_float64(backend, shape, kind, layout, dropout, small_tiles):
+def test_matches_the_reference_in_float64(backend, shape, kind, layout, dropout, small_tiles):
     B, N, C, _, _ = shape
     generator = torch.Generator().manual_seed(1)
     x, gy = (strided(B, N, C, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -163,7 +163,7 @@ LOW_PRECISION_SHAPES = (INTERPRETED_SHAPES[0], (1, 63, 40, 2, 70))
 @pytest.mark.parametrize("dtype", DRAWS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend, shape", backend_shapes(SHAPES[1:], LOW_PRECISION_SHAPES))
-def test_low_precision_is_as_accurate_as_spec(backend, shape, kind, dtype, small_tiles):
+def test_low_precision_is_as_accurate_as_the_reference(backend, shape, kind, dtype, small_tiles):
     B, N, C, _, _ = shape
     errors = Errors()
     for draw in draws(dtype, backend):

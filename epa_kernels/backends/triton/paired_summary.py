@@ -1,6 +1,6 @@
 """The summary pass of paired attention: sums over tokens forward, gradients of x backward.
 
-Tokens are divided into chunks by shape alone. A program leaves its sums over one chunk in a workspace,
+Shape alone divides tokens into chunks. A program leaves its sums over one chunk in a workspace,
 and `paired_merge_fwd` adds them in their order: the result depends on nothing but the input. With a
 single chunk there is nothing to add, and the merge is left out.
 """
