@@ -358,8 +358,10 @@ OPS = {
 
 def call_on(op: str, x: Tensor) -> Call:
     """What the first input alone tells of a call; all else is unknown."""
-    B, N, *rest = (*x.shape, 0, 0, 0, 0)[:4] if op != "paired_attention" else (*x.shape, 0, 0)[:3]
     if op == "paired_attention":
-        return Call(op, x.device, x.dtype, B, N, rest[0], 0, 0, 0)
-    H, D = rest
-    return Call(op, x.device, x.dtype, B, N, H * D, H, D, 0)
+        B, N, C = (*x.shape, 0, 0, 0)[:3]
+        H = D = 0
+    else:
+        B, N, H, D = (*x.shape, 0, 0, 0, 0)[:4]
+        C = H * D
+    return Call(op, x.device, x.dtype, B, N, C, H, D, 0)

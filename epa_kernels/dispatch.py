@@ -134,7 +134,8 @@ def select(call: Call, backend: str | None = None) -> str:
         able = [name for name in _order(call) if not BACKENDS[name].why_not(call)]
         raise RuntimeError(
             f"{call.op}: backend {forced!r} was forced but cannot run: {'; '.join(reasons)}. "
-            f"Available: {', '.join(able)}. epa_kernels.explain({call.op!r}, x) prints all reasons."
+            f"Available: {', '.join(able)}. epa_kernels.explain({call.op!r}, ...) prints all "
+            f"reasons."
         )
     return forced
 
@@ -144,24 +145,28 @@ def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -
 
     Args:
         op: "paired_attention", "spatial_attention" or "channel_attention"; or an `EPA` layer.
-        inputs: tensors of the function of that name, or the layer's x. The first one of a function
-            will do; limits on sizes that it does not tell are then left out of the answer.
-        options: `num_heads` and `kind` of paired_attention, where all its tensors are given.
+        inputs: all tensors of the function of that name; or the first one alone, and then limits
+            on sizes that it does not tell are left out of the answer; of a layer its x.
+        options: those of the function, such as `num_heads`, where all its tensors are given.
 
     Raises:
-        ValueError: no such op, or no tensor.
+        ValueError: no such op; or other tensors than one, all, or a layer's x.
 
     Example:
         >>> epa_kernels.explain(epa_kernels.EPA(64, 32, 16), torch.randn(1, 64, 32))
         >>> epa_kernels.explain("paired_attention", torch.randn(1, 64, 32))
     """
     call = _explained_call(op, inputs, options)
-    sizes = {axis: n for axis in AXES if (n := getattr(call, axis))}
-    print(
-        f"{call.op} on {call.device.type} {str(call.dtype).removeprefix('torch.')}, "
-        + ", ".join(f"{axis} = {n}" for axis, n in sizes.items())
-    )
-    forced = _forced and check_backend("EPA_KERNELS_BACKEND", _forced)
+    sizes = [f"{axis} = {n}" for axis in AXES if (n := getattr(call, axis))]
+    flags = [name for name in ("normalize", "dropout") if getattr(call, name)]
+    told = [
+        f"{call.device.type} {str(call.dtype).removeprefix('torch.')}", *sizes,
+        *filter(None, (call.kind, call.layout)), *flags,
+    ]  # fmt: skip
+    print(f"{call.op} on {', '.join(told)}")
+    forced = getattr(op, "backend", None)
+    if forced is None and _forced is not None:
+        forced = check_backend("EPA_KERNELS_BACKEND", _forced)
     chosen = forced
     for name in dict.fromkeys([*_order(call), *([forced] if forced else [])]):
         backend = BACKENDS[name]
@@ -179,14 +184,23 @@ def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -
 
 
 def _explained_call(op: Any, inputs: tuple, options: dict) -> Call:
+    given = f"{len(inputs)} inputs"
     if isinstance(op, torch.nn.Module):
+        if not hasattr(op, "arguments"):
+            raise ValueError(f"explain: the layer must be an EPA layer, got {type(op).__name__}.")
+        if len(inputs) != 1 or inputs[0] is None or inputs[0].dim() != 3:
+            raise ValueError(f"explain: a layer needs its x of shape (B, N, C), got {given}.")
         arguments: Any = op.arguments
         return OPS["paired_attention"].call(*arguments(*inputs))
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)} or a layer, got {op!r}.")
-    if not inputs:
-        raise ValueError(f"explain: {op} needs its first tensor, got none.")
+    contract = OPS[op]
+    if len(inputs) not in (1, len(contract.inputs)) or inputs[0] is None:
+        raise ValueError(
+            f"explain: {op} needs its first tensor or all {len(contract.inputs)}, got {given}."
+        )
     if len(inputs) == 1:
         return call_on(op, inputs[0])
-    contract = OPS[op]
+    if op == "paired_attention" and not options.get("num_heads"):
+        raise ValueError(f"explain: {op} needs num_heads, got {options.get('num_heads')}.")
     return contract.call(contract.Inputs(*inputs), contract.Options(**options))

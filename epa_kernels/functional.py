@@ -48,15 +48,21 @@ def _check_dropout(function: str, name: str, p: float) -> None:
         raise ValueError(f"{function}: {name} must be in [0, 1), got {p}.")
 
 
-def _check_rank(function: str, name: str, t: Tensor, rule: Input) -> None:
+def _missing(function: str, name: str) -> ValueError:
+    return ValueError(f"{function}: {name} must be a tensor, got None.")
+
+
+def _check_rank(function: str, name: str, t: Tensor | None, rule: Input) -> None:
+    if t is None:
+        raise _missing(function, name)
     if t.dim() != len(rule.axes):
         raise _wrong_shape(function, name, t, rule, {})
 
 
-def _check_heads(op: Op, *activations: Tensor) -> None:
+def _check_heads(op: Op, *activations: Tensor | None) -> None:
     """Four axes, before sizes are read from them."""
     for name, t in zip(op.view_names, activations, strict=True):
-        if t.dim() != 4:
+        if t is None or t.dim() != 4:
             _check_rank(op.name, name, t, op.inputs[name])
 
 
@@ -71,7 +77,9 @@ def _wrong_shape(
     )
 
 
-def _check_dtype(function: str, name: str, t: Tensor, rule: Input, first_name: str, first: Tensor):
+def _check_dtype(
+    function: str, name: str, t: Tensor, rule: Input, first_name: str, first: Tensor
+) -> None:
     """One floating dtype, but float32 parameters may go with a bfloat16 or float16 input."""
     if rule.role == "activation":
         raise ValueError(
@@ -81,7 +89,7 @@ def _check_dtype(function: str, name: str, t: Tensor, rule: Input, first_name: s
     if first.dtype not in (torch.float16, torch.bfloat16) or t.dtype != torch.float32:
         raise ValueError(
             f"{function}: {name} is {t.dtype} but {first_name} is {first.dtype}; use one "
-            f"dtype, or float32 parameters with a bfloat16 or float16 input."
+            f"dtype, or float32 parameters with a bfloat16 or float16 activation."
         )
 
 
@@ -125,6 +133,8 @@ def _check(op: Op, inputs: Any, options: Any) -> Call:
         if rule.kinds and (t is None) == (kind in rule.kinds):
             _check_kind(function, name, t, rule, kind)
         if t is None:
+            if not (rule.optional or rule.kinds):
+                raise _missing(function, name)
             continue
         if t.device != device:
             raise ValueError(

@@ -16,6 +16,7 @@ import torch
 
 from .dispatch import use_backend
 from .modules import EfficientPairedAttention
+from .torch_private import busy_gpu
 
 # Where layers and inputs lie; `pytest --device cuda` of the project's own tests sets it.
 DEVICE = os.environ.get("EPA_KERNELS_TEST_DEVICE", "cpu")
@@ -213,7 +214,7 @@ class Gpu:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            torch.cuda._sleep(40_000_000)  # clock cycles
+            busy_gpu(40_000_000)
             result = function()
         side.synchronize()
         return result

@@ -19,6 +19,7 @@ AUTOGRAD_NAMES = (
     "autograd.forward_ad._current_level",
 )
 DRIVER_VERSION = "_C._cuda_getDriverVersion"  # absent in builds without CUDA
+SLEEP = "cuda._sleep"
 CONSTANT_MARK = "_dynamo_marked_constant"  # what torch.compiler.assume_constant_result sets
 
 
@@ -34,6 +35,17 @@ def cuda_driver_version() -> int | None:
     """The newest CUDA that the driver runs, 13000 for 13.0; None where torch does not tell."""
     version = find(DRIVER_VERSION)
     return None if version is None else version()
+
+
+def busy_gpu(cycles: int) -> None:
+    """Keep the current stream busy for so many clock cycles, or for as many products of rows."""
+    sleep = find(SLEEP)
+    if sleep is not None:
+        sleep(cycles)
+        return
+    matrix = torch.randn(2048, 2048, device="cuda")
+    for _ in range(max(1, cycles // 4_000_000)):
+        matrix = torch.tanh(matrix @ matrix)
 
 
 def constant_result(function: Callable) -> Callable:

@@ -57,16 +57,23 @@ def backend_shapes(shapes=SHAPES, interpreted=INTERPRETED_SHAPES):
     ]
 
 
-def daily_if_interpreted(*cases):
-    """A mark: of an interpreted backend only these cases are daily, the others exhaustive.
+def _is_one_of(cases, parameters):
+    return any(all(parameters[name] in values for name, values in case.items()) for case in cases)
+
+
+def daily(*cases):
+    """A mark: only these cases are daily, the others exhaustive.
 
     cases: {parameter's name: its values in the case}
     """
+    return pytest.mark.daily.with_args(lambda **parameters: _is_one_of(cases, parameters))
+
+
+def daily_if_interpreted(*cases):
+    """`daily` for an interpreted backend; every case of the others is daily."""
 
     def is_daily(backend, **parameters):
-        return backend not in INTERPRETED or any(
-            all(parameters[name] in values for name, values in case.items()) for case in cases
-        )
+        return backend not in INTERPRETED or _is_one_of(cases, parameters)
 
     return pytest.mark.daily.with_args(is_daily)
 

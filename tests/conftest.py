@@ -48,9 +48,7 @@ def interpreter(pytestconfig):
     if pytestconfig.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
         from epa_kernels.backends.triton import interpreter
 
-        interpreter.repair()
-        interpreter.speed_up()
-        interpreter.enlarge_blocks()
+        interpreter.prepare()
 
 
 @pytest.fixture(scope="session")

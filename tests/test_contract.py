@@ -77,9 +77,13 @@ def test_each_input_of_a_wrong_shape_is_named(kind):
     op = OPS["paired_attention"]
     tensors, options = op_arguments((1, 20, 8, 2, 5), kind, "official")
     for i, (name, t) in enumerate(zip(op.inputs, tensors, strict=True)):
+        changed = [*tensors]
         if t is None:
             continue
-        changed = [*tensors]
+        changed[i] = None
+        if not op.inputs[name].optional:
+            with pytest.raises(ValueError, match=f"{name}(, got| must be a tensor, got) None"):
+                epa_kernels.paired_attention(*changed, **options)
         changed[i] = t.new_zeros((*t.shape[:-1], t.shape[-1] + 1))
         with pytest.raises(ValueError, match=r"paired_attention: \w+ must have shape|num_heads"):
             epa_kernels.paired_attention(*changed, **options)
@@ -122,8 +126,45 @@ def test_explain_takes_a_layer_a_whole_call_or_the_first_tensor(capsys):
     assert first == second and "B = 2, N = 64, C = 32, H = 4, D = 8, P = 16" in first
     epa_kernels.explain("paired_attention", x)
     assert "B = 2, N = 64, C = 32\n" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="needs its first tensor"):
-        epa_kernels.explain("paired_attention")
+    epa_kernels.explain(epa_kernels.EPA(64, 32, 16, backend="two_pass"), x)
+    assert "two_pass   runs (forced)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (("paired_attention",), "needs its first tensor or all 13, got 0 inputs"),
+        (
+            ("spatial_attention", torch.ones(1, 2, 3, 4), None),
+            "first tensor or all 4, got 2 inputs",
+        ),
+        (("channel_attention", None), "needs its first tensor"),
+        (("attention", torch.ones(1, 2, 3)), "op must be one of paired_attention, "),
+        ((["paired_attention"], torch.ones(1, 2, 3)), "op must be one of"),
+        ((torch.nn.Linear(2, 2), torch.ones(1, 2)), "must be an EPA layer, got Linear"),
+        ((epa_kernels.EPA(8, 4, 2),), r"needs its x of shape \(B, N, C\), got 0 inputs"),
+        ((epa_kernels.EPA(8, 4, 2), torch.ones(1, 4, 2, 2, 2)), "needs its x of shape"),
+    ),
+)
+def test_explain_refuses_what_it_cannot_read(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        epa_kernels.explain(*arguments)
+
+
+def test_explain_of_all_tensors_needs_the_number_of_heads():
+    inputs, _ = epa_kernels.EPA(64, 32, 16).arguments(torch.randn(2, 64, 32))
+    with pytest.raises(ValueError, match="explain: paired_attention needs num_heads"):
+        epa_kernels.explain("paired_attention", *inputs)
+
+
+def test_a_temperature_must_be_given():
+    q = torch.randn(1, 6, 2, 4)
+    with pytest.raises(
+        ValueError, match="channel_attention: temperature must be a tensor, got None"
+    ):
+        epa_kernels.channel_attention(q, q, q, None)
+    with pytest.raises(ValueError, match="spatial_attention: k_proj must be a tensor, got None"):
+        epa_kernels.spatial_attention(q, None, q, torch.ones(1))
 
 
 def test_limits_name_the_axis():

@@ -24,7 +24,7 @@ def random_shape(seed, shape=(11, 13, 9), blobs=3):
 
 
 def brute_force_hd95(a, b, spacing):
-    """The definition, voxel by voxel: no erosion, no distance transform, no box."""
+    """By its definition, voxel by voxel: no erosion, no distance transform, no box."""
 
     def surface(mask):
         points = []

@@ -1,4 +1,4 @@
-"""Efficient paired attention: golden values, and every backend against the spec."""
+"""Efficient paired attention: golden values, and every backend against the reference."""
 
 import math
 import zlib
@@ -18,6 +18,7 @@ from cases import (
     LAYOUTS,
     SHAPES,
     backend_shapes,
+    daily,
     daily_if_interpreted,
     draws,
 )
@@ -160,6 +161,7 @@ LOW_PRECISION_SHAPES = (INTERPRETED_SHAPES[0], (1, 63, 40, 2, 70))
     {"shape": LOW_PRECISION_SHAPES[:1], "kind": ("split",), "dtype": (torch.float16,)},
     {"shape": LOW_PRECISION_SHAPES[1:], "kind": ("split",), "dtype": (torch.bfloat16,)},
 )
+@daily({"shape": (*SHAPES[1:3], *LOW_PRECISION_SHAPES)})
 @pytest.mark.parametrize("dtype", DRAWS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend, shape", backend_shapes(SHAPES[1:], LOW_PRECISION_SHAPES))
@@ -212,7 +214,7 @@ CONSTANT = {
 }
 
 
-@daily_if_interpreted({"eps": (1e-3,)})
+@daily({"eps": (1e-3,)})
 @pytest.mark.parametrize("eps", (1e-1, 1e-2, 1e-3, 1e-4))
 @pytest.mark.parametrize(
     "backend, shape, kind, bias",
@@ -241,8 +243,8 @@ def test_nearly_constant_tokens(backend, shape, kind, bias, eps, small_tiles):
             result = run_layer(layer, x, gy, backend=name, dtype=torch.float32)
             for key, truth in exact.items():
                 squares.setdefault(key, [0, 0])[column] += relative_l2(result[key], truth) ** 2
-    for key, (definition, found) in squares.items():
-        assert found <= 4 * definition, (key, math.sqrt(found), math.sqrt(definition))
+    for key, (reference, found) in squares.items():
+        assert found <= 4 * reference, (key, math.sqrt(found), math.sqrt(reference))
 
 
 @daily_if_interpreted({"shape": (SHAPES[2],)})
@@ -301,8 +303,13 @@ def test_float32_parameters_with_low_precision_input(backend, dtype):
     assert relative_l2(y.detach(), wide.detach()) <= 4 * torch.finfo(dtype).eps
 
 
+GRADCHECK_SHAPES = ((1, 9, 4, 2, 3), (1, 5, 4, 2, 3))  # two_pass and direct
+
+
+# The reference's derivatives; those of the others are compared with them in float64 above.
+@daily({"backend": ("reference",), "shape": GRADCHECK_SHAPES[:1], "kind": ("split",)})
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", ((1, 9, 4, 2, 3), (1, 5, 4, 2, 3)), ids=("two_pass", "direct"))
+@pytest.mark.parametrize("shape", GRADCHECK_SHAPES, ids=("two_pass", "direct"))
 @pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 def test_gradcheck(backend, shape, kind):
     inputs, call = gradcheck_case(shape, kind, backend)
@@ -361,7 +368,7 @@ def test_runs_are_bitwise_repeatable(backend):
 
 
 def test_two_pass_keeps_x_and_little_else_for_backward():
-    """Stage 1 of Synapse, B = 2, dropout on: the definition keeps 360 MB, x itself is 8 MB."""
+    """Stage 1 of Synapse, B = 2, dropout on: the reference keeps 360 MB, x itself is 8 MB."""
     layer = epa_kernels.EPA(32768, 32, 64, 4, False, 0.15, 0.15, device=DEVICE)
     x = torch.randn(2, 32768, 32, device=DEVICE, requires_grad=True)
     with epa_kernels.use_backend("two_pass"):

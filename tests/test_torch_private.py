@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from epa_kernels import torch_private
-from epa_kernels.torch_private import AUTOGRAD_NAMES, CONSTANT_MARK, DRIVER_VERSION
+from epa_kernels.torch_private import AUTOGRAD_NAMES, CONSTANT_MARK, DRIVER_VERSION, SLEEP
 
 
-@pytest.mark.parametrize("name", AUTOGRAD_NAMES)
+@pytest.mark.parametrize("name", (*AUTOGRAD_NAMES, SLEEP))
 def test_torch_has_the_name(name):
     assert torch_private.find(name) is not None
 
@@ -20,6 +20,16 @@ def test_torch_tells_the_version_of_the_driver():
 def test_a_build_without_the_driver_s_version_gives_none(monkeypatch):
     monkeypatch.delattr(torch._C, "_cuda_getDriverVersion", raising=False)
     assert torch_private.cuda_driver_version() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", (SLEEP, "cuda.no_such_name"))
+def test_a_gpu_is_kept_busy(name, monkeypatch):
+    monkeypatch.setattr(torch_private, "SLEEP", name)
+    end = torch.cuda.Event()
+    torch_private.busy_gpu(40_000_000)
+    end.record()
+    assert not end.query()
 
 
 def test_the_mark_is_that_of_assume_constant_result():

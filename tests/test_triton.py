@@ -337,6 +337,7 @@ class NoHostValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.exhaustive
 def test_a_training_step_waits_for_nothing():
     """So that a CUDA graph can hold it; of the kernels `test_number_of_launches` shows it."""
     pytest.importorskip("monai")

@@ -55,6 +55,7 @@ def test_a_written_table_is_read_back(tune, tmp_path):
         assert found["TABLE"] == written
 
 
+@pytest.mark.exhaustive
 def test_the_fastest_is_searched_behind_the_accuracy_gate(tune, monkeypatch, capsys):
     """The search of a GPU, walked in the interpreter."""
     layer = tune.Layer(40, 8, 1, 3, "shared")

@@ -17,14 +17,18 @@ __all__ = ["read_json", "replacing", "write_json", "write_text"]
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path to write to; then flush it to disk and rename it to `file`, or remove it.
 
     Whenever the machine stops, `file` is the old file or the whole new one.
+
+    Args:
+        shared: several processes may write the file, default False: one process owns it.
     """
-    # A fixed name, so that what a killed process left is overwritten and never piles up. In front,
-    # because writers of images choose the format by the name's end.
-    partial = file.with_name(f".partial.{file.name}")
+    # One owner has a fixed name: what a killed process left is overwritten and never piles up. The
+    # name ends like the file's, because writers of images choose the format by it.
+    owner = f".{os.getpid()}" if shared else ""
+    partial = file.with_name(f".partial{owner}.{file.name}")
     try:
         yield partial
         with open(partial, "r+b") as stream:

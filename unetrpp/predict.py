@@ -480,7 +480,7 @@ def _write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
     image = kind(labels, original.affine, header)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as partial:
+    with replacing(target, shared=True) as partial:
         nib.save(image, partial)
 
 

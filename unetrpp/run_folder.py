@@ -38,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     import yaml
 
     file = folder / CONFIG
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
 
 
 class Metrics:

@@ -85,9 +85,7 @@ def main():
     if args.dry_run and os.environ.get("TRITON_INTERPRET") == "1":
         from epa_kernels.backends.triton import interpreter
 
-        interpreter.repair()
-        interpreter.speed_up()
-        interpreter.enlarge_blocks()
+        interpreter.prepare()
     torch.manual_seed(0)
     gpu = device.get("cpu" if args.dry_run else "cuda")
     peaks = lines.Progress(args.peaks).results if args.peaks else {}

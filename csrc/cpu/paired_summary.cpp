@@ -4,7 +4,7 @@
 //        dE = sum_b dprojected x^T + drows
 // Each chunk of tokens is summed on its own; within it and between chunks the gram is merged by
 // Chan's formula, so that nothing but deviations from a near mean is ever squared
-// (docs/two_pass.md).
+// (docs/internals/two_pass.md).
 #include "paired.h"
 
 namespace epa::EPA_ISA {

@@ -57,7 +57,10 @@ PAIRED, SPATIAL, CHANNEL = OPS.values()
 
 def _dropout(p: float, seed: Tensor | None) -> tuple[int, int]:
     """Threshold and seed, 0 and 0 without dropout."""
-    return (threshold(p), int(seed)) if seed is not None and p > 0 else (0, 0)
+    if p == 0:
+        return 0, 0
+    assert seed is not None
+    return threshold(p), int(seed)
 
 
 def _paired_arguments(inputs, kept, seed, options):

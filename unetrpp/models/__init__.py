@@ -2,7 +2,7 @@
 
 To add a network, write one file in this folder and its test. The file holds a subclass of `Network`
 with the decorator `register`; its class attributes are its name, presets, widths and recipe. Every
-file of this folder is imported below, so nothing else needs to know of it.
+file of this folder is imported below, so the commands find it by its name.
 """
 
 import importlib

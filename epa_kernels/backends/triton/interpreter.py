@@ -36,6 +36,13 @@ def _tree_sum(values: np.ndarray, axis: int) -> np.ndarray:
     return values
 
 
+def prepare() -> None:
+    """All of it, once a process."""
+    repair()
+    speed_up()
+    enlarge_blocks()
+
+
 def repair() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
