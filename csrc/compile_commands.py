@@ -58,11 +58,11 @@ class Module(NamedTuple):
     link: tuple[str, str]
 
 
-def ask(command: str, **options: str) -> str:
-    """What a compiler prints; a RuntimeError says why it cannot."""
+def ask(command: str, source: str | None = None) -> str:
+    """What a compiler prints of a source; a RuntimeError says why it cannot."""
     compiler, *_ = words = shlex.split(command)
     try:
-        result = subprocess.run(words, capture_output=True, text=True, **options)
+        result = subprocess.run(words, capture_output=True, text=True, input=source)
     except OSError as error:
         raise RuntimeError(f"the compiler {compiler} cannot run ({error.strerror})") from error
     if result.returncode:
@@ -74,8 +74,8 @@ def ask(command: str, **options: str) -> str:
 def cpu_objects() -> Objects:
     if sys.platform == "win32":
         raise RuntimeError("they need GCC or Clang")
-    source = "#include <Python.h>\n#include <vector>\n"
-    macros = ask(f"{CXX} {LANGUAGE} -x c++ -E -dM -", input=source)
+    needed = "#include <Python.h>\n#include <vector>\n"
+    macros = ask(f"{CXX} {LANGUAGE} -x c++ -E -dM -", needed)
     if "#define __GNUC__ " not in macros:
         raise RuntimeError(f"the compiler {CXX} cannot compile them (neither GCC nor Clang)")
     isas = X86_64 if "#define __x86_64__ 1" in macros else {"baseline": ""}
@@ -99,12 +99,12 @@ def cuda_objects() -> Objects:
     if sys.platform != "linux":
         raise RuntimeError("they are compiled on Linux alone")
     known = re.findall(r"compute_(\d+)", ask(f"{NVCC} --list-gpu-arch"))
-    words = re.split(r"[\s;,]+", CAPABILITIES.strip())
-    parts = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word) for word in words]
-    if None in parts:
-        unknown = words[parts.index(None)]
-        raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {unknown!r}, which is no number such as 9.0")
-    asked = {part[1] + part[2] for part in parts}
+    asked = set()
+    for word in re.split(r"[\s;,]+", CAPABILITIES.strip()):
+        number = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
+        if number is None:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST has {word!r}, which is no number such as 9.0")
+        asked.add(number[1] + number[2])
     chosen = sorted(number for number in map(int, asked.intersection(known)) if number >= FEWEST)
     if not chosen:
         raise RuntimeError(f"the compiler {shlex.split(NVCC)[0]} knows none of {CAPABILITIES}")
