@@ -9,7 +9,7 @@ from cases import KINDS, LAYOUTS, shape_id
 
 import epa_kernels
 from epa_kernels import reference
-from epa_kernels.backends import cuda, two_pass
+from epa_kernels.backends import cuda
 from epa_kernels.contract import OPS
 from epa_kernels.testing import (
     Errors,
@@ -64,7 +64,7 @@ def run_reference(tensors, dy, **options):
 
 
 def named(y, gradients, tensors):
-    pairs = zip(two_pass.PAIRED_INPUTS, gradients, tensors, strict=True)
+    pairs = zip(PAIRED.Inputs._fields, gradients, tensors, strict=True)
     return {"y": y} | {name: gradient for name, gradient, t in pairs if t is not None}
 
 
