@@ -71,8 +71,10 @@ def emulated_cuda(cuda_module):
     library = ctypes.CDLL(cuda_module.__file__)
     library.emulator_launched.restype = ctypes.c_char_p
     before, cuda.module = cuda.module, cuda_module
+    cuda._why_not_here.known.clear()
     yield lambda: re.findall(r"\w+(?=_kernel)", library.emulator_launched().decode())
     cuda.module = before
+    cuda._why_not_here.known.clear()
 
 
 @pytest.fixture
