@@ -66,6 +66,8 @@ TABLE: dict[tuple[str, str, int, int, str], Launch] = {
     ("sm_89", "paired_output_fwd", 32, 64, "half"): Launch(128, 32, 8, 1, 0),
     ("sm_89", "paired_summary_bwd", 16, 64, "half"): Launch(64, 64, 8, 2, 0),
     ("sm_89", "paired_summary_fwd", 32, 64, "half"): Launch(64, 32, 8, 2, 128),
+    ("sm_90", "paired_gather_bwd", 128, 64, "ieee"): Launch(16, 16, 8, 1, 0),
+    ("sm_90", "paired_gather_bwd", 128, 512, "ieee"): Launch(16, 16, 8, 1, 0),
     ("sm_90", "paired_mix_bwd", 8, 64, "half"): Launch(32, 32, 8, 1, 16),
     ("sm_90", "paired_summary_fwd", 8, 64, "ieee"): Launch(64, 64, 8, 2, 64),
 }

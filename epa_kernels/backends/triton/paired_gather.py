@@ -45,7 +45,7 @@ def sum_to(
 
 @triton.jit
 def gather_dgram(
-    block, B, ddots, dheads, qkvv_weight, dgram, dtoken,
+    block, ddots, dheads, qkvv_weight, dgram, dtoken,
     C: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,46 +56,45 @@ def gather_dgram(
     D: tl.constexpr = C // H
     ROW_BLOCKS: tl.constexpr = (C + BM - 1) // BM
     COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    if block < B * ROW_BLOCKS * COLUMN_BLOCKS:
-        b = (block // (ROW_BLOCKS * COLUMN_BLOCKS)).to(tl.int64)
-        rows = block // COLUMN_BLOCKS % ROW_BLOCKS * BM + tl.arange(0, BM)
-        columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
-        d = tl.arange(0, BD)
-        in_d, in_rows, inside = d < D, rows < C, columns < C
-        total, token = tl.zeros((BM, BC), ACC), tl.zeros((BM,), ACC)
-        for h in range(0, H):
-            wq, wk = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
-            square, head = ddots + (b * H + h) * D * D, dheads + b * 6 * C + h * D
-            for first in range(0, D, BK):
-                k = first + tl.arange(0, BK)
-                in_k = k < D
-                norm = tl.load(head + k, mask=in_k, other=0.0)
-                w = load_rows(wq, C, 1, k, rows, in_k, in_rows).to(ACC)
-                dmean = tl.load(head + 2 * C + k, mask=in_k, other=0.0)
-                token += tl.sum(w * dmean[:, None], 0)
-                factor = norm[:, None] * w
-                ddot = load_rows(square, D, 1, k, d, in_k, in_d)
-                w = load_rows(wk, C, 1, d, rows, in_d, in_rows).to(ACC)
-                factor = dot(ddot, w, factor, PRECISION)
-                w = load_rows(wq, C, 1, k, columns, in_k, inside).to(ACC)
-                total = dot(tl.trans(factor), w, total, PRECISION)
-                norm = tl.load(head + C + k, mask=in_k, other=0.0)
-                w = load_rows(wk, C, 1, k, rows, in_k, in_rows).to(ACC)
-                dmean = tl.load(head + 3 * C + k, mask=in_k, other=0.0)
-                token += tl.sum(w * dmean[:, None], 0)
-                factor = norm[:, None] * w
-                ddot = load_rows(square, 1, D, k, d, in_k, in_d)
-                w = load_rows(wq, C, 1, d, rows, in_d, in_rows).to(ACC)
-                factor = dot(ddot, w, factor, PRECISION)
-                w = load_rows(wk, C, 1, k, columns, in_k, inside).to(ACC)
-                total = dot(tl.trans(factor), w, total, PRECISION)
-        store_rows(dgram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
-        tl.store(dtoken + b * C + rows, token, mask=in_rows & (block % COLUMN_BLOCKS == 0))
+    b = (block // (ROW_BLOCKS * COLUMN_BLOCKS)).to(tl.int64)
+    rows = block // COLUMN_BLOCKS % ROW_BLOCKS * BM + tl.arange(0, BM)
+    columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
+    d = tl.arange(0, BD)
+    in_d, in_rows, inside = d < D, rows < C, columns < C
+    total, token = tl.zeros((BM, BC), ACC), tl.zeros((BM,), ACC)
+    for h in range(0, H):
+        wq, wk = qkvv_weight + h * D * C, qkvv_weight + (H + h) * D * C
+        square, head = ddots + (b * H + h) * D * D, dheads + b * 6 * C + h * D
+        for first in range(0, D, BK):
+            k = first + tl.arange(0, BK)
+            in_k = k < D
+            norm = tl.load(head + k, mask=in_k, other=0.0)
+            w = load_rows(wq, C, 1, k, rows, in_k, in_rows).to(ACC)
+            dmean = tl.load(head + 2 * C + k, mask=in_k, other=0.0)
+            token += tl.sum(w * dmean[:, None], 0)
+            factor = norm[:, None] * w
+            ddot = load_rows(square, D, 1, k, d, in_k, in_d)
+            w = load_rows(wk, C, 1, d, rows, in_d, in_rows).to(ACC)
+            factor = dot(ddot, w, factor, PRECISION)
+            w = load_rows(wq, C, 1, k, columns, in_k, inside).to(ACC)
+            total = dot(tl.trans(factor), w, total, PRECISION)
+            norm = tl.load(head + C + k, mask=in_k, other=0.0)
+            w = load_rows(wk, C, 1, k, rows, in_k, in_rows).to(ACC)
+            dmean = tl.load(head + 3 * C + k, mask=in_k, other=0.0)
+            token += tl.sum(w * dmean[:, None], 0)
+            factor = norm[:, None] * w
+            ddot = load_rows(square, 1, D, k, d, in_k, in_d)
+            w = load_rows(wq, C, 1, d, rows, in_d, in_rows).to(ACC)
+            factor = dot(ddot, w, factor, PRECISION)
+            w = load_rows(wk, C, 1, k, columns, in_k, inside).to(ACC)
+            total = dot(tl.trans(factor), w, total, PRECISION)
+    store_rows(dgram + b * C * C, C, 1, rows, columns, in_rows, inside, total)
+    tl.store(dtoken + b * C + rows, token, mask=in_rows & (block % COLUMN_BLOCKS == 0))
 
 
 @triton.jit
 def gather_dprojected(
-    block, B, dkv, qkvv_weight, dprojected,
+    block, dkv, qkvv_weight, dprojected,
     C: tl.constexpr, P: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -104,56 +103,54 @@ def gather_dprojected(
     One projection gets both; of two, each has its own.
     """
     P_BLOCKS: tl.constexpr = (P + BM - 1) // BM
-    if block < B * J * P_BLOCKS:
-        b = (block // (J * P_BLOCKS)).to(tl.int64)
-        j = block // P_BLOCKS % J
-        rows = block % P_BLOCKS * BM + tl.arange(0, BM)
-        in_rows = rows < P
-        begin, end = tl.where(J == 1, 0, j * C), tl.where(J == 1, 2 * C, (j + 1) * C)
-        for first in range(0, C, BC):
-            columns = first + tl.arange(0, BC)
-            inside = columns < C
-            total = tl.zeros((BM, BC), ACC)
-            for other in range(begin, end, BC):
-                k = other + tl.arange(0, BC)
-                in_k = k < end
-                offsets = k // C * P * C + k % C
-                dkv_rows = tl.load(
-                    dkv + b * 2 * P * C + rows[:, None] * C + offsets[None, :],
-                    mask=in_rows[:, None] & in_k[None, :],
-                    other=0.0,
-                )
-                part = k // C * 2 + 1  # of q, k, vc, vs: k and vs
-                weight = load_rows(qkvv_weight, C, 1, part * C + k % C, columns, in_k, inside)
-                total = dot(dkv_rows, weight.to(ACC), total, PRECISION)
-            target = dprojected + (b * J + j) * P * C
-            store_rows(target, C, 1, rows, columns, in_rows, inside, total)
+    b = (block // (J * P_BLOCKS)).to(tl.int64)
+    j = block // P_BLOCKS % J
+    rows = block % P_BLOCKS * BM + tl.arange(0, BM)
+    in_rows = rows < P
+    begin, end = tl.where(J == 1, 0, j * C), tl.where(J == 1, 2 * C, (j + 1) * C)
+    for first in range(0, C, BC):
+        columns = first + tl.arange(0, BC)
+        inside = columns < C
+        total = tl.zeros((BM, BC), ACC)
+        for other in range(begin, end, BC):
+            k = other + tl.arange(0, BC)
+            in_k = k < end
+            offsets = k // C * P * C + k % C
+            dkv_rows = tl.load(
+                dkv + b * 2 * P * C + rows[:, None] * C + offsets[None, :],
+                mask=in_rows[:, None] & in_k[None, :],
+                other=0.0,
+            )
+            part = k // C * 2 + 1  # of q, k, vc, vs: k and vs
+            weight = load_rows(qkvv_weight, C, 1, part * C + k % C, columns, in_k, inside)
+            total = dot(dkv_rows, weight.to(ACC), total, PRECISION)
+        target = dprojected + (b * J + j) * P * C
+        store_rows(target, C, 1, rows, columns, in_rows, inside, total)
 
 
 @triton.jit
 def gather_matrix(
-    block, B, out_proj2_weight, value_matrix, matrix,
+    block, out_proj2_weight, value_matrix, matrix,
     C: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM rows of a sample's matrix; nothing where Wo2 is absent, and matrix is value_matrix."""
     O_BLOCKS: tl.constexpr = (O + BM - 1) // BM
     if out_proj2_weight is not None:
-        if block < B * O_BLOCKS:
-            b = (block // O_BLOCKS).to(tl.int64)
-            rows = block % O_BLOCKS * BM + tl.arange(0, BM)
-            in_rows = rows < O
-            for first in range(0, C, BC):
-                columns = first + tl.arange(0, BC)
-                inside = columns < C
-                total = tl.zeros((BM, BC), ACC)
-                for other in range(0, C, BC):
-                    k = other + tl.arange(0, BC)
-                    weight = load_rows(out_proj2_weight, C, 1, rows, k, in_rows, k < C).to(ACC)
-                    vm = value_matrix + b * C * C
-                    vm = load_rows(vm, C, 1, k, columns, k < C, inside)
-                    total = dot(weight, vm, total, PRECISION)
-                store_rows(matrix + b * O * C, C, 1, rows, columns, in_rows, inside, total)
+        b = (block // O_BLOCKS).to(tl.int64)
+        rows = block % O_BLOCKS * BM + tl.arange(0, BM)
+        in_rows = rows < O
+        for first in range(0, C, BC):
+            columns = first + tl.arange(0, BC)
+            inside = columns < C
+            total = tl.zeros((BM, BC), ACC)
+            for other in range(0, C, BC):
+                k = other + tl.arange(0, BC)
+                weight = load_rows(out_proj2_weight, C, 1, rows, k, in_rows, k < C).to(ACC)
+                vm = value_matrix + b * C * C
+                vm = load_rows(vm, C, 1, k, columns, k < C, inside)
+                total = dot(weight, vm, total, PRECISION)
+            store_rows(matrix + b * O * C, C, 1, rows, columns, in_rows, inside, total)
 
 
 @triton.jit
@@ -167,58 +164,57 @@ def gather_dqkvv(
     """BC columns of a head's rows of one part of dqkvv_weight; parts 0 q, 1 k, 2 vc, 3 vs."""
     D: tl.constexpr = C // H
     COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    if block < 4 * H * COLUMN_BLOCKS:
-        part, h = block // COLUMN_BLOCKS // H, block // COLUMN_BLOCKS % H
-        columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
-        d = tl.arange(0, BD)
-        in_d, inside = d < D, columns < C
-        total = tl.zeros((BD, BC), ACC)
-        for sample in range(0, B):
-            b = tl.full((), 0, tl.int64) + sample
-            own = sums + (b * H + h) * SIZE
-            square = (b * H + h) * D * D
-            if part < 2:
-                # Of q: ddots (Wk M) + dq_norm (Wq M); of k the transpose, and dk_proj^T Z.
-                grams = tl.where(part == 0, q_gram, k_gram) + (b * C + h * D) * C
-                others = tl.where(part == 0, k_gram, q_gram) + (b * C + h * D) * C
-                head = dheads + (b * 6 + part) * C + h * D + d
-                norm = tl.load(head, mask=in_d, other=0.0)
-                total += norm[:, None] * load_rows(grams, C, 1, d, columns, in_d, inside)
-                constant = tl.load(head + 4 * C, mask=in_d, other=0.0)
-                centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
-                total += constant[:, None] * centre[None, :]
-                row_step, column_step = tl.where(part == 0, D, 1), tl.where(part == 0, 1, D)
-                for first in range(0, D, BK):
-                    k = first + tl.arange(0, BK)
-                    ddot = load_rows(ddots + square, row_step, column_step, d, k, in_d, k < D)
-                    gram = load_rows(others, C, 1, k, columns, k < D, inside)
-                    total = dot(ddot, gram, total, PRECISION)
-            if part == 0:
-                total += load_rows(own, C, 1, d, columns, in_d, inside)
-            elif part == 2:
-                for first in range(0, D, BK):
-                    k = first + tl.arange(0, BK)
-                    dconstant = value_constant_gradient(
-                        sums + b * H * SIZE, own, out_proj2_weight, h, k,
-                        C, D, P, O, ROWS, SIZE, SUM, BM, ACC,
-                    )  # fmt: skip
-                    dvalue = value_gradient(
-                        sums + b * H * SIZE, own, mean + b * C, out_proj2_weight, dconstant, h, k,
-                        columns, C, D, P, O, ROWS, SIZE, SUM, BM, PRECISION,
-                    )  # fmt: skip
-                    weights = load_rows(attention + square, 1, D, d, k, in_d, k < D)
-                    total = dot(weights, dvalue, total, PRECISION)
-            else:
-                j = tl.where(part == 1, 0, J - 1)
-                dk = dkv + (b * 2 + part // 2) * P * C + h * D
-                for first in range(0, P, BM):
-                    p = first + tl.arange(0, BM)
-                    dk_rows = load_rows(dk, 1, C, d, p, in_d, p < P)
-                    z = projected + (b * J + j) * P * C
-                    z_rows = load_rows(z, C, 1, p, columns, p < P, inside)
-                    total = dot(dk_rows, z_rows, total, PRECISION)
-        target = dqkvv_weight + (part * H + h) * D * C
-        store_rows(target, C, 1, d, columns, in_d, inside, total)
+    part, h = block // COLUMN_BLOCKS // H, block // COLUMN_BLOCKS % H
+    columns = block % COLUMN_BLOCKS * BC + tl.arange(0, BC)
+    d = tl.arange(0, BD)
+    in_d, inside = d < D, columns < C
+    total = tl.zeros((BD, BC), ACC)
+    for sample in range(0, B):
+        b = tl.full((), 0, tl.int64) + sample
+        own = sums + (b * H + h) * SIZE
+        square = (b * H + h) * D * D
+        if part < 2:
+            # Of q: ddots (Wk M) + dq_norm (Wq M); of k the transpose, and dk_proj^T Z.
+            grams = tl.where(part == 0, q_gram, k_gram) + (b * C + h * D) * C
+            others = tl.where(part == 0, k_gram, q_gram) + (b * C + h * D) * C
+            head = dheads + (b * 6 + part) * C + h * D + d
+            norm = tl.load(head, mask=in_d, other=0.0)
+            total += norm[:, None] * load_rows(grams, C, 1, d, columns, in_d, inside)
+            constant = tl.load(head + 4 * C, mask=in_d, other=0.0)
+            centre = tl.load(mean + b * C + columns, mask=inside, other=0.0).to(ACC)
+            total += constant[:, None] * centre[None, :]
+            row_step, column_step = tl.where(part == 0, D, 1), tl.where(part == 0, 1, D)
+            for first in range(0, D, BK):
+                k = first + tl.arange(0, BK)
+                ddot = load_rows(ddots + square, row_step, column_step, d, k, in_d, k < D)
+                gram = load_rows(others, C, 1, k, columns, k < D, inside)
+                total = dot(ddot, gram, total, PRECISION)
+        if part == 0:
+            total += load_rows(own, C, 1, d, columns, in_d, inside)
+        elif part == 2:
+            for first in range(0, D, BK):
+                k = first + tl.arange(0, BK)
+                dconstant = value_constant_gradient(
+                    sums + b * H * SIZE, own, out_proj2_weight, h, k,
+                    C, D, P, O, ROWS, SIZE, SUM, BM, ACC,
+                )  # fmt: skip
+                dvalue = value_gradient(
+                    sums + b * H * SIZE, own, mean + b * C, out_proj2_weight, dconstant, h, k,
+                    columns, C, D, P, O, ROWS, SIZE, SUM, BM, PRECISION,
+                )  # fmt: skip
+                weights = load_rows(attention + square, 1, D, d, k, in_d, k < D)
+                total = dot(weights, dvalue, total, PRECISION)
+        else:
+            j = tl.where(part == 1, 0, J - 1)
+            dk = dkv + (b * 2 + part // 2) * P * C + h * D
+            for first in range(0, P, BM):
+                p = first + tl.arange(0, BM)
+                dk_rows = load_rows(dk, 1, C, d, p, in_d, p < P)
+                z = projected + (b * J + j) * P * C
+                z_rows = load_rows(z, C, 1, p, columns, p < P, inside)
+                total = dot(dk_rows, z_rows, total, PRECISION)
+    target = dqkvv_weight + (part * H + h) * D * C
+    store_rows(target, C, 1, d, columns, in_d, inside, total)
 
 
 @triton.jit
@@ -230,32 +226,30 @@ def gather_dout_proj2(
 ):  # fmt: skip
     """BM rows of dout_proj2_weight, where there is one: the gradient of Wo2 A Wvc times A Wvc."""
     D: tl.constexpr = C // H
-    O_BLOCKS: tl.constexpr = (O + BM - 1) // BM
     if dout_proj2_weight is not None:
-        if block < O_BLOCKS:
-            rows = block * BM + tl.arange(0, BM)
-            in_rows = rows < O
-            for first in range(0, C, BC):
-                columns = first + tl.arange(0, BC)
-                inside = columns < C
-                total = tl.zeros((BM, BC), ACC)
-                pointers, constants = matrix_gradient(sums, rows, C, D, P, ROWS, SIZE)
-                centre_pointer, constant, vm = mean, value_constant, value_matrix
-                for _ in range(0, B):
-                    dconstant = tl.load(constants, mask=in_rows, other=0.0)
-                    value = tl.load(constant + columns, mask=inside, other=0.0)
-                    total += dconstant[:, None] * value[None, :]
-                    for other in range(0, C, BC):
-                        k = other + tl.arange(0, BC)
-                        mask = in_rows[:, None] & (k < C)[None, :]
-                        dm = tl.load(pointers[:, None] + k[None, :], mask=mask, other=0.0)
-                        centre = tl.load(centre_pointer + k, mask=k < C, other=0.0).to(ACC)
-                        dm += dconstant[:, None] * centre[None, :]
-                        w = load_rows(vm, C, 1, columns, k, inside, k < C)
-                        total = dot(dm, tl.trans(w), total, PRECISION)
-                    pointers, constants = pointers + H * SIZE, constants + H * SIZE
-                    centre_pointer, constant, vm = centre_pointer + C, constant + C, vm + C * C
-                store_rows(dout_proj2_weight, C, 1, rows, columns, in_rows, inside, total)
+        rows = block * BM + tl.arange(0, BM)
+        in_rows = rows < O
+        for first in range(0, C, BC):
+            columns = first + tl.arange(0, BC)
+            inside = columns < C
+            total = tl.zeros((BM, BC), ACC)
+            pointers, constants = matrix_gradient(sums, rows, C, D, P, ROWS, SIZE)
+            centre_pointer, constant, vm = mean, value_constant, value_matrix
+            for _ in range(0, B):
+                dconstant = tl.load(constants, mask=in_rows, other=0.0)
+                value = tl.load(constant + columns, mask=inside, other=0.0)
+                total += dconstant[:, None] * value[None, :]
+                for other in range(0, C, BC):
+                    k = other + tl.arange(0, BC)
+                    mask = in_rows[:, None] & (k < C)[None, :]
+                    dm = tl.load(pointers[:, None] + k[None, :], mask=mask, other=0.0)
+                    centre = tl.load(centre_pointer + k, mask=k < C, other=0.0).to(ACC)
+                    dm += dconstant[:, None] * centre[None, :]
+                    w = load_rows(vm, C, 1, columns, k, inside, k < C)
+                    total = dot(dm, tl.trans(w), total, PRECISION)
+                pointers, constants = pointers + H * SIZE, constants + H * SIZE
+                centre_pointer, constant, vm = centre_pointer + C, constant + C, vm + C * C
+            store_rows(dout_proj2_weight, C, 1, rows, columns, in_rows, inside, total)
 
 
 @triton.jit
@@ -334,17 +328,26 @@ def paired_gather_bwd(
     """
     SUM: tl.constexpr = dout_proj2_weight is None
     block, section = tl.program_id(0), tl.program_id(1)
+    ROW_BLOCKS: tl.constexpr = (C + BM - 1) // BM
+    COLUMN_BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    P_BLOCKS: tl.constexpr = (P + BM - 1) // BM
+    O_BLOCKS: tl.constexpr = (O + BM - 1) // BM
+    # Sections differ in size: a program beyond its own has nothing to do.
+    size = tl.where(section == DGRAM, B * ROW_BLOCKS * COLUMN_BLOCKS, B * J * P_BLOCKS)
+    size = tl.where(section == MATRIX, B * O_BLOCKS, size)
+    size = tl.where(section == DQKVV, 4 * H * COLUMN_BLOCKS, size)
+    size = tl.where(section == DOUT_PROJ2, O_BLOCKS, size)
+    if (section <= DOUT_PROJ2) & (block >= size):
+        return
     if section == DGRAM:
         gather_dgram(
-            block, B, ddots, dheads, qkvv_weight, dgram, dtoken, C, H, ACC, BM, BC, BD, BK,
-            PRECISION,
+            block, ddots, dheads, qkvv_weight, dgram, dtoken,
+            C, H, ACC, BM, BC, BD, BK, PRECISION,
         )  # fmt: skip
     elif section == DPROJECTED:
-        gather_dprojected(block, B, dkv, qkvv_weight, dprojected, C, P, J, ACC, BM, BC, PRECISION)
+        gather_dprojected(block, dkv, qkvv_weight, dprojected, C, P, J, ACC, BM, BC, PRECISION)
     elif section == MATRIX:
-        gather_matrix(
-            block, B, out_proj2_weight, value_matrix, matrix, C, O, ACC, BM, BC, PRECISION
-        )
+        gather_matrix(block, out_proj2_weight, value_matrix, matrix, C, O, ACC, BM, BC, PRECISION)
     elif section == DQKVV:
         gather_dqkvv(
             block, B, sums, mean, projected, q_gram, k_gram, attention, ddots, dheads, dkv,
