@@ -313,10 +313,8 @@ def test_cuda_module_is_not_loaded_by_the_import():
 @needs_cuda_module
 @pytest.mark.skipif(os.path.exists("/proc/driver/nvidia"), reason="there is a driver")
 def test_a_launch_without_a_driver_names_kernel_shape_and_reason():
-    with pytest.raises(
-        RuntimeError,
-        match="spatial_attention: fwd did not start for B N H D P = 1 8 2 4 8: CUDA driver version",
-    ):
+    message = "spatial_attention: output_fwd did not start for B N H D P = 1 8 2 4 8: CUDA driver"
+    with pytest.raises(RuntimeError, match=message):
         cuda.spatial_attention(
             HEADS, HEADS, HEADS, torch.ones(1), None, normalize=False, dropout_p=0.0
         )
