@@ -302,3 +302,4 @@ def test_words_are_the_ones_agreed_upon(page):
         return  # names the words to avoid
     for word in ("but for", "specification", "the spec"):
         assert not re.search(rf"\b{word}\b", read(page)), word
+    assert not re.search(r"\bTIME_[A-Z_]+\b", read(page)), "a figure is missing"
