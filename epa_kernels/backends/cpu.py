@@ -133,31 +133,6 @@ def _spatial_arguments(inputs, row, kept, seed, options):
     )
 
 
-def spatial_attention(*tensors, **options):
-    """Op `spatial_attention`, see `ops`."""
-    inputs, seed, options = SPATIAL.forward(tensors, options)
-    out, kept = SPATIAL.allocate(inputs, options)
-    row = _per_head(inputs.temperature, out.shape[2], kept.q_norm.dtype)
-    module.spatial_attention_fwd(*_spatial_arguments(inputs, row, kept, seed, options), view(out))
-    return out, *kept
-
-
-def spatial_attention_bwd(dout, *tensors, **options):
-    """Op `spatial_attention_bwd`, see `ops`."""
-    inputs, kept, seed, options = SPATIAL.backward(tensors, options)
-    kept = kept._make(t.contiguous() for t in kept)
-    row = _per_head(inputs.temperature, dout.shape[2], kept.q_norm.dtype)
-    gradients = tuple(empty_gradient(t, dout) for t in SPATIAL.views(inputs))
-    dtemperature = torch.empty_like(row)
-    module.spatial_attention_bwd(
-        *_spatial_arguments(inputs, row, kept, seed, options),
-        view(dout),
-        tuple(map(view, gradients)),
-        address(dtemperature),
-    )
-    return *gradients, temperature_gradient(dtemperature, inputs.temperature)
-
-
 def _channel_arguments(inputs, row, kept, seed, options):
     return (
         tuple(inputs.q.shape),
@@ -169,26 +144,48 @@ def _channel_arguments(inputs, row, kept, seed, options):
     )
 
 
-def channel_attention(*tensors, **options):
-    """Op `channel_attention`, see `ops`."""
-    inputs, seed, options = CHANNEL.forward(tensors, options)
-    out, kept = CHANNEL.allocate(inputs, options)
-    row = _per_head(inputs.temperature, out.shape[2], kept.gram.dtype)
-    module.channel_attention_fwd(*_channel_arguments(inputs, row, kept, seed, options), view(out))
+def _heads_fwd(op, arguments, run, tensors, options):
+    """An op on heads: `run` of the module with what `arguments` makes of inputs and kept."""
+    inputs, seed, options = op.forward(tensors, options)
+    out, kept = op.allocate(inputs, options)
+    row = _per_head(inputs.temperature, out.shape[2], kept.q_norm.dtype)
+    run(*arguments(inputs, row, kept, seed, options), view(out))
     return out, *kept
 
 
-def channel_attention_bwd(dout, *tensors, **options):
-    """Op `channel_attention_bwd`, see `ops`."""
-    inputs, kept, seed, options = CHANNEL.backward(tensors, options)
+def _heads_bwd(op, arguments, run, dout, tensors, options):
+    """Its backward, likewise."""
+    inputs, kept, seed, options = op.backward(tensors, options)
     kept = kept._make(t.contiguous() for t in kept)
-    row = _per_head(inputs.temperature, dout.shape[2], kept.gram.dtype)
-    gradients = tuple(empty_gradient(t, dout) for t in CHANNEL.views(inputs))
+    row = _per_head(inputs.temperature, dout.shape[2], kept.q_norm.dtype)
+    gradients = tuple(empty_gradient(t, dout) for t in op.views(inputs))
     dtemperature = torch.empty_like(row)
-    module.channel_attention_bwd(
-        *_channel_arguments(inputs, row, kept, seed, options),
+    run(
+        *arguments(inputs, row, kept, seed, options),
         view(dout),
         tuple(map(view, gradients)),
         address(dtemperature),
     )
     return *gradients, temperature_gradient(dtemperature, inputs.temperature)
+
+
+def spatial_attention(*tensors, **options):
+    """Op `spatial_attention`, see `ops`."""
+    return _heads_fwd(SPATIAL, _spatial_arguments, module.spatial_attention_fwd, tensors, options)
+
+
+def spatial_attention_bwd(dout, *tensors, **options):
+    """Op `spatial_attention_bwd`, see `ops`."""
+    run = module.spatial_attention_bwd
+    return _heads_bwd(SPATIAL, _spatial_arguments, run, dout, tensors, options)
+
+
+def channel_attention(*tensors, **options):
+    """Op `channel_attention`, see `ops`."""
+    return _heads_fwd(CHANNEL, _channel_arguments, module.channel_attention_fwd, tensors, options)
+
+
+def channel_attention_bwd(dout, *tensors, **options):
+    """Op `channel_attention_bwd`, see `ops`."""
+    run = module.channel_attention_bwd
+    return _heads_bwd(CHANNEL, _channel_arguments, run, dout, tensors, options)

@@ -220,27 +220,6 @@ def _spatial(inputs, kept, seed, options):
     return op, row
 
 
-def spatial_attention(*tensors, **options):
-    """Op `spatial_attention`, see `ops`."""
-    inputs, seed, options = SPATIAL.forward(tensors, options)
-    out, kept = SPATIAL.allocate(inputs, options)
-    op, _alive = _spatial(inputs, kept, seed, options)
-    _launch(op, "fwd", out, view(out))
-    return out, *kept
-
-
-def spatial_attention_bwd(dout, *tensors, **options):
-    """Op `spatial_attention_bwd`, see `ops`."""
-    inputs, kept, seed, options = SPATIAL.backward(tensors, options)
-    kept = kept._make(t.contiguous() for t in kept)
-    gradients = tuple(empty_gradient(t, dout) for t in SPATIAL.views(inputs))
-    B, _, H, _ = dout.shape
-    dtemperature = kept.q_norm.new_empty((B, H))
-    op, _alive = _spatial(inputs, kept, seed, options)
-    _launch(op, "bwd", dout, view(dout), tuple(map(view, gradients)), address(dtemperature))
-    return *gradients, temperature_gradient(dtemperature.sum(0), inputs.temperature)
-
-
 def _channel(inputs, kept, seed, options):
     """Arguments of the kernels, and the tensor that must outlive them."""
     q = inputs.q
@@ -253,22 +232,42 @@ def _channel(inputs, kept, seed, options):
     return op, row
 
 
+def _heads_fwd(op, arguments_of, tensors, options):
+    """An op on heads; `arguments_of` makes what its kernels take, and what must outlive them."""
+    inputs, seed, options = op.forward(tensors, options)
+    out, kept = op.allocate(inputs, options)
+    arguments, _alive = arguments_of(inputs, kept, seed, options)
+    _launch(arguments, "fwd", out, view(out))
+    return out, *kept
+
+
+def _heads_bwd(op, arguments_of, dout, tensors, options):
+    """Its backward, likewise."""
+    inputs, kept, seed, options = op.backward(tensors, options)
+    kept = kept._make(t.contiguous() for t in kept)
+    gradients = tuple(empty_gradient(t, dout) for t in op.views(inputs))
+    B, _, H, _ = dout.shape
+    dtemperature = kept.q_norm.new_empty((B, H))
+    arguments, _alive = arguments_of(inputs, kept, seed, options)
+    _launch(arguments, "bwd", dout, view(dout), tuple(map(view, gradients)), address(dtemperature))
+    return *gradients, temperature_gradient(dtemperature.sum(0), inputs.temperature)
+
+
+def spatial_attention(*tensors, **options):
+    """Op `spatial_attention`, see `ops`."""
+    return _heads_fwd(SPATIAL, _spatial, tensors, options)
+
+
+def spatial_attention_bwd(dout, *tensors, **options):
+    """Op `spatial_attention_bwd`, see `ops`."""
+    return _heads_bwd(SPATIAL, _spatial, dout, tensors, options)
+
+
 def channel_attention(*tensors, **options):
     """Op `channel_attention`, see `ops`."""
-    inputs, seed, options = CHANNEL.forward(tensors, options)
-    out, kept = CHANNEL.allocate(inputs, options)
-    op, _alive = _channel(inputs, kept, seed, options)
-    _launch(op, "fwd", out, view(out))
-    return out, *kept
+    return _heads_fwd(CHANNEL, _channel, tensors, options)
 
 
 def channel_attention_bwd(dout, *tensors, **options):
     """Op `channel_attention_bwd`, see `ops`."""
-    inputs, kept, seed, options = CHANNEL.backward(tensors, options)
-    kept = kept._make(t.contiguous() for t in kept)
-    gradients = tuple(empty_gradient(t, dout) for t in CHANNEL.views(inputs))
-    B, _, H, _ = dout.shape
-    dtemperature = kept.gram.new_empty((B, H))
-    op, _alive = _channel(inputs, kept, seed, options)
-    _launch(op, "bwd", dout, view(dout), tuple(map(view, gradients)), address(dtemperature))
-    return *gradients, temperature_gradient(dtemperature.sum(0), inputs.temperature)
+    return _heads_bwd(CHANNEL, _channel, dout, tensors, options)
