@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from unetrpp.files import write_json, write_text
+from unetrpp.files import replacing, write_json, write_text
 
-__all__ = ["Metrics", "check_folder", "read_config", "read_metrics", "start_folder"]
+__all__ = ["Metrics", "check_folder", "read_config", "read_metrics", "save_state", "start_folder"]
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
@@ -100,3 +100,11 @@ def start_folder(
     values = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     # Last, because a folder with config.yaml can be resumed.
     write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+
+
+def save_state(file: Path, state: Mapping[str, Any]) -> None:
+    """Replace resume.pt, what a run goes on from."""
+    import torch
+
+    with replacing(file) as partial:
+        torch.save(state, partial)

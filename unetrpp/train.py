@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from unetrpp.files import replacing
-from unetrpp.run_folder import Metrics, check_folder, start_folder
+from unetrpp.run_folder import Metrics, check_folder, save_state, start_folder
 from unetrpp.train_config import ResolvedConfig, TrainConfig, resolved, resumed
 from unetrpp.train_model import NonFiniteLoss, Trainee
 
@@ -288,8 +287,7 @@ class Loop:
             "elapsed": self.elapsed,
             **self.trainee.state_dict(),
         }
-        with replacing(self.config.output / "resume.pt") as partial:
-            torch.save(state, partial)
+        save_state(self.config.output / "resume.pt", state)
 
 
 def _launch(config: ResolvedConfig) -> Fabric:
