@@ -8,13 +8,15 @@
 #             bounds, on every instruction set that this machine runs; needs g++, 3 minutes of one core
 #
 # PYTHON=python3.12 takes another interpreter, VENV=DIR another place for the environment,
+# CONSTRAINTS=constraints-oldest.txt the oldest versions that pyproject.toml admits,
 # TORCH_INDEX=URL another index for torch alone: on a machine without a GPU that of its CPU builds,
 # several gigabytes smaller (see pytorch.org, Get Started).
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin
-PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: demo test test-all bench lint docs sanitize clean
 
@@ -65,7 +67,7 @@ sanitize: $(VENV)
 		$(RUN)/python -m pytest --capture=sys tests/test_kernels_without_torch.py
 
 # torch first and alone, so that its index serves nothing else.
-$(VENV): constraints.txt
+$(VENV): $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	touch $(VENV)

@@ -8,6 +8,7 @@ import torch
 
 import epa_kernels
 from epa_kernels import contract
+from epa_kernels.backends import triton
 from epa_kernels.testing import DEVICE
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,11 @@ CHILD_ENVIRONMENT = os.environ | {
 
 # Backends beside the reference that run here; a new one is tested by being named here. The CUDA
 # kernels under the emulator have tests of their own, test_cuda*.py.
-FUSED_BACKENDS = ("two_pass", "cpu" if DEVICE == "cpu" else "cuda", "triton")
+FUSED_BACKENDS = (
+    "two_pass",
+    "cpu" if DEVICE == "cpu" else "cuda",
+    *(() if triton.missing() else ("triton",)),
+)
 BACKENDS = ("reference", *FUSED_BACKENDS)
 INTERPRETED = ("triton",) if DEVICE == "cpu" else ()
 # For tests of a hundred calls or large shapes.

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import re
 import sys
@@ -45,7 +44,9 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def interpreter(pytestconfig):
     """The interpreter that the tests of the Triton kernels need on a CPU."""
-    if pytestconfig.getoption("--device") == "cpu" and importlib.util.find_spec("triton"):
+    from epa_kernels.backends import triton
+
+    if pytestconfig.getoption("--device") == "cpu" and not triton.missing():
         from epa_kernels.backends.triton import interpreter
 
         interpreter.prepare()

@@ -99,7 +99,7 @@ def test_each_input_of_a_wrong_shape_is_named(kind):
 @pytest.mark.skipif(DEVICE != "cpu", reason="Triton's interpreter runs on CPU tensors")
 def test_a_size_beyond_a_backend_falls_to_the_next(monkeypatch, capsys):
     """P is no size of the first tensor: the whole call has to be asked about."""
-    pytest.importorskip("triton", reason="needs the package triton")
+    pytest.importorskip("triton", "3.6", reason="needs the package triton, 3.6 or later")
     layer, x = epa_kernels.EPA(700, 8, 600, 2).eval(), torch.randn(1, 700, 8)
     reason = "number of projected tokens 600 > 512"
     with epa_kernels.use_backend("triton"):

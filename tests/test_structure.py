@@ -220,3 +220,15 @@ def test_nothing_changes_where_python_searches():
     modules = sources(*PACKAGES) | tests()
     changing = {n for n, tree in modules.items() if "sys.path." in ast.unparse(tree)}
     assert changing - {"test_structure"} == {"conftest"}
+
+
+def test_oldest_constraints_are_the_bounds_of_pyproject():
+    """CI runs the tests once with constraints-oldest.txt: what it pins is what users are told."""
+    bounds = re.findall(
+        r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8")
+    )
+    docs = {"mkdocs-material", "mkdocstrings", "ruff", "pytest-benchmark"}
+    pinned = re.findall(
+        r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text("utf-8"), re.M
+    )
+    assert set(pinned) == {bound for bound in bounds if bound[0] not in docs}

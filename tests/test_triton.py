@@ -19,7 +19,7 @@ from epa_kernels.backends.triton import launch
 from epa_kernels.contract import OPS, call_on
 from epa_kernels.testing import Guards, make_layer, op_arguments, run_layer
 
-pytest.importorskip("triton", reason="needs the package triton")
+pytest.importorskip("triton", "3.6", reason="needs the package triton, 3.6 or later")
 
 from triton.runtime.errors import InterpreterError  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder  # noqa: E402

@@ -7,7 +7,7 @@ import sys
 import pytest
 from cases import CHILD_ENVIRONMENT, ROOT
 
-pytest.importorskip("triton", reason="needs the package triton")
+pytest.importorskip("triton", "3.6", reason="needs the package triton, 3.6 or later")
 
 COMPILING = CHILD_ENVIRONMENT | {"TRITON_INTERPRET": "0"}
 # Kernels whose products are large: those of 16 bits must run on tensor cores.

@@ -44,6 +44,7 @@ tests.
 import functools
 import importlib
 import os
+import re
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -56,14 +57,19 @@ from ...contract import Call
 from ..compiled import unknown_dtype
 from .launch import LARGEST_OFFSET, LIMITS, largest_offset
 
+# The oldest Triton whose language has all that the kernels use; torch 2.10 and later bring it.
+OLDEST = (3, 6)
+
 
 @functools.cache
 def missing() -> str | None:
     """Why Triton cannot be used, None if it can."""
     try:
-        importlib.import_module("triton")
+        version = importlib.import_module("triton").__version__
     except Exception as error:  # a broken installation fails in many ways
         return f"Triton cannot be imported ({error}); pip install triton"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        return f"Triton {version} is older than 3.6, which torch 2.10 brings; install a newer torch"
     return None
 
 
