@@ -229,14 +229,14 @@ def test_volumes_are_turned_to_slices_first_and_back(tmp_path):
 def test_only_volumes_of_another_spacing_are_resampled_and_all_lead_back(tmp_path):
     image = image_of((12, 14, 10))
     for size, resampled in ((1.0, False), (1.005, False), (0.5, True)):
-        path = save(tmp_path / f"{size}.nii.gz", image, np.diag([size, size, size, 1.0]))
-        case = Case("a", (path,), save(tmp_path / "l.nii.gz", (image > 100).astype(np.uint8)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the label's affine
-            plain = volumes.load_case(case, preprocessing())
-            plan = preprocessing(spacing=[1.0, 1.0, 1.0])
-            transforms = volumes.inference_transforms(plan)
-            item = volumes.load_case(case, plan, transforms)
+        affine = np.diag([size, size, size, 1.0])
+        path = save(tmp_path / f"{size}.nii.gz", image, affine)
+        label = save(tmp_path / "l.nii.gz", (image > 100).astype(np.uint8), affine)
+        case = Case("a", (path,), label)
+        plain = volumes.load_case(case, preprocessing())
+        plan = preprocessing(spacing=[1.0, 1.0, 1.0])
+        transforms = volumes.inference_transforms(plan)
+        item = volumes.load_case(case, plan, transforms)
         for key in ("image", "label"):
             if resampled:
                 assert item[key].shape == (1, 6, 8, 6)
@@ -271,8 +271,10 @@ def test_zero_background_stays_out_of_the_statistics(tmp_path):
 
 def test_differing_label_affine_warns_and_keeps_the_grid(case, tmp_path):
     label = nibabel.load(case.label).get_fdata().astype(np.uint8)
-    moved = save(tmp_path / "moved.nii.gz", label, np.diag([-1.0, 1, 1, 1]))
-    with pytest.warns(UserWarning, match="affine differs"):
+    shifted = np.eye(4)
+    shifted[:3, 3] = 3, 0, 4
+    moved = save(tmp_path / "moved.nii.gz", label, shifted)
+    with pytest.warns(UserWarning, match=r"moved.nii.gz lies up to 5 mm away .*a.nii.gz"):
         item = volumes.load_case(Case("a", case.images, moved), preprocessing())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -179,7 +179,7 @@ def test_evaluate_names_bad_files_and_does_the_others(tmp_path, maps):
     save(tmp_path / "pred", "fraction.nii.gz", prediction + 0.5, dtype=np.float32)
     save(tmp_path / "pred", "unlisted.nii.gz", np.where(prediction == 2, 7, prediction))
 
-    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", check_affine=True, quiet=True)
     assert {row["case"] for row in result.rows} == {"good"}
     reasons = {name.rsplit("/", 1)[-1].split(".")[0]: why for name, why in result.failures.items()}
     assert set(reasons) == {"missing", "shape", "moved", "truncated", "fraction", "unlisted"}
@@ -192,8 +192,9 @@ def test_evaluate_names_bad_files_and_does_the_others(tmp_path, maps):
     written = json.loads((tmp_path / "pred" / "scores.json").read_text(encoding="utf-8"))
     assert written["failures"] == result.failures
 
-    options = dict(quiet=True, only_predicted=True, check_affine=False)
-    again = run_evaluate(tmp_path / "pred", tmp_path / "labels", **options)
+    options = dict(quiet=True, only_predicted=True)
+    with pytest.warns(UserWarning, match="3 mm away"):
+        again = run_evaluate(tmp_path / "pred", tmp_path / "labels", **options)
     assert {row["case"] for row in again.rows} == {"good", "moved"}
     assert not any("missing" in name for name in again.failures)
 
