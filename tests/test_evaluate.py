@@ -199,6 +199,23 @@ def test_evaluate_names_bad_files_and_does_the_others(tmp_path, maps):
     assert not any("missing" in name for name in again.failures)
 
 
+def test_distances_in_mm_follow_the_affine(tmp_path, maps):
+    """Whatever pixdim says, and whatever the order of the stored axes is."""
+    prediction, reference = maps
+    image = nib.Nifti1Image(reference, np.diag([2.0, 2, 2, 1]))
+    image.header["qform_code"], image.header["pixdim"][1:4] = 0, 1
+    (tmp_path / "r.nii").write_bytes(image.to_bytes())
+    for flip in (False, True):
+        affine, stored = np.diag([2.0, 2, 2, 1]), prediction
+        if flip:
+            affine, stored = np.diag([-2.0, 2, 2, 1]), prediction[::-1]
+            affine[0, 3] = 18
+        file = save(tmp_path, "p.nii.gz", stored[..., None], affine)
+        rows = run_evaluate(file, tmp_path / "r.nii", check_affine=True, quiet=True).rows
+        assert rows[0]["dice"] == pytest.approx(2 * 72 / (72 + 96))
+        assert (rows[0]["hd95_voxels"], rows[0]["hd95_mm"]) == (1, 2)
+
+
 def test_evaluate_pairs_two_files_and_reads_decathlon_names(tmp_path, maps):
     prediction, reference = maps
     first = save(tmp_path / "a", "prediction.nii", prediction.astype(np.float32), dtype=np.float32)
