@@ -473,8 +473,8 @@ def _check_size(file: Path, image: Any, is_compressed: bool) -> None:
         raise UnreadableImage(
             file,
             f"cannot be read: its header says shape {image.shape} of {image.get_data_dtype()}, "
-            f"{claimed:,} bytes, but the file of {there:,} bytes cannot hold them; it is truncated "
-            "or its header is damaged",
+            f"{claimed:,} bytes from byte {image.dataobj.offset:,} on, but the file of {there:,} "
+            "bytes cannot hold them; it is truncated or its header is damaged",
         )
 
 
@@ -495,8 +495,8 @@ def _read(file: Path) -> tuple[np.ndarray, Grid]:
             if rest.strip(b"\0"):
                 raise UnreadableImage(
                     file,
-                    f"cannot be read: bytes follow the {claimed:,} that its header says; it is two "
-                    "files in one, or its header is damaged",
+                    f"cannot be read: bytes follow the {claimed:,} that its header says from byte "
+                    f"{image.dataobj.offset:,} on; it is two files, or its header is damaged",
                 )
     dropped = tuple(axis for axis in range(3, values.ndim) if values.shape[axis] == 1)
     return values.squeeze(dropped), grid
