@@ -11,7 +11,7 @@ import torch
 nibabel = pytest.importorskip("nibabel", reason="needs the extra 'train'")
 pytest.importorskip("monai", reason="needs the extra 'train'")
 
-from unetrpp import dataset  # noqa: E402
+from unetrpp import dataset, memory  # noqa: E402
 from unetrpp import preprocessing as volumes  # noqa: E402
 from unetrpp.dataset import Case  # noqa: E402
 from unetrpp.preprocessing import Preprocessing  # noqa: E402
@@ -229,14 +229,14 @@ def test_volumes_are_turned_to_slices_first_and_back(tmp_path):
 def test_only_volumes_of_another_spacing_are_resampled_and_all_lead_back(tmp_path):
     image = image_of((12, 14, 10))
     for size, resampled in ((1.0, False), (1.005, False), (0.5, True)):
-        path = save(tmp_path / f"{size}.nii.gz", image, np.diag([size, size, size, 1.0]))
-        case = Case("a", (path,), save(tmp_path / "l.nii.gz", (image > 100).astype(np.uint8)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the label's affine
-            plain = volumes.load_case(case, preprocessing())
-            plan = preprocessing(spacing=[1.0, 1.0, 1.0])
-            transforms = volumes.inference_transforms(plan)
-            item = volumes.load_case(case, plan, transforms)
+        affine = np.diag([size, size, size, 1.0])
+        path = save(tmp_path / f"{size}.nii.gz", image, affine)
+        label = save(tmp_path / "l.nii.gz", (image > 100).astype(np.uint8), affine)
+        case = Case("a", (path,), label)
+        plain = volumes.load_case(case, preprocessing())
+        plan = preprocessing(spacing=[1.0, 1.0, 1.0])
+        transforms = volumes.inference_transforms(plan)
+        item = volumes.load_case(case, plan, transforms)
         for key in ("image", "label"):
             if resampled:
                 assert item[key].shape == (1, 6, 8, 6)
@@ -271,13 +271,95 @@ def test_zero_background_stays_out_of_the_statistics(tmp_path):
 
 def test_differing_label_affine_warns_and_keeps_the_grid(case, tmp_path):
     label = nibabel.load(case.label).get_fdata().astype(np.uint8)
-    moved = save(tmp_path / "moved.nii.gz", label, np.diag([-1.0, 1, 1, 1]))
-    with pytest.warns(UserWarning, match="affine differs"):
+    shifted = np.eye(4)
+    shifted[:3, 3] = 3, 0, 4
+    moved = save(tmp_path / "moved.nii.gz", label, shifted)
+    with pytest.warns(UserWarning, match=r"moved.nii.gz lies up to 5 mm away .*a.nii.gz"):
         item = volumes.load_case(Case("a", case.images, moved), preprocessing())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reference = volumes.load_case(case, preprocessing())
     assert torch.equal(item["label"].as_tensor(), reference["label"].as_tensor())
+
+
+def test_channels_and_labels_in_another_order_lie_on_the_first_channel(tmp_path):
+    first, second = image_of((6, 7, 5)), image_of((6, 7, 5), 1)
+    affine = np.diag([1.5, 2.0, 3.0, 1.0])
+    flipped = np.diag([-1.5, -2.0, 3.0, 1.0])
+    flipped[:2, 3] = [1.5 * 5, 2.0 * 6]
+    names = [save(tmp_path / "a_0000.nii.gz", first, affine)]
+    label = np.uint8(first > 110)
+    plan = preprocessing(channels=["A", "B"], normalization=["zscore"] * 2, intensity=[None] * 2)
+
+    def load(turn, to):
+        files = (*names, save(tmp_path / "a_0001.nii.gz", turn(second), to))
+        truth = save(tmp_path / "l.nii.gz", turn(label), to)
+        return volumes.load_case(Case("a", files, truth), plan)
+
+    expected = load(lambda x: x, affine)
+    for turn, to in (
+        (lambda x: x[::-1, ::-1].copy(), flipped),
+        (lambda x: x.transpose(2, 0, 1).copy(), affine[:, [2, 0, 1, 3]]),
+    ):
+        found = load(turn, to)
+        for key in ("image", "label"):
+            assert torch.equal(found[key].as_tensor(), expected[key].as_tensor())
+
+    shifted = affine.copy()
+    shifted[0, 3] = 2
+    files = (*names, save(tmp_path / "s_0001.nii.gz", second, shifted))
+    with pytest.warns(UserWarning, match=r"s_0001.nii.gz lies up to 2 mm away"):
+        volumes.load_case(Case("a", files), plan)
+    strict = volumes.inference_transforms(plan, check_affine=True)
+    with pytest.raises(ValueError, match=r"s_0001.nii.gz lies up to 2 mm away"):
+        volumes.load_case(Case("a", files), plan, strict)
+
+
+def test_channels_as_itk_writes_them(tmp_path):
+    both = np.stack([image_of((6, 7, 5)), image_of((6, 7, 5), 1)], -1)
+    plan = preprocessing(channels=["A", "B"], normalization=["zscore"] * 2, intensity=[None] * 2)
+    found = [
+        volumes.load_case(Case("a", (save(tmp_path / f"{name}.nii.gz", array),)), plan)["image"]
+        for name, array in (("usual", both), ("itk", both[:, :, :, None]))
+    ]
+    assert torch.equal(found[0].as_tensor(), found[1].as_tensor())
+
+
+def test_plan_and_loader_take_one_voxel_size_for_true(tmp_path):
+    """An sform of 0.5 mm beside pixdim 1 made 20^3 voxels 39^3."""
+    image = nibabel.Nifti1Image(image_of((20, 20, 20)), np.diag([0.5, 0.5, 0.5, 1]))
+    image.header["qform_code"], image.header["pixdim"][1:4] = 0, 1
+    (tmp_path / "a.nii").write_bytes(image.to_bytes())
+    case = Case("a", (tmp_path / "a.nii",))
+    _, spacing = volumes.volume_geometry(case)
+    item = volumes.load_case(case, preprocessing(spacing=spacing))["image"]
+    assert spacing == [0.5] * 3 == item.pixdim.tolist()
+    assert item.shape == (1, 20, 20, 20)
+
+
+def test_a_voxel_size_that_cannot_be_meant_is_named(tmp_path, monkeypatch):
+    plan = preprocessing(spacing=[1.0, 1.0, 1.0])
+    for name, size in (("metres", 0.001), ("microns", 1000.0)):
+        file = save(tmp_path / f"{name}.nii.gz", image_of((8, 8, 8)), np.diag([size] * 3 + [1]))
+        with pytest.raises(ValueError, match=f"{name}.nii.gz has voxels of .* unit in the header"):
+            volumes.load_case(Case("a", (file,)), plan)
+    file = save(tmp_path / "thick.nii.gz", image_of((8, 8, 8)), np.diag([50.0, 50, 50, 1]))
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**9)
+    with pytest.raises(MemoryError, match="thick.nii.gz: resampled to 64,000,000 voxels .* 3.58 G"):
+        volumes.load_case(Case("a", (file,)), plan)
+
+
+def test_more_than_256_classes_do_not_wrap(tmp_path):
+    label = np.zeros((8, 8, 8), np.uint16)
+    label[:4], label[4:] = 1, 300
+    names = {"background": 0, **{f"class {value}": value for value in range(1, 301)}}
+    case = Case(
+        "a",
+        (save(tmp_path / "i.nii.gz", image_of((8, 8, 8))),),
+        save(tmp_path / "l.nii.gz", label),
+    )
+    sample = patches(case, "none", mirror=False, labels=names)[0]
+    assert sample["label"].unique().tolist() == [1, 300]
 
 
 def test_split_is_disjoint_complete_and_repeatable():

@@ -179,7 +179,7 @@ def test_evaluate_names_bad_files_and_does_the_others(tmp_path, maps):
     save(tmp_path / "pred", "fraction.nii.gz", prediction + 0.5, dtype=np.float32)
     save(tmp_path / "pred", "unlisted.nii.gz", np.where(prediction == 2, 7, prediction))
 
-    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", check_affine=True, quiet=True)
     assert {row["case"] for row in result.rows} == {"good"}
     reasons = {name.rsplit("/", 1)[-1].split(".")[0]: why for name, why in result.failures.items()}
     assert set(reasons) == {"missing", "shape", "moved", "truncated", "fraction", "unlisted"}
@@ -192,10 +192,28 @@ def test_evaluate_names_bad_files_and_does_the_others(tmp_path, maps):
     written = json.loads((tmp_path / "pred" / "scores.json").read_text(encoding="utf-8"))
     assert written["failures"] == result.failures
 
-    options = dict(quiet=True, only_predicted=True, check_affine=False)
-    again = run_evaluate(tmp_path / "pred", tmp_path / "labels", **options)
+    options = dict(quiet=True, only_predicted=True)
+    with pytest.warns(UserWarning, match="3 mm away"):
+        again = run_evaluate(tmp_path / "pred", tmp_path / "labels", **options)
     assert {row["case"] for row in again.rows} == {"good", "moved"}
     assert not any("missing" in name for name in again.failures)
+
+
+def test_distances_in_mm_follow_the_affine(tmp_path, maps):
+    """Whatever pixdim says, and whatever the order of the stored axes is."""
+    prediction, reference = maps
+    image = nib.Nifti1Image(reference, np.diag([2.0, 2, 2, 1]))
+    image.header["qform_code"], image.header["pixdim"][1:4] = 0, 1
+    (tmp_path / "r.nii").write_bytes(image.to_bytes())
+    for flip in (False, True):
+        affine, stored = np.diag([2.0, 2, 2, 1]), prediction
+        if flip:
+            affine, stored = np.diag([-2.0, 2, 2, 1]), prediction[::-1]
+            affine[0, 3] = 18
+        file = save(tmp_path, "p.nii.gz", stored[..., None], affine)
+        rows = run_evaluate(file, tmp_path / "r.nii", check_affine=True, quiet=True).rows
+        assert rows[0]["dice"] == pytest.approx(2 * 72 / (72 + 96))
+        assert (rows[0]["hd95_voxels"], rows[0]["hd95_mm"]) == (1, 2)
 
 
 def test_evaluate_pairs_two_files_and_reads_decathlon_names(tmp_path, maps):

@@ -230,6 +230,59 @@ def test_several_channels_as_files_and_as_one_4d_file(tmp_path, checkpoint):
     assert set(record["seconds"]) == {"a", "b", "year_2024"}
 
 
+def shear():
+    affine = oblique((0.8, 0.8, 1.5), "LPS")
+    return affine @ np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+@pytest.mark.parametrize("unit", [1, 3])
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("affine", [oblique((0.8, 0.9, 1.5), "PIR"), shear()], ids=["PIR", "shear"])
+def test_other_units_come_back_to_the_original_grid(tmp_path, checkpoint, unit, spacing, affine):
+    """A header in metre or micron is the volume in mm, and the label map has that header."""
+    values, shape = smooth((24, 22, 14)), (24, 22, 14)
+    folder, maps = checkpoint(Thresholds(0.0), spacing=spacing), []
+    for code in (2, unit):
+        scale = np.diag([{1: 0.001, 2: 1.0, 3: 1000.0}[code]] * 3 + [1.0])
+        image = nib.Nifti1Image(values.reshape(*shape, 1, 1), scale @ affine)
+        image.header["xyzt_units"] = code
+        nib.save(image, tmp_path / f"a{code}.nii.gz")
+        result = run_predict([tmp_path / f"a{code}.nii.gz"], tmp_path / "out", folder, quiet=True)
+        assert not result.failures
+        written = nib.load(tmp_path / "out" / f"a{code}.nii.gz")
+        assert written.header["xyzt_units"] == code
+        np.testing.assert_array_equal(written.affine, nib.load(tmp_path / f"a{code}.nii.gz").affine)
+        maps.append(np.asarray(written.dataobj))
+    # Headers hold float32, which rounds a place in metres and one in mm differently.
+    assert (maps[0] == maps[1]).mean() > (0.999 if spacing else 0.9999)
+    assert (maps[0] == (values > 0)).mean() > (0.94 if spacing else 0.9999)
+
+
+def test_channels_that_lie_elsewhere_are_turned_or_warned_of(tmp_path, checkpoint):
+    first, second = smooth((17, 15, 6), 1), smooth((17, 15, 6), 2)
+    affine, inputs = oblique(), tmp_path / "in"
+    flipped = affine @ nib.orientations.inv_ornt_aff([[0, -1], [1, 1], [2, -1]], first.shape)
+    for name, values, where in (
+        ("flipped", second[::-1, :, ::-1], flipped),
+        ("shifted", second, affine + 3 * np.eye(4, k=3)),
+        ("coarser", second, affine @ np.diag([2, 2, 2, 1])),
+    ):
+        save(inputs / f"{name}_0000.nii.gz", first, affine)
+        save(inputs / f"{name}_0001.nii.gz", values, where)
+    save(inputs / "ITK.NII.GZ", np.stack([first, second], -1)[:, :, :, None], affine)
+    folder = checkpoint(Thresholds(0.2), channels=("Flair", "T1c"))
+    with pytest.warns(UserWarning, match="shifted_0001.nii.gz lies up to 3 mm away"):
+        result = run_predict([inputs], tmp_path / "out", folder, quiet=True)
+    assert set(result.outputs) == {"flipped", "shifted", "ITK"}
+    for file in result.outputs.values():
+        np.testing.assert_array_equal(np.asarray(nib.load(file).dataobj), first + second > 0.2)
+        np.testing.assert_array_equal(nib.load(file).affine, np.float32(affine))
+    (reason,) = result.failures.values()
+    assert "coarser_0001.nii.gz has voxels of 2x2x2 mm" in reason
+    strict = run_predict([inputs], tmp_path / "2", folder, check_affine=True, quiet=True)
+    assert set(strict.outputs) == {"flipped", "ITK"}
+
+
 def test_bad_files_are_named_and_the_others_done(tmp_path, checkpoint, capsys):
     folder, inputs = checkpoint(Thresholds(0.0)), tmp_path / "in"
     values = smooth((12, 12, 12))

@@ -22,12 +22,8 @@ from unetrpp.files import read_json
 __all__ = [
     "Case",
     "DatasetInfo",
-    "case_name",
     "class_names",
     "find_cases",
-    "is_nifti",
-    "nifti_files",
-    "open_nifti",
     "read_dataset_info",
     "split_cases",
 ]
@@ -55,29 +51,6 @@ class DatasetInfo:
     channels: list[str]
     labels: dict[str, int]
     file_ending: str
-
-
-def is_nifti(path: Path) -> bool:
-    """Whether a file's name is that of a NIfTI volume."""
-    return path.name.endswith((".nii", ".nii.gz"))
-
-
-def nifti_files(folder: Path) -> list[Path]:
-    """Return the NIfTI files of a folder by name, without hidden ones."""
-    files = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in files if is_nifti(path))
-
-
-def case_name(file: Path) -> str:
-    """Return the name of a NIfTI file without its ending."""
-    return file.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def open_nifti(file: str | Path) -> Any:
-    """Return the nibabel image of a file: its header now, its voxels where they are used."""
-    import nibabel
-
-    return nibabel.load(file)
 
 
 def read_dataset_info(data_dir: str | Path) -> DatasetInfo:

@@ -211,11 +211,11 @@ def make_demo_data(folder: Path) -> int:
 
 
 def _front_dice(output: Path, front: int) -> dict[str, float]:
-    from unetrpp.dataset import open_nifti
     from unetrpp.evaluate import dice_per_class
+    from unetrpp.volumes import read_labels
 
     prediction, reference = (
-        np.asarray(open_nifti(output / folder / "right.nii.gz").dataobj)[:, front:]
+        read_labels(output / folder / "right.nii.gz").values[:, front:]
         for folder in ("prediction", "data/labelsTs")
     )
     names = [name for name in LABELS if LABELS[name]]

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrpp.dataset import case_name, class_names, nifti_files, open_nifti
+from unetrpp.dataset import class_names
 from unetrpp.files import write_json, write_text
+from unetrpp.memory import NotEnoughMemory
+from unetrpp.volumes import UnusableVolume, case_name, nifti_files, placed, read_labels
 
 __all__ = [
     "Evaluation",
@@ -55,9 +57,6 @@ DEFINITIONS = {
         "mean and median, and counted under 'undefined'"
     ),
 }
-# A grid whose corners lie within this share of a voxel of the other grid's is the same grid:
-# headers store affines in single precision and as quaternions, which round differently.
-SAME_GRID_VOXELS = 0.1
 
 
 def dice_per_class(
@@ -160,7 +159,7 @@ def run_evaluate(
     *,
     names: Path | None = None,
     only_predicted: bool = False,
-    check_affine: bool = True,
+    check_affine: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
     """Score predicted label maps against references, write CSV and JSON and print a table.
@@ -174,7 +173,8 @@ def run_evaluate(
         output: Folder for scores.csv and scores.json; the predictions' folder if not given.
         names: dataset.json with the class names; looked for beside the labels if not given.
         only_predicted: Score what was predicted; a reference without prediction is no error.
-        check_affine: Refuse a pair whose grids lie at different places in space.
+        check_affine: Refuse a pair that lies at different places; if not given, it is scored
+            voxel by voxel, with a warning that says how many mm.
         quiet: Print nothing.
 
     Returns:
@@ -222,7 +222,7 @@ def evaluate_pairs(
     output: Path,
     *,
     classes: Mapping[str, int | list[int]] | None = None,
-    check_affine: bool = True,
+    check_affine: bool = False,
     failures: Mapping[str, str] | None = None,
     unmatched: Sequence[str] = (),
     quiet: bool = False,
@@ -234,7 +234,7 @@ def evaluate_pairs(
         output: folder for scores.csv and scores.json.
         classes: class name to label value(s), background left out; if not given, one class per
             value in the references.
-        check_affine: refuse a pair whose grids lie at different places in space.
+        check_affine: refuse a pair that lies at different places, see `unetrpp.volumes.placed`.
         failures: what is known to have failed already, to be reported with the rest.
         unmatched: predictions without reference, to be reported.
         quiet: print nothing.
@@ -248,8 +248,11 @@ def evaluate_pairs(
         prediction_file, reference_file = map(Path, pairs[case])
         try:
             result.rows += _score(case, prediction_file, reference_file, classes, check_affine)
-        except _Unusable as error:
+        except UnusableVolume as error:
             result.failures[str(error.file)] = error.reason
+            continue
+        except (OSError, NotEnoughMemory) as error:
+            result.failures[str(prediction_file)] = str(error)
             continue
         result.files[case] = {
             "prediction": str(prediction_file.absolute()),
@@ -325,14 +328,6 @@ def format_table(summary: Mapping) -> str:
     return "\n".join(lines)
 
 
-class _Unusable(Exception):
-    """A file that cannot be scored, with the reason."""
-
-    def __init__(self, file: Path, reason: str):
-        super().__init__(f"{file}: {reason}")
-        self.file, self.reason = file, reason
-
-
 def _mask(labels: np.ndarray, value: int | Sequence[int]) -> np.ndarray:
     return labels == value if np.isscalar(value) else np.isin(labels, value)
 
@@ -364,23 +359,16 @@ def _score(
     classes: Mapping[str, int | list[int]],
     check_affine: bool,
 ) -> list[dict]:
-    prediction, _ = _read_labels(prediction_file)
-    reference, spacing = _read_labels(reference_file)
-    if prediction.shape != reference.shape:
-        raise _Unusable(
-            prediction_file,
-            f"shape {prediction.shape} differs from {reference.shape} of {reference_file}; a "
-            "prediction must lie on the grid of its reference",
-        )
-    if check_affine:
-        _check_grid(prediction_file, reference_file)
+    truth = read_labels(reference_file)
+    prediction = placed(read_labels(prediction_file), truth, check_affine).values
+    reference, spacing = truth.values, truth.grid.spacing
     listed = {0}.union(*(np.atleast_1d(value).tolist() for value in classes.values()))
     for file, labels in ((prediction_file, prediction), (reference_file, reference)):
         unknown = sorted(set(np.unique(labels).tolist()) - listed)
         if unknown:
-            raise _Unusable(
+            raise UnusableVolume(
                 file,
-                f"it has the labels {unknown}, which are none of the classes {dict(classes)}; "
+                f"has the labels {unknown}, which are none of the classes {dict(classes)}; "
                 "give the dataset.json that names them with --names",
             )
     isotropic = max(spacing) - min(spacing) <= 1e-6 * max(spacing)
@@ -411,40 +399,6 @@ def _check_shapes(function: str, prediction: np.ndarray, label: np.ndarray) -> N
             f"{function}: prediction and label must have one shape, got {prediction.shape} and "
             f"{label.shape}"
         )
-
-
-def _check_grid(prediction_file: Path, reference_file: Path) -> None:
-    prediction, reference = open_nifti(prediction_file), open_nifti(reference_file)
-    last = np.array(reference.shape[:3]) - 1
-    corners = np.array([(*(last * corner), 1) for corner in np.ndindex(2, 2, 2)], float).T
-    apart = (prediction.affine - reference.affine) @ corners
-    apart = float(np.linalg.norm(apart[:3], axis=0).max())
-    voxel = float(min(reference.header.get_zooms()[:3]))
-    if not apart <= SAME_GRID_VOXELS * voxel:
-        raise _Unusable(
-            prediction_file,
-            f"its grid lies up to {apart:.3g} mm away from that of {reference_file} (affines "
-            "differ); resample one onto the other; if the headers are known to be wrong: "
-            "--check-affine false",
-        )
-
-
-def _read_labels(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
-    """The label map of a file (X, Y, Z) as integers, and the size of a voxel in mm."""
-    try:
-        image = open_nifti(file)
-        values = np.asanyarray(image.dataobj)
-    except Exception as error:  # nibabel, gzip and zlib each have their own for a broken file
-        raise _Unusable(file, f"cannot be read: {error}") from error
-    if values.ndim == 4 and values.shape[3] == 1:
-        values = values[..., 0]
-    if values.ndim != 3:
-        raise _Unusable(file, f"a label map has three axes, this one has shape {values.shape}")
-    if not np.issubdtype(values.dtype, np.integer):
-        if not np.isfinite(values).all() or (values != np.rint(values)).any():
-            raise _Unusable(file, "a label map holds whole numbers only, this one does not")
-        values = values.astype(np.int64)
-    return values, tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
 
 
 def _volumes(path: Path) -> dict[str, Path]:
@@ -486,8 +440,8 @@ def _classes_in(files: Sequence[Path]) -> dict[str, int]:
     values: set[int] = set()
     for file in files:
         try:
-            values |= set(np.unique(_read_labels(file)[0]).tolist())
-        except _Unusable:
+            values |= set(np.unique(read_labels(file).values).tolist())
+        except (UnusableVolume, OSError, NotEnoughMemory):
             continue  # named when its turn to be scored comes
     return {f"label {value}": value for value in sorted(values - {0})}
 

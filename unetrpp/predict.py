@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import torch
 
-from unetrpp.dataset import Case, case_name, is_nifti, nifti_files, open_nifti
-from unetrpp.files import replacing, write_json
+from unetrpp.dataset import Case
+from unetrpp.files import write_json
+from unetrpp.volumes import case_name, is_nifti, nifti_files, write_labels
 
 if TYPE_CHECKING:
+    from monai.transforms import Compose
+
     from unetrpp.preprocessing import Preprocessing
 
 __all__ = ["Prediction", "predict_cases", "predict_volume", "run_predict"]
@@ -149,6 +152,7 @@ def run_predict(
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     overwrite: bool = False,
+    check_affine: bool = False,
     quiet: bool = False,
 ) -> Prediction:
     """Segment NIfTI volumes with a trained checkpoint.
@@ -168,6 +172,8 @@ def run_predict(
         device: cpu, cuda, cuda:1, mps, or auto for a GPU if there is one.
         precision: fp32, or bf16 (faster where the device has it).
         overwrite: Replace label maps that exist; without it such a case is an error.
+        check_affine: Refuse a channel that lies elsewhere than the first one; if not given, it is
+            used voxel by voxel, with a warning that says how many mm.
         quiet: Print nothing.
 
     Returns:
@@ -197,6 +203,7 @@ def run_predict(
         device=device,
         precision=precision,
         overwrite=overwrite,
+        check_affine=check_affine,
         quiet=quiet,
         loaded=loaded,
         failures=failures,
@@ -214,6 +221,7 @@ def predict_cases(
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     overwrite: bool = False,
+    check_affine: bool = False,
     quiet: bool = False,
     loaded: tuple[torch.nn.Module, dict] | None = None,
     failures: Mapping[str, str] | None = None,
@@ -224,7 +232,8 @@ def predict_cases(
         cases: what `unetrpp.dataset.find_cases` returns; the labels are not read.
         output: folder for the label maps, NAME.nii.gz each; or the name of one, for one case.
         checkpoint: checkpoint folder of a training run.
-        overlap, mirror, batch_size, device, precision, overwrite, quiet: as in `run_predict`.
+        overlap, mirror, batch_size, device, precision, overwrite, check_affine, quiet: as in
+            `run_predict`.
         loaded: what `load_checkpoint` returned for the checkpoint, if it was read already.
         failures: what is known to have failed already, to be reported with the rest.
 
@@ -239,6 +248,7 @@ def predict_cases(
     from tqdm import tqdm
 
     from unetrpp.checkpoint import load_checkpoint
+    from unetrpp.preprocessing import inference_transforms
 
     _check_overlap("predict_cases", overlap)
     result = Prediction(failures=dict(failures or {}))
@@ -263,13 +273,14 @@ def predict_cases(
             labels = _predict_case(
                 model,
                 case,
+                inference_transforms(preprocessing, check_affine),
                 preprocessing,
                 overlap=overlap,
                 mirror=mirror,
                 batch_size=batch_size,
                 precision=precision,
             )
-            _write_labels(target, labels, case.images[0])
+            write_labels(target, labels, case.images[0])
         except Exception as error:  # whatever one file does, the others are still done
             result.failures[str(case.images[0])] = _reason(error)
             continue
@@ -401,13 +412,15 @@ def _targets(cases: Sequence[Case], output: Path) -> dict[str, Path]:
 
 
 def _predict_case(
-    model: torch.nn.Module, case: Case, preprocessing: Preprocessing, **options
+    model: torch.nn.Module,
+    case: Case,
+    transforms: Compose,
+    preprocessing: Preprocessing,
+    **options,
 ) -> np.ndarray:
     """The label map (X, Y, Z) of a case, on the grid of its files."""
-    from unetrpp.preprocessing import inference_transforms
-
     # MONAI undoes a transform only through the very object that applied it.
-    transforms, item = inference_transforms(preprocessing), cast(Any, case)
+    item = cast(Any, case)
     for step in transforms.transforms:
         item = step(item)
     image = item["image"]  # (C, S, P, L)
@@ -457,31 +470,6 @@ def _stitch_device(model: torch.nn.Module, values: int) -> torch.device:
         if 3 * 4 * values > free / 2:
             return torch.device("cpu")
     return device
-
-
-def _write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
-    """Write labels (X, Y, Z) with the geometry of source, whole or not at all."""
-    import nibabel as nib
-
-    original = open_nifti(source)
-    if labels.shape != original.shape[:3]:
-        raise RuntimeError(f"label map {labels.shape} does not fit the input {original.shape[:3]}")
-    kind = nib.Nifti2Image if isinstance(original, nib.Nifti2Image) else nib.Nifti1Image
-    header = kind.header_class.from_header(original.header)
-    header.set_data_dtype(labels.dtype)
-    header.set_data_shape(labels.shape)
-    header.set_slope_inter(1, 0)
-    # What the original says about its intensities and its fourth axis does not hold here.
-    header["pixdim"][4:] = 1
-    header["cal_min"], header["cal_max"] = 0, 0
-    header["descrip"] = b"label map"
-    header.set_intent("none")
-    # With a header whose affine is this one, nibabel leaves qform, sform and codes untouched.
-    image = kind(labels, original.affine, header)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target, shared=True) as partial:
-        nib.save(image, partial)
 
 
 def _reason(error: Exception) -> str:

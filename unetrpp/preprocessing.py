@@ -1,7 +1,9 @@
-"""Volumes of a case -> tensors for the networks: reading, checking, preprocessing.
+"""Volumes of a case -> tensors for the networks: one grid, preprocessing.
 
   Preprocessing     what inference must repeat exactly; stored in a checkpoint's config.json
   inference_transforms, load_case    read, check, turn, resample, normalise; nothing random
+
+A file alone is read and checked by `unetrpp.volumes`; here a case as a whole.
 
 Axis order: every volume is turned to "SPL" (axis 0 runs to superior, 1 to posterior, 2 to left),
 the depth-first order of SimpleITK arrays, in which the published variants were trained
@@ -10,21 +12,33 @@ the depth-first order of SimpleITK arrays, in which the published variants were 
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import torch
 from monai import transforms as mt
 from monai.data import MetaTensor
 
-from unetrpp.dataset import Case, open_nifti
+from unetrpp.dataset import Case
+from unetrpp.memory import check_memory
+from unetrpp.volumes import (
+    SAME_SPACING,
+    Grid,
+    UnreadableImage,
+    UnusableVolume,
+    Volume,
+    placed,
+    read_grid,
+    read_image,
+    read_labels,
+)
 
 __all__ = [
+    "SAME_SPACING",
     "InOrder",
     "Preprocessing",
     "UnreadableImage",
@@ -35,12 +49,10 @@ __all__ = [
 ]
 
 ORIENTATION = "SPL"
-# A voxel size that differs by less, relatively, is the same: nothing is interpolated.
-SAME_SPACING = 0.01
-
-
-class UnreadableImage(RuntimeError):
-    """A file that exists but is no complete NIfTI volume; the message names the file."""
+# A voxel size so many times that of the model, or less, is a wrong unit.
+WRONG_UNIT = 100
+# Bytes that resampling takes a voxel of its result, and more a channel: measured, 54 to 64.
+RESAMPLED_VOXEL, RESAMPLED_VALUE = 48, 8
 
 
 @dataclass
@@ -86,97 +98,81 @@ def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
     """Return (shape in voxels, spacing in mm) in SPL order, from the header of the first image.
 
     Raises:
-        UnreadableImage: the header cannot be read or its affine says no orientation.
+        FileNotFoundError, UnusableVolume: see `unetrpp.volumes.read_grid`.
     """
-    path = case.images[0]
-    try:
-        image = open_nifti(path)
-        spacing = [float(size) for size in nibabel.affines.voxel_sizes(image.affine)]
-        turn = nibabel.orientations.ornt_transform(
-            nibabel.orientations.io_orientation(image.affine),
-            nibabel.orientations.axcodes2ornt(ORIENTATION),
-        )
-    except Exception as error:
-        raise UnreadableImage(f"{path} cannot be read as a NIfTI volume: {error}") from error
-    # turn[i, 0] is the place that input axis i takes.
-    axes = [int(np.flatnonzero(turn[:, 0] == axis)[0]) for axis in range(3)]
-    return [int(image.shape[axis]) for axis in axes], [spacing[axis] for axis in axes]
+    return _in_network_order(read_grid(case.images[0]))
+
+
+def _in_network_order(grid: Grid) -> tuple[list[int], list[float]]:
+    """Shape and spacing of a grid in SPL order."""
+    from nibabel.orientations import axcodes2ornt, inv_ornt_aff
+
+    # An affine whose axes run to superior, posterior and left.
+    turned = grid.turned(grid.turn_to(inv_ornt_aff(axcodes2ornt(ORIENTATION), (1, 1, 1))))
+    return list(turned.shape), list(turned.spacing)
 
 
 class _ReadCase:
     """Case -> {"image" (C,S,P,L) float32, "label" (1,S,P,L), "name"}, checked, still unturned."""
 
-    def __init__(self, preprocessing: Preprocessing):
-        self.preprocessing = preprocessing
-        self.read = mt.LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
-
-    def _read(self, path: Path) -> MetaTensor:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        try:
-            image = self.read(path)
-        except Exception as error:
-            # MONAI wraps the reader's error in pages of advice on other readers.
-            cause = error.__cause__ or error
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise UnreadableImage(
-                f"{path} cannot be read as a NIfTI volume (truncated or damaged?): {reason}"
-            ) from error
-        if image.ndim != 4:
-            raise ValueError(f"{path} has {image.ndim - 1} spatial axes, need 3")
-        if not torch.isfinite(image).all():
-            count = int((~torch.isfinite(image)).sum())
-            raise ValueError(f"{path} holds {count} NaN or infinite voxels; repair it first")
-        affine = np.asarray(image.affine, dtype=float)[:3, :3]
-        # Against the volume of a voxel, which may be tiny: 0.5 um are 5e-4 mm.
-        volume = np.prod(np.linalg.norm(affine, axis=0))
-        if not np.isfinite(affine).all() or not abs(np.linalg.det(affine)) > 1e-6 * volume:
-            raise ValueError(f"{path} has a singular affine, so its axes have no direction")
-        return image
+    def __init__(self, preprocessing: Preprocessing, check_affine: bool = False):
+        self.preprocessing, self.check_affine = preprocessing, check_affine
 
     def __call__(self, case: Case) -> dict:
-        channels = [self._read(path) for path in case.images]
-        for path, channel in zip(case.images, channels, strict=True):
-            if channel.shape[1:] != channels[0].shape[1:]:
-                raise ValueError(
-                    f"{path} has shape {tuple(channel.shape[1:])}, but the first channel "
-                    f"{case.images[0]} has {tuple(channels[0].shape[1:])}"
-                )
-        image = channels[0]
-        if len(channels) > 1:
-            stacked = torch.cat([channel.as_tensor() for channel in channels])
-            image = MetaTensor(stacked, meta=image.meta)
+        first = read_image(case.images[0])
+        self._check_spacing(first)
+        channels = [first.values]
+        for path in case.images[1:]:
+            channels.append(placed(read_image(path), first, self.check_affine).values)
+        count = sum(values.shape[-1] for values in channels)
+        # (X, Y, Z, C) as in the files, where X runs fastest -> (C, X, Y, Z), where Z does.
+        image = np.empty((count, *first.grid.shape), np.float32)
+        np.concatenate([np.moveaxis(values, -1, 0) for values in channels], out=image)
         expected = self.preprocessing.channels
         if image.shape[0] != len(expected):
             raise ValueError(
                 f"{case.images[0]} has {image.shape[0]} channel(s), need {len(expected)}: "
                 f"{', '.join(expected)}"
             )
-        item = {"image": image, "name": case.name}
+        affine = torch.from_numpy(first.grid.affine)
+        item = {"image": MetaTensor(torch.from_numpy(image), affine=affine), "name": case.name}
         if case.label is not None:
-            item["label"] = self._read_label(case.label, case.images[0], image)
+            label = self._read_label(case.label, first).astype(np.float32, order="C")
+            item["label"] = MetaTensor(torch.from_numpy(label)[None], affine=affine)
         return item
 
-    def _read_label(self, file: Path, image_file: Path, image: MetaTensor) -> MetaTensor:
-        label = self._read(file)
-        if label.shape[0] != 1 or label.shape[1:] != image.shape[1:]:
-            raise ValueError(
-                f"{file} has shape {tuple(label.shape[1:])} and {label.shape[0]} channel(s), "
-                f"but its image {image_file} has {tuple(image.shape[1:])}; they must share one "
-                "voxel grid"
+    def _check_spacing(self, image: Volume) -> None:
+        """Refuse what resampling could not hold, before it takes memory."""
+        target = self.preprocessing.spacing
+        if target is None:
+            return
+        shape, spacing = _in_network_order(image.grid)
+        ratios = [size / wanted for size, wanted in zip(spacing, target, strict=True)]
+        if not all(1 / WRONG_UNIT < ratio < WRONG_UNIT for ratio in ratios):
+            sizes, wanted = ("x".join(f"{size:.4g}" for size in each) for each in (spacing, target))
+            raise UnusableVolume(
+                image.file,
+                f"has voxels of {sizes} mm, and the network takes {wanted} mm (superior, "
+                f"posterior, left): {WRONG_UNIT} times apart or more; correct the voxel size or "
+                "its unit in the header",
             )
+        voxels = math.prod(max(1, round(n * r)) for n, r in zip(shape, ratios, strict=True))
+        check_memory(
+            voxels * (RESAMPLED_VOXEL + RESAMPLED_VALUE * len(self.preprocessing.channels)),
+            f"{image.file}: resampled to {voxels:,} voxels of {target} mm, it",
+            "correct the voxel size in its header, or crop it",
+        )
+
+    def _read_label(self, file: Path, image: Volume) -> np.ndarray:
+        label = placed(read_labels(file), image, self.check_affine).values
         known = set(self.preprocessing.labels.values())
-        unknown = sorted(set(torch.unique(label.as_tensor()).tolist()) - known)
+        unknown = sorted(set(np.unique(label).tolist()) - known)
         if unknown:
             raise ValueError(
                 f"{file} holds label value(s) {unknown[:5]} that dataset.json does not name; "
                 f"known: {self.preprocessing.labels}"
             )
-        affine = image.affine
-        if not torch.allclose(label.affine, affine, rtol=1e-3, atol=1e-2):
-            # Sloppy headers are common; the voxel grid is what annotators drew on.
-            warnings.warn(f"{file}: affine differs from its image's, which is used", stacklevel=2)
-        return MetaTensor(label.as_tensor(), affine=affine)
+        return label
 
 
 class _Normalize:
@@ -236,16 +232,19 @@ class InOrder:
         return item
 
 
-def inference_transforms(preprocessing: Preprocessing) -> mt.Compose:
+def inference_transforms(preprocessing: Preprocessing, check_affine: bool = False) -> mt.Compose:
     """Return Case -> {"image" (C,S,P,L), "label" (1,S,P,L) if any, "name"}, nothing random.
 
     Steps: read and check, turn to SPL, resample to `preprocessing.spacing` (linear; labels
     nearest) unless within 1 % of it, normalise. Images are MetaTensors that remember the turn and
     the resampling, so `monai.transforms.Invertd` or `Compose.inverse` lead back to the file's grid.
+
+    Args:
+        check_affine: refuse channels and labels whose affine differs, see `unetrpp.volumes.placed`.
     """
     keys = ["image", "label"]
     steps: list = [
-        _ReadCase(preprocessing),
+        _ReadCase(preprocessing, check_affine),
         # labels=None takes left and right from each file's affine alone.
         mt.Orientationd(keys, axcodes=ORIENTATION, allow_missing_keys=True, labels=None),
     ]
@@ -272,8 +271,9 @@ def load_case(
             with it: MONAI inverts only with the very objects that did the forward step.
 
     Raises:
-        FileNotFoundError, UnreadableImage: missing or truncated file. ValueError: NaNs, channels or
-        label values that do not fit, image and label of different shape. Each names the file.
+        FileNotFoundError, UnreadableImage: missing or damaged file. ValueError: NaNs, channels or
+        label values that do not fit, image and label on different grids. NotEnoughMemory: it would
+        take too much. Each names the file.
     """
     transforms = transforms or inference_transforms(preprocessing)
     return InOrder(transforms.transforms)(case)

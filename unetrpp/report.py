@@ -24,6 +24,7 @@ import numpy as np
 from unetrpp.files import read_json, write_text
 from unetrpp.report_pictures import BACKGROUND, PALETTE, color_of, overlay
 from unetrpp.run_folder import read_config, read_metrics
+from unetrpp.volumes import UnusableVolume
 
 __all__ = ["score_validation", "write_report"]
 
@@ -122,7 +123,8 @@ def score_validation(run: Path) -> Path | None:
 
     run = Path(run)
     folder, best = run / "validation", run / "best" / "model.safetensors"
-    data = read_config(run).get("data")
+    config = read_config(run)
+    data, check_affine = config.get("data"), bool(config.get("check_affine"))
     held_out = _read_json(run / "plan.json").get("split", {}).get("validation", [])
     if not best.is_file() or not held_out or data is None or not Path(data).is_dir():
         return None
@@ -131,12 +133,20 @@ def score_validation(run: Path) -> Path | None:
         return folder
     # As dataset.json lists them: no file's name need say which case or channel it belongs to.
     cases = [case for case in find_cases(data) if case.name in held_out]
-    predicted = predict_cases(cases, folder, run / "best", overwrite=True)
+    predicted = predict_cases(
+        cases, folder, run / "best", overwrite=True, check_affine=check_affine
+    )
     labels = {case.name: case.label for case in cases if case.label is not None}
     pairs = {name: (file, labels[name]) for name, file in predicted.outputs.items()}
     named = _read_json(run / "best" / "config.json")["preprocessing"]["labels"]
     classes = {name: value for name, value in named.items() if value}
-    evaluate_pairs(pairs, folder, classes=classes, failures=predicted.failures)
+    evaluate_pairs(
+        pairs,
+        folder,
+        classes=classes,
+        check_affine=check_affine,
+        failures=predicted.failures,
+    )
     return folder
 
 
@@ -367,7 +377,11 @@ def _pictures(scores: Mapping, prediction: Mapping) -> str:
         if missing:
             shown += f"<p class='muted'>{html.escape(case)}: {html.escape(missing[0])} is gone.</p>"
             continue
-        picture = overlay(images[0] if images else None, files, classes)
+        try:
+            picture = overlay(images[0] if images else None, files, classes)
+        except UnusableVolume as error:
+            shown += f"<p class='muted'>{html.escape(case)}: {html.escape(str(error))}</p>"
+            continue
         dice = ", ".join(
             f"{html.escape(row['class'])} {row['dice']:.3f}" for row in rows if row["case"] == case
         )

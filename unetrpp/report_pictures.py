@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unetrpp.dataset import open_nifti
+from unetrpp.volumes import placed, read_image, read_labels
 
 __all__ = ["BACKGROUND", "PALETTE", "color_of", "overlay"]
 
@@ -30,20 +30,21 @@ def overlay(image_file: str | None, files: Mapping, classes: Mapping) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
-    reference, spacing = _canonical(files["reference"])
-    prediction, _ = _canonical(files["prediction"])
-    if image_file is None:
-        image = np.zeros(reference.shape, np.float32)
-    else:
-        image, _ = _canonical(image_file)
-        image = image[..., 0] if image.ndim == 4 else image
+    volumes = [truth := read_labels(files["reference"])]
+    volumes.append(placed(read_labels(files["prediction"]), truth))
+    if image_file is not None:
+        volumes.append(placed(read_image(image_file), truth))
+    # Axes that run to the patient's right, to the front and upwards.
+    turned = [volume.turned(truth.grid.turn_to(np.eye(4))) for volume in volumes]
+    reference, prediction = (volume.values for volume in turned[:2])
+    spacing = turned[0].grid.spacing
+    image = turned[2].values[..., 0] if image_file is not None else np.zeros(reference.shape)
     known = np.isin(reference, _values(classes))
     structure = known if known.any() else np.isin(prediction, _values(classes))
     centre = _middle(structure)
     window = _crop(structure | np.isin(prediction, _values(classes)), spacing)
     low, high = np.percentile(image[window], [0.5, 99.5])
 
-    # Axes of a canonical volume run to the right, to the front and upwards.
     planes = [(2, "axial", "L→R"), (1, "coronal", "L→R"), (0, "sagittal", "P→A")]
     sizes = [(s.stop - s.start) * mm for s, mm in zip(window, spacing, strict=True)]
     shapes = [[sizes[axis] for axis in range(3) if axis != plane[0]] for plane in planes]
@@ -107,14 +108,6 @@ def _draw_contours(axes, labels: np.ndarray, classes: Mapping) -> None:
         )
         outline.set_path_effects([withStroke(linewidth=2.2, foreground=(0, 0, 0, 0.55))])
     axes.set(xlim=limits[0], ylim=limits[1])
-
-
-def _canonical(file: str) -> tuple[np.ndarray, tuple[float, ...]]:
-    """Values and voxel size, axes turned to right, front, up."""
-    import nibabel as nib
-
-    image = nib.as_closest_canonical(open_nifti(file))
-    return np.asanyarray(image.dataobj), tuple(float(z) for z in image.header.get_zooms()[:3])
 
 
 def _values(classes: Mapping) -> list[int]:

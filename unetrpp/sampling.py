@@ -62,7 +62,9 @@ class _ForegroundVoxels:
     """Add "voxels": per label present, up to FOREGROUND_VOXELS positions to centre patches on."""
 
     def __call__(self, item: dict) -> dict:
-        label = item["label"].as_tensor()[0].to(torch.uint8)
+        label = item["label"].as_tensor()[0]
+        # The smallest type that holds its numbers: these stay in memory.
+        label = label.to(torch.uint8 if label.max() <= 255 else torch.int32)
         # A fixed seed: the same case always offers the same positions.
         generator = np.random.default_rng(0)
         item["voxels"] = []
@@ -124,7 +126,10 @@ class _RandomWindow(mt.Randomizable, mt.Transform):
 
 
 def train_transforms(
-    preprocessing: Preprocessing, augmentation: str = "full", mirror: bool = True
+    preprocessing: Preprocessing,
+    augmentation: str = "full",
+    mirror: bool = True,
+    check_affine: bool = False,
 ) -> mt.Compose:
     """Return Case -> {"image" (C,*patch) float32, "label" (1,*patch) float32, "name"} at random.
 
@@ -139,6 +144,7 @@ def train_transforms(
             What is cut out becomes 0: the mean of images as normalised here, the minimum of those
             scaled to 0..1 as published.
         mirror: flip along each axis with probability 1/2 (not with "none").
+        check_affine: as in `inference_transforms`.
 
     Raises:
         ValueError: another name of an augmentation.
@@ -151,7 +157,7 @@ def train_transforms(
     strength = {"full": FULL, "light": LIGHT}.get(augmentation)
     margin = [int(size * MARGIN) if strength is not None else 0 for size in patch]
     steps: list = [
-        *inference_transforms(preprocessing).transforms,
+        *inference_transforms(preprocessing, check_affine).transforms,
         _ForegroundVoxels(),
         _RandomWindow(patch, margin),
     ]

@@ -235,7 +235,7 @@ class Loop:
         """Score the held-out cases by sliding window; write last/ and, if it is one, best/."""
         # Scored and saved as it predicts, with one output; the file has the other heads' weights.
         with self.trainee.as_it_predicts() as model:
-            scores = _score(model, self.data, self.fabric, self.config.precision)
+            scores = _score(model, self.data, self.fabric, self.config)
             if self.fabric.is_global_zero:
                 self._record_scores(model, scores)
 
@@ -334,23 +334,24 @@ def _catching_signals() -> Iterator[list[int]]:
 
 
 def _score(
-    model: torch.nn.Module, data: TrainingData, fabric: Fabric, precision: str
+    model: torch.nn.Module, data: TrainingData, fabric: Fabric, config: ResolvedConfig
 ) -> torch.Tensor:
     """Dice (cases, classes) of the held-out cases, each by one of the processes."""
     from unetrpp.evaluate import dice_per_class
     from unetrpp.predict import predict_volume
-    from unetrpp.preprocessing import load_case
+    from unetrpp.preprocessing import inference_transforms, load_case
 
     preprocessing = data.plan.preprocessing
+    transforms = inference_transforms(preprocessing, config.check_affine)
     values = [value for value in preprocessing.labels.values() if value]
     scores = torch.zeros(len(data.held_out), len(values), device=fabric.device)
     for index in range(fabric.global_rank, len(data.held_out), fabric.world_size):
-        item = load_case(data.held_out[index], preprocessing)
+        item = load_case(data.held_out[index], preprocessing, transforms)
         probability = predict_volume(
             model,
             item["image"].as_tensor()[None].to(fabric.device),
             preprocessing.patch_size,
-            precision="bf16" if precision == "bf16-mixed" else "fp32",
+            precision="bf16" if config.precision == "bf16-mixed" else "fp32",
         )
         labels = probability[0].argmax(0).cpu().numpy()
         truth = item["label"].as_tensor()[0].numpy()

@@ -60,6 +60,8 @@ class TrainConfig:
         workers: Loader processes; 0 prepares patches between steps; auto if not given.
         cache: Number of cases kept in memory, preprocessed; all if not given.
         report: Write report.html at the end.
+        check_affine: Refuse a channel or label that lies elsewhere than its image; if not given,
+            it is used voxel by voxel, with a warning that says how many mm.
     """
 
     data: Path | None = None
@@ -98,6 +100,7 @@ class TrainConfig:
     workers: int | None = None
     cache: int | None = None
     report: bool = True
+    check_affine: bool = False
 
 
 class ResolvedConfig(TrainConfig):

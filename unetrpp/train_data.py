@@ -77,7 +77,9 @@ def load_data(config: ResolvedConfig, fabric: Fabric, say: Callable[[str], None]
     say(f"{len(training)} cases to train on, {len(held_out)} held out for validation")
     patches = TrainingPatches(
         training,
-        train_transforms(plan.preprocessing, config.augmentation, bool(config.mirror)),
+        train_transforms(
+            plan.preprocessing, config.augmentation, bool(config.mirror), config.check_affine
+        ),
         batch_size=plan.batch_size,
         seed=config.seed,
         foreground=config.foreground,
