@@ -18,7 +18,6 @@ AUTOGRAD_NAMES = (
     "_C._are_functorch_transforms_active",
     "autograd.forward_ad._current_level",
 )
-DRIVER_VERSION = "_C._cuda_getDriverVersion"  # absent in builds without CUDA
 SLEEP = "cuda._sleep"
 CONSTANT_MARK = "_dynamo_marked_constant"  # what torch.compiler.assume_constant_result sets
 
@@ -29,12 +28,6 @@ def find(path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, None)
     return found
-
-
-def cuda_driver_version() -> int | None:
-    """The newest CUDA that the driver runs, 13000 for 13.0; None where torch does not tell."""
-    version = find(DRIVER_VERSION)
-    return None if version is None else version()
 
 
 def busy_gpu(cycles: int) -> None:

@@ -195,9 +195,28 @@ def gpu(monkeypatch, unasked):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(cuda, "driver_version", lambda: driver)
 
     return make
+
+
+@pytest.mark.parametrize("status, version", ((0, 13000), (100, None)))
+def test_the_driver_tells_its_version(status, version, monkeypatch):
+    def tell(answer):
+        answer._obj.value = 13000
+        return status
+
+    driver = SimpleNamespace(cuDriverGetVersion=tell)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: driver)
+    assert cuda.driver_version() == version
+
+
+def test_a_machine_without_a_driver_has_no_version(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", missing)
+    assert cuda.driver_version() is None
 
 
 def on_gpu(*shape, dtype=torch.float32):

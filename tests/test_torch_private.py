@@ -4,22 +4,12 @@ import pytest
 import torch
 
 from epa_kernels import torch_private
-from epa_kernels.torch_private import AUTOGRAD_NAMES, CONSTANT_MARK, DRIVER_VERSION, SLEEP
+from epa_kernels.torch_private import AUTOGRAD_NAMES, CONSTANT_MARK, SLEEP
 
 
 @pytest.mark.parametrize("name", (*AUTOGRAD_NAMES, SLEEP))
 def test_torch_has_the_name(name):
     assert torch_private.find(name) is not None
-
-
-@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
-def test_torch_tells_the_version_of_the_driver():
-    assert torch_private.find(DRIVER_VERSION) is not None
-
-
-def test_a_build_without_the_driver_s_version_gives_none(monkeypatch):
-    monkeypatch.delattr(torch._C, "_cuda_getDriverVersion", raising=False)
-    assert torch_private.cuda_driver_version() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

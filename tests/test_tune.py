@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import CHILD_ENVIRONMENT
 
-pytest.importorskip("triton", reason="needs the package triton")
+pytest.importorskip("triton", "3.6", reason="needs the package triton, 3.6 or later")
 
 from epa_kernels.backends.triton import launch  # noqa: E402
 

@@ -6,6 +6,7 @@ TrainingPatches   sample i of a run as a function of (seed, i) alone: resuming n
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -216,12 +217,15 @@ def _change_intensities(s: float) -> list:
     """
     image = ["image"]
     gamma = (1 - 0.3 * s, 1 + 0.5 * s)
+    # MONAI before 1.6 has one contrast for all channels.
+    options = inspect.signature(mt.RandScaleIntensityFixedMeand).parameters
+    each_channel = {"channel_wise": True} if "channel_wise" in options else {}
     return [
         mt.RandGaussianNoised(image, prob=0.1 * s, std=0.3 * s),
         mt.RandGaussianSmoothd(image, (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2 * s),
         mt.RandScaleIntensityd(image, factors=0.25 * s, prob=0.15, channel_wise=True),
         mt.RandScaleIntensityFixedMeand(
-            image, factors=0.25 * s, prob=0.15, preserve_range=True, channel_wise=True
+            image, factors=0.25 * s, prob=0.15, preserve_range=True, **each_channel
         ),
         mt.RandSimulateLowResolutiond(image, prob=0.25 * s, zoom_range=(0.5, 1.0)),
         mt.RandAdjustContrastd(image, 0.1 * s, gamma, invert_image=True, retain_stats=True),

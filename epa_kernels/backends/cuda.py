@@ -4,14 +4,16 @@ The compiled module is loaded with the first tensor that they are asked about.
 """
 
 import contextlib
+import ctypes
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 from ..contract import OPS, Call, accumulate_dtype, plan
 from ..rng import threshold
-from ..torch_private import constant_result, cuda_driver_version
+from ..torch_private import constant_result
 from .compiled import (
     DTYPE_NUMBERS,
     KIND_NUMBERS,
@@ -91,6 +93,16 @@ def _why_not_here() -> list[str]:
     return reasons
 
 
+def driver_version() -> int | None:
+    """The newest CUDA that the driver runs, 13000 for 13.0; None where no driver tells."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    return version.value if library.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
 @_once
 def _why_not_on(index: int | None) -> list[str]:
     """Every reason that the GPU itself gives."""
@@ -100,7 +112,7 @@ def _why_not_on(index: int | None) -> list[str]:
         return [f"compute capability {major}.{minor} < 8.0"]
     if module.missing is not None:
         return []
-    reasons, driver = [], cuda_driver_version()
+    reasons, driver = [], driver_version()
     runs = any(n // 10 == major and n <= number for n in module.architectures)
     if not runs and number < module.ptx:
         reasons.append(f"compute capability {major}.{minor}, the extension has {describe()}")
