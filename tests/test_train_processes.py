@@ -232,23 +232,6 @@ def test_a_failing_validation_loses_no_step(data, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["step"] == 1
 
 
-def test_sigterm_to_the_loader_processes_too_saves_and_exits_143(data, tmp_path):
-    run = tmp_path / "run"
-    arguments = ["--data", data, "-o", run, "--steps", 400, "--validate_every", 400]
-    process = subprocess.Popen(
-        command(*arguments, "--workers", 2, *small_options()),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for_steps(run, process, 2)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "unetrpp train --resume" in message and "Traceback" not in message
-    assert torch.load(run / "resume.pt", weights_only=True)["step"] >= 2
-
-
 def test_training_in_another_thread(data, tmp_path):
     results = []
 
