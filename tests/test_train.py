@@ -225,11 +225,14 @@ def test_resumed_run_of_any_network_ends_with_the_same_bits(data, tmp_path, mode
 
 
 def test_sigterm_saves_and_exits_143(data, uninterrupted, tmp_path):
+    """Sent to the loader processes, too, as SLURM and systemd send it."""
     run = tmp_path / "run"
-    arguments = ["--data", data, "-o", run, "--steps", 8, *small_options()]
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    arguments = ["--data", data, "-o", run, "--steps", 8, "--workers", 2, *small_options()]
+    process = subprocess.Popen(
+        command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_for_steps(run, process, 2)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "unetrpp train --resume" in message and "Traceback" not in message

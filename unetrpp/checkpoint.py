@@ -67,6 +67,8 @@ def save_checkpoint(
     folder = Path(folder)
     is_new = not folder.exists()
     place = folder.with_name(f".{folder.name}.partial") if is_new else folder
+    if is_new and place.is_symlink():
+        place.unlink()  # nobody's files are written through it
     place.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(place / WEIGHTS) as file:

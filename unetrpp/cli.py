@@ -25,7 +25,7 @@ _EPILOG = "Options of a command: unetrpp COMMAND --help"
 
 def _train(parser) -> Callable[[dict], int]:
     from unetrpp.models import MODELS, model_label
-    from unetrpp.train import TrainConfig, run_train
+    from unetrpp.train import Interrupted, TrainConfig, run_train
 
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
     parser.add_argument(
@@ -45,7 +45,12 @@ def _train(parser) -> Callable[[dict], int]:
             action.help = f"{action.help} {more[action.dest]}."
 
     def run(options: dict) -> int:
-        result = run_train(TrainConfig(**options))
+        try:
+            result = run_train(TrainConfig(**options))
+        except Interrupted as stopped:
+            if stopped.is_main:
+                raise
+            return 0  # one process speaks for all; an error of another would end it at once
         if not result["is_main"]:
             return 0
         print(

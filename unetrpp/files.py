@@ -1,41 +1,142 @@
 """Files that are written whole or not at all; text is UTF-8 whatever the locale.
 
 with replacing(file) as partial: ...   write to `partial`, which then takes the file's place
+naming(file)                           a failed write names its file and the system's cause
 write_text, write_json, read_json      on top of it
 """
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
+import re
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "replacing", "write_json", "write_text"]
+__all__ = ["PARTIAL", "naming", "read_json", "replacing", "write_json", "write_text"]
+
+# How the names of unfinished files begin.
+PARTIAL = ".partial."
+# What a write beyond the end of a failed file asks for, bytes: more than a last block has left.
+PROBE = 1 << 20
 
 
 @contextmanager
 def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path to write to; then flush it to disk and rename it to `file`, or remove it.
 
-    Whenever the machine stops, `file` is the old file or the whole new one.
+    Whenever the machine stops, `file` is the old file or the whole new one. Its permissions are
+    those of any new file (the umask), whatever the writer gave it.
 
     Args:
         shared: several processes may write the file, default False: one process owns it.
+
+    Raises:
+        OSError: a write failed; the message names `file` and the cause. The old file is as it was.
     """
-    # One owner has a fixed name: what a killed process left is overwritten and never piles up. The
+    # One owner has a fixed name: what a killed process left is replaced and never piles up. The
     # name ends like the file's, because writers of images choose the format by it.
-    owner = f".{os.getpid()}" if shared else ""
-    partial = file.with_name(f".partial{owner}.{file.name}")
+    owner = f"{_host()}.{os.getpid()}." if shared else ""
+    partial = file.with_name(f"{PARTIAL}{owner}{file.name}")
+    if shared:
+        _remove_of_dead_processes(file)
     try:
-        yield partial
-        with open(partial, "r+b") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
+        with naming(file, partial):
+            partial.unlink(missing_ok=True)
+            # Made here and now: a link that somebody has put there is never followed.
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode & 0o777
+            yield partial
+            with open(partial, "r+b") as stream:
+                os.fsync(stream.fileno())
+            os.chmod(partial, mode)
+            os.replace(partial, file)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path, partial: Path | None = None) -> Iterator[None]:
+    """Turn the failure of a write into an OSError that names `file` and the cause.
+
+    Args:
+        file: what is written.
+        partial: where it is written, and what is removed after a failure; `file` itself if not
+            given.
+
+    Notes: torch and safetensors hide the system's error behind their own. A further write to
+        `partial` shows whether the disk was the cause; else their error is raised as it came.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and str(error.filename) != str(partial or file):
+            raise  # of another file, which it names
+        raise _not_written(file, error) from error
+    except Exception as error:
+        cause = _cause(partial) if partial is not None else None
+        if cause is None:
+            raise
+        raise _not_written(file, cause) from error
+
+
+def _not_written(file: Path, cause: OSError) -> OSError:
+    remedy = {
+        errno.ENOSPC: "free some space there",
+        errno.EDQUOT: "free some space there, or ask for a larger quota",
+        errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+        errno.EROFS: "name a folder that can be written",
+        errno.EACCES: "name a folder that can be written",
+    }.get(cause.errno or 0, "see that its folder can be written")
+    failed = type(cause)(
+        f"{file} could not be written: {cause.strerror or cause}; what was there before is as it "
+        f"was; {remedy}"
+    )
+    failed.errno = cause.errno
+    return failed
+
+
+def _cause(file: Path) -> OSError | None:
+    """Return the system's error of one more write to a file, if there is one."""
+    try:
+        with open(file, "ab") as stream:
+            stream.write(bytes(PROBE))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", socket.gethostname())
+
+
+def _remove_of_dead_processes(file: Path) -> None:
+    """Remove what processes of this machine left of a shared file when they were killed."""
+    start = f"{PARTIAL}{_host()}."
+    for left in file.parent.glob(f"{glob.escape(start)}*.{glob.escape(file.name)}"):
+        pid = left.name.removeprefix(start).removesuffix(f".{file.name}")
+        if pid.isdigit() and not _is_alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where kill with 0 would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,7 +5,7 @@
     dice_focal   Slim UNETR, Slim UNETR++: 1 - Dice + focal loss (gamma 2) of one sigmoid per class
 
 UNETR++ publishes CE - Dice; dice_ce is the same gradient with a value that cannot go below zero. As
-there, Dice sums over the batch.
+there, Dice sums over the batch: that of all processes together, where several train one model.
 
 The siblings were trained on regions that overlap (whole tumour, core, enhancing), each with a
 sigmoid of its own. The classes of a label map exclude each other, so here their losses see its
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+from torch import distributed
 from torch.nn import functional as F
 
 __all__ = ["LOSSES", "Loss", "deep_supervision_loss"]
@@ -36,18 +37,36 @@ def deep_supervision_loss(
         logits: per output (B, K, *size), the finest first; or those of the only output.
         label (B, 1, *patch): float32 class values; coarser outputs see it by nearest neighbour.
         loss: one of `LOSSES`.
+
+    Returns:
+        The loss of the joint batch of all processes. Its gradient with respect to the logits of
+        this process is multiplied by their number, because DistributedDataParallel averages over
+        them.
     """
     outputs = [logits] if isinstance(logits, torch.Tensor) else logits
     function = _function(loss)
     weights = [0.5**i for i in range(len(outputs))]
     total = torch.zeros((), device=label.device)
+    label = _joint(label)
     for weight, output in zip(weights, outputs, strict=True):
         target = label
         if output.shape[2:] != label.shape[2:]:
             target = F.interpolate(label, output.shape[2:], mode="nearest-exact")
         # Softmax and sums over a million voxels need float32 whatever the network ran in.
-        total = total + weight / sum(weights) * function(output.float(), target)
-    return total
+        total = total + weight / sum(weights) * function(_joint(output.float()), target)
+    processes = label.shape[0] // outputs[0].shape[0]
+    return total if processes == 1 else total + (processes - 1) * (total - total.detach())
+
+
+def _joint(batch: torch.Tensor) -> torch.Tensor:
+    """Return the batches of all processes as one; a gradient goes to the part of this process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return batch
+    own = batch.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, own)
+    parts[distributed.get_rank()] = batch
+    return torch.cat(parts)
 
 
 def _function(loss: str) -> torch.nn.Module:

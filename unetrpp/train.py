@@ -9,24 +9,33 @@
 
 Repeatable by construction: samples, augmentation and dropout of step s are functions of
 (seed, s), never of what ran before, so a killed and resumed run ends with the same bits.
-Data come from train_data.py, network and optimizer from train_model.py; here is the loop.
+Data come from train_data.py, network and optimizer from train_model.py, what several processes
+and signals need from processes.py; here is the loop.
 """
 
 from __future__ import annotations
 
-import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from unetrpp.run_folder import Metrics, check_folder, save_state, start_folder
+from unetrpp.folder_lock import held
+from unetrpp.processes import Signals, agreed, launch, reduced
+from unetrpp.run_folder import (
+    STATE,
+    Metrics,
+    check_folder,
+    read_state,
+    remove_partial_files,
+    save_state,
+    start_folder,
+)
 from unetrpp.train_config import ResolvedConfig, TrainConfig, resolved, resumed
 from unetrpp.train_model import NonFiniteLoss, Trainee
 
@@ -51,11 +60,13 @@ class Interrupted(Exception):
 
     Attributes:
         exit_code: 128 + signal number, as shells report it.
+        is_main: whether this is the process that speaks for all of them.
     """
 
-    def __init__(self, signum: int, message: str):
+    def __init__(self, signum: int, message: str, is_main: bool = True):
         super().__init__(message)
         self.exit_code = 128 + signum
+        self.is_main = is_main
 
 
 def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None = None) -> dict:
@@ -71,29 +82,44 @@ def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None 
         returns, one of them with is_main True.
 
     Raises:
-        FileExistsError: output holds something and neither resume nor overwrite was given.
+        FileExistsError: output holds something and neither resume nor overwrite was given; it holds
+            more than a run writes; or another run is at work in it.
         NonFiniteLoss: the loss or gradient became NaN or infinite; checkpoints stay as they were.
         Interrupted: SIGINT or SIGTERM, after resume.pt was written.
-        ValueError, FileNotFoundError, UnreadableImage: data or options that do not fit.
+        OSError: a file could not be written; resume.pt and the checkpoints stay as they were.
+        ValueError, FileNotFoundError, UnreadableImage: data, options or files of the run that do
+            not fit.
     """
-    from unetrpp.train_data import load_data
-
     settings = resumed(config) if config.resume else resolved(config)
-    fabric = _launch(settings)
-    is_new = not settings.resume and fabric.is_global_zero
-    if is_new:
-        check_folder(settings.output, settings.overwrite)
+    fabric = launch(settings)
 
     def say(text: str) -> None:
         if fabric.is_global_zero:
             _say(text)
 
+    with held(settings.output, say) if fabric.is_global_zero else nullcontext():
+        return _train(settings, fabric, say, before_step)
+
+
+def _train(
+    settings: ResolvedConfig,
+    fabric: Fabric,
+    say: Callable[[str], None],
+    before_step: Callable[[int], None] | None,
+) -> dict:
+    from unetrpp.train_data import load_data
+
+    is_new = not settings.resume and fabric.is_global_zero
+    if is_new:
+        check_folder(settings.output, settings.overwrite)
+    elif fabric.is_global_zero:
+        remove_partial_files(settings.output)
+    state = read_state(settings.output) if settings.resume else None
     data = load_data(settings, fabric, say)
-    state = _read_state(settings) if settings.resume else None
-    trainee = Trainee(settings, data.plan.model, fabric, state)
+    trainee = Trainee(settings, data.plan.model, fabric)
     say(trainee.describe())
     if state is not None:
-        say(f"resumed after step {trainee.step}")
+        _go_on(trainee, state, settings, say)
     elif settings.resume:
         say("no resume.pt: starting again at step 0")
     if is_new:
@@ -111,6 +137,22 @@ def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None 
         "output": str(settings.output),
         "is_main": fabric.is_global_zero,
     }
+
+
+def _go_on(
+    trainee: Trainee, state: Mapping[str, Any], settings: ResolvedConfig, say: Callable[[str], None]
+) -> None:
+    try:
+        trainee.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(
+            f"{settings.output / STATE}: {error}; restore it from a copy, or delete it and the run "
+            "starts again at step 0"
+        ) from error
+    say(f"resumed after step {trainee.step}")
+    before, now = state.get("machine"), trainee.machine()
+    if before is not None and before != now:
+        say(f"it ran on {before} and goes on on {now}, so not to the same bits")
 
 
 class Loop:
@@ -137,8 +179,11 @@ class Loop:
         self.config, self.fabric, self.data, self.trainee = config, fabric, data, trainee
         self.say, self.before_step = say, before_step
         self.total, self.best, self.elapsed = config.steps, -1.0, 0.0
+        # Whether the validation after the last step is to come: a run may end in the midst of it.
+        self.due = False
         if state is not None:
             self.total, self.best, self.elapsed = state["total"], state["best"], state["elapsed"]
+            self.due = state["due"]
         self.started = 0.0
         self.metrics: Metrics | None = None
 
@@ -154,7 +199,9 @@ class Loop:
 
         self.started = time.perf_counter() - self.elapsed
         if self.fabric.is_global_zero:
-            self.metrics = Metrics(self.config.output, self.trainee.step)
+            self.metrics = Metrics(
+                self.config.output, self.trainee.step, due=self.due, say=self.say
+            )
         self.bar = tqdm(
             total=self.total,
             initial=self.trainee.step,
@@ -162,8 +209,9 @@ class Loop:
             dynamic_ncols=True,
             disable=None if self.fabric.is_global_zero else True,
         )
+        resume = f"unetrpp train --resume {self.config.output}"
         try:
-            with _catching_signals() as signals:
+            with Signals(self.fabric.is_global_zero, resume) as signals:
                 self._take_steps(
                     batches(self.data, self.config, self.fabric, self.trainee.step), signals
                 )
@@ -172,7 +220,9 @@ class Loop:
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _take_steps(self, batches: Iterator[dict], signals: list[int]) -> None:
+    def _take_steps(self, batches: Iterator[dict], signals: Signals) -> None:
+        if self.due:
+            self._validate_and_save(signals)
         saved = time.perf_counter()
         durations: list[float] = []
         while self.total is None or self.trainee.step < self.total:
@@ -185,24 +235,40 @@ class Loop:
             self.elapsed = time.perf_counter() - self.started
             self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
             self.bar.update()
-            planned = self.total is None and len(durations) == MEASURED_STEPS
-            if planned:
+            if self.total is None and len(durations) == MEASURED_STEPS:
+                self._save_state()
+                signals.doing = "a validation"
                 self._plan_steps(float(np.median(durations[SLOW_STEPS:])))
-            due = self._validation_is_due()
-            if due:
-                self.validate()
-            stopped = self._agreed(signals)
+                signals.doing = "this step"
+                # Again, since a killed run could not measure the total alike.
+                self._save_state()
+                saved = time.perf_counter()
+            if self._validation_is_due():
+                self._validate_and_save(signals)
+                saved = time.perf_counter()
+            stopped = agreed(self.fabric, signals.number)
             late = time.perf_counter() - saved >= 60 * self.config.save_minutes
-            # Also once the total is known, which a killed run could not measure alike again.
-            if due or planned or stopped or late:
+            if stopped or late:
                 self._save_state()
                 saved = time.perf_counter()
             if stopped:
+                # Until it is saved: whoever ends first takes the others along.
+                self.fabric.barrier()
                 raise Interrupted(
                     stopped,
                     f"stopped after step {self.trainee.step} of {self.total}; "
                     f"continue with: unetrpp train --resume {self.config.output}",
+                    self.fabric.is_global_zero,
                 )
+
+    def _validate_and_save(self, signals: Signals) -> None:
+        """Validate; saved before it, too, so that nothing is lost if it is ended in its midst."""
+        self.due = True
+        self._save_state()
+        signals.doing = f"the validation on {len(self.data.held_out)} case(s)"
+        self.validate()
+        signals.doing, self.due = "this step", False
+        self._save_state()
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -271,13 +337,6 @@ class Loop:
         listed = ", ".join(f"{name} {value:.3f}" for name, value in per_class.items())
         self.say(f"step {step}: validation Dice {mean:.4f} ({listed}), best {self.best:.4f}")
 
-    def _agreed(self, signals: list[int]) -> int:
-        """The signal that any process got, so that all of them stop after the same step."""
-        number = signals[-1] if signals else 0
-        if self.fabric.world_size == 1:
-            return number
-        return int(_reduced(self.fabric, torch.tensor(float(number)), "max"))
-
     def _save_state(self) -> None:
         if not self.fabric.is_global_zero:
             return
@@ -285,24 +344,11 @@ class Loop:
             "total": self.total,
             "best": self.best,
             "elapsed": self.elapsed,
+            "due": self.due,
+            "machine": self.trainee.machine(),
             **self.trainee.state_dict(),
         }
-        save_state(self.config.output / "resume.pt", state)
-
-
-def _launch(config: ResolvedConfig) -> Fabric:
-    from lightning_fabric import Fabric
-
-    # Its notes on devices and precision repeat what is printed here.
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        strategy="ddp" if config.devices > 1 else "auto",
-        precision=config.precision,
-    )
-    fabric.launch()
-    return fabric
+        save_state(self.config.output / STATE, state)
 
 
 def _say(text: str) -> None:
@@ -311,26 +357,6 @@ def _say(text: str) -> None:
 
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
-
-
-def _read_state(config: ResolvedConfig) -> dict[str, Any] | None:
-    file = config.output / "resume.pt"
-    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
-
-
-@contextmanager
-def _catching_signals() -> Iterator[list[int]]:
-    """Yield the list that SIGINT and SIGTERM go to, instead of ending the process."""
-    caught: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _score(
@@ -356,13 +382,7 @@ def _score(
         labels = probability[0].argmax(0).cpu().numpy()
         truth = item["label"].as_tensor()[0].numpy()
         scores[index] = torch.tensor(dice_per_class(labels, truth, values))
-    return _reduced(fabric, scores, "sum") if fabric.world_size > 1 else scores
-
-
-def _reduced(fabric: Fabric, value: torch.Tensor, operation: str) -> torch.Tensor:
-    result = fabric.all_reduce(value.to(fabric.device), reduce_op=operation)
-    assert isinstance(result, torch.Tensor)  # what goes in is one
-    return result
+    return reduced(fabric, scores, "sum")
 
 
 def _write_report(config: ResolvedConfig, say: Callable[[str], None]) -> None:

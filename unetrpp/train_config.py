@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 
 from unetrpp.losses import Loss
 from unetrpp.models import MODELS
-from unetrpp.run_folder import read_config
+from unetrpp.run_folder import CONFIG, read_config
 
 __all__ = ["SHORT", "ResolvedConfig", "TrainConfig", "is_decayed", "resolved", "resumed"]
 
@@ -202,17 +202,41 @@ def _check_precision(config: TrainConfig, remedy: str) -> None:
         )
 
 
+def _check_stored(file: Path, stored: dict[str, Any]) -> None:
+    """Refuse options that this version does not know, that lack, or that have another type."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    known = {option.name for option in fields(TrainConfig)}
+    if unknown := sorted(stored.keys() - known):
+        raise ValueError(
+            f"{file}: this version has no option {', '.join(unknown)}; a newer version wrote the "
+            "file, or a hand: resume with that version, or remove what is not known"
+        )
+    missing = [name for name in ResolvedConfig.__annotations__ if stored.get(name) is None]
+    missing = [name for name in missing if name != "output"]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}; restore it from a copy")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig)
+    try:
+        parser.parse_object(stored)
+    except (ArgumentError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: {reason}; restore it from a copy") from error
+
+
 def resumed(config: TrainConfig) -> ResolvedConfig:
     """The configuration of the run folder `config.resume`, with what may change from the caller.
 
     Raises:
-        FileNotFoundError: no run there. ValueError: another setting than may change, another
-        output folder, or bf16 without a GPU.
+        FileNotFoundError: no run there. ValueError: its config.yaml is damaged or of a newer
+        version, another setting than may change, another output folder, or bf16 without a GPU.
     """
     folder = Path(config.resume or "")
     stored = read_config(folder)
     if not stored:
         raise FileNotFoundError(f"{folder} holds no run to resume: {folder}/config.yaml is missing")
+    _check_stored(folder / CONFIG, stored)
     if config.output is not None and Path(config.output).resolve() != folder.resolve():
         raise ValueError(
             f"--resume {folder} goes on in that folder, so it takes no other --output, got "

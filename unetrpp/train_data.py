@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from unetrpp.dataset import Case, find_cases, read_dataset_info, split_cases
-from unetrpp.files import read_json
+from unetrpp.memory import SHARE, free_memory, size_in_words
 from unetrpp.plan import Plan, propose
+from unetrpp.preprocessing import (
+    Preprocessing,
+    inference_transforms,
+    load_case,
+    volume_geometry,
+)
+from unetrpp.processes import ignore_signals
+from unetrpp.run_folder import PLAN, read_plan
 from unetrpp.sampling import TrainingPatches, train_transforms
 from unetrpp.train_config import ResolvedConfig
 
@@ -51,8 +63,7 @@ def load_data(config: ResolvedConfig, fabric: Fabric, say: Callable[[str], None]
     """
     cases = find_cases(config.data)
     if config.resume:
-        stored = read_json(config.output / "plan.json")
-        plan, split = Plan.from_dict(stored["plan"]), stored["split"]
+        plan, split = _stored_plan(config.output)
         by_name = {case.name: case for case in cases}
         gone = [name for names in split.values() for name in names if name not in by_name]
         if gone:
@@ -75,18 +86,86 @@ def load_data(config: ResolvedConfig, fabric: Fabric, say: Callable[[str], None]
         for reason in plan.reasons:
             say(f"  {reason}")
     say(f"{len(training)} cases to train on, {len(held_out)} held out for validation")
+    progress = fabric.is_global_zero and sys.stderr.isatty()
+    _check(
+        held_out[fabric.global_rank :: fabric.world_size],
+        plan.preprocessing,
+        config.check_affine,
+        progress,
+    )
     patches = TrainingPatches(
         training,
         train_transforms(
             plan.preprocessing, config.augmentation, bool(config.mirror), config.check_affine
         ),
-        batch_size=plan.batch_size,
+        # A step's patches are the same, whether one process or several take it.
+        batch_size=plan.batch_size * fabric.world_size,
         seed=config.seed,
         foreground=config.foreground,
-        cache_num=config.cache,
-        progress=fabric.is_global_zero and sys.stderr.isatty(),
+        cache_num=_kept(training, plan.preprocessing, config.cache, fabric.world_size, say),
+        progress=progress,
     )
     return TrainingData(plan, split, held_out, patches)
+
+
+def _stored_plan(folder: Path) -> tuple[Plan, dict[str, list[str]]]:
+    values, split = read_plan(folder)
+    try:
+        return Plan.from_dict(values), split
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / PLAN} is no plan of this version ({error}); resume with the version that "
+            "wrote it, or restore it from a copy"
+        ) from error
+
+
+def _kept(
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    wanted: int | None,
+    processes: int,
+    say: Callable[[str], None],
+) -> int:
+    """Return how many cases stay in memory, preprocessed: as many as fit, or as many as wanted."""
+    sizes = [_preprocessed_bytes(case, preprocessing) for case in cases]
+    totals = list(itertools.accumulate(sizes))
+    free = free_memory()
+    # Each process keeps cases of its own.
+    limit = math.inf if free is None else SHARE * free / processes
+    kept = sum(total <= limit for total in totals) if wanted is None else min(wanted, len(cases))
+    taken = processes * sum(sizes[:kept])
+    known = f", of {size_in_words(free)} that are free" if free is not None else ""
+    say(f"{kept} of {len(cases)} cases are kept in memory: {size_in_words(taken)}{known}")
+    if sum(sizes[:kept]) > limit:
+        say(f"  that is more than {SHARE:.0%}; where memory runs out, lower --cache {wanted}")
+    if kept < len(cases):
+        say("  the others are read anew for each patch; --workers N reads them ahead")
+    return kept
+
+
+def _preprocessed_bytes(case: Case, preprocessing: Preprocessing) -> int:
+    shape, spacing = volume_geometry(case)
+    voxels = float(math.prod(shape))
+    if preprocessing.spacing is not None:
+        voxels *= math.prod(spacing) / math.prod(preprocessing.spacing)
+    # Channels in float32, and a label of two bytes at most.
+    return math.ceil(voxels * (4 * len(preprocessing.channels) + 2))
+
+
+def _check(
+    cases: Sequence[Case], preprocessing: Preprocessing, check_affine: bool, progress: bool
+) -> None:
+    """Read cases and keep nothing: what is wrong with them is said now, not after hours."""
+
+    transforms = inference_transforms(preprocessing, check_affine)
+
+    def check(case: Case) -> None:
+        load_case(case, preprocessing, transforms)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        read = pool.map(check, cases)
+        for _ in tqdm(read, "checking held-out cases", len(cases), disable=not progress):
+            pass
 
 
 def batches(
@@ -104,6 +183,7 @@ def batches(
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=fabric.device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
     return iter(loader)
 

@@ -6,6 +6,7 @@ Dropout, learning rate and average of step s are functions of (seed, s), never o
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from unetrpp.files import replacing
 from unetrpp.losses import deep_supervision_loss
 from unetrpp.models import create_model
+from unetrpp.processes import joint_batch_norm, same_everywhere
 from unetrpp.train_config import ResolvedConfig, is_decayed
 
 if TYPE_CHECKING:
@@ -87,7 +89,6 @@ class Trainee:
         config: options of the run.
         arguments: those of `unetrpp.create_model`.
         fabric: device, precision and processes.
-        state: what `state_dict` returned, to go on from there.
 
     Attributes:
         step: number of steps taken.
@@ -95,11 +96,7 @@ class Trainee:
     """
 
     def __init__(
-        self,
-        config: ResolvedConfig,
-        arguments: Mapping[str, Any],
-        fabric: Fabric,
-        state: Mapping[str, Any] | None = None,
+        self, config: ResolvedConfig, arguments: Mapping[str, Any], fabric: Fabric
     ) -> None:
         from torch.optim.swa_utils import AveragedModel
 
@@ -111,28 +108,32 @@ class Trainee:
         if fabric.device.type == "cpu":
             # A step takes 0.85 times as long as with channels first (32x48x32, one thread).
             self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if fabric.world_size > 1:
+            self.model = joint_batch_norm(self.model, fabric.device)
         optimizer = make_optimizer(self.model, config)
-        if state is not None:
-            self.step = state["step"]
-            self.model.load_state_dict(state["model"])
         self.network, self.optimizer = fabric.setup(self.model, optimizer)
         self.average: AveragedModel | None = None
         if config.ema:
             self.average = AveragedModel(
                 self.model, multi_avg_fn=self._average_weights, use_buffers=True
             )
-        if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
 
     def describe(self) -> str:
         """Return the line that says what is trained, and where."""
         parameters = sum(p.numel() for p in self.model.parameters())
         label = " (a reconstruction)" if self.model.is_reconstruction else ""
+        world = self.fabric.world_size
+        processes = f", {world} processes with one joint batch" if world > 1 else ""
         return (
             f"{type(self.model).__name__}{label}: {parameters / 1e6:.2f} M parameters, on "
-            f"{self.fabric.device} in {self.config.precision}"
+            f"{self.fabric.device} in {self.config.precision}{processes}"
+        )
+
+    def machine(self) -> str:
+        """Return what the bits of a run depend on beside its options."""
+        return (
+            f"{self.fabric.device.type} ({platform.machine()}, torch {torch.__version__}, "
+            f"{self.fabric.world_size} process(es))"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,6 +144,24 @@ class Trainee:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            ValueError: it belongs to another network, optimizer or average.
+        """
+        try:
+            self.step = state["step"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if (state["average"] is not None) != (self.average is not None):
+                raise ValueError("one has averaged weights (--ema), the other has none")
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"it does not belong to this run: {reason[:300]}") from error
 
     def take_step(self, batch: Mapping[str, Any], total: int | None) -> dict[str, float]:
         """Take one step.
@@ -198,9 +217,12 @@ class Trainee:
     def as_it_predicts(self) -> Iterator[nn.Module]:
         """Yield the network with one output and, where weights are averaged, those weights.
 
-        The coarser heads have their weights all the same.
+        The coarser heads have their weights all the same. With several processes it is that of the
+        first, which saves it.
         """
         model = self.average.module if self.average is not None else self.model
+        if self.fabric.world_size > 1:
+            same_everywhere(model)
         _supervise_deeply(model, False)
         try:
             yield model
