@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from unetrpp import _is_of_an_extra, _remedy
 
@@ -30,9 +29,10 @@ def _train(parser) -> Callable[[dict], int]:
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
     parser.add_argument(
         "--model",
-        type=Literal[tuple(MODELS)],  # type: ignore[valid-type]
-        default=TrainConfig.model,
-        help=f"Network: {', '.join(map(model_label, MODELS))}.",
+        type=str | None,
+        metavar=f"{{{','.join(MODELS)}}}",
+        help=f"Network: {', '.join(map(model_label, MODELS))}; unetrpp if not given. Or the full "
+        "name of a preset.",
     )
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"output", "model"})
     # What the networks say of these options follows what TrainConfig says.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ __all__ = ["read_json", "replacing", "write_json", "write_text"]
 def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path to write to; then flush it to disk and rename it to `file`, or remove it.
 
-    Whenever the machine stops, `file` is the old file or the whole new one.
+    Whenever the machine stops, `file` is the old file or the whole new one. Its permissions are
+    those of any new file in that folder: they follow the umask, whatever writes to the path.
 
     Args:
         shared: several processes may write the file, default False: one process owns it.
@@ -29,8 +31,13 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
     # name ends like the file's, because writers of images choose the format by it.
     owner = f".{os.getpid()}" if shared else ""
     partial = file.with_name(f".partial{owner}.{file.name}")
+    partial.unlink(missing_ok=True)
     try:
+        partial.touch(exist_ok=False)
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        # safetensors, for one, puts a file of its own there, which only its owner can read.
+        partial.chmod(mode)
         with open(partial, "r+b") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, file)
