@@ -23,7 +23,7 @@ from unetrpp.files import replacing
 from unetrpp.models import MODELS, Network, create_model
 from unetrpp.weights import aliases_of, load_state, unwrapped
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["is_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -150,6 +150,24 @@ def load_checkpoint(
     return model.to(map_location).eval(), config
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds what `save_checkpoint` wrote, rather than another program."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return _is_described(config) and (folder / WEIGHTS).is_file()
+
+
+def _is_described(config: Any) -> bool:
+    described = config.get("model") if isinstance(config, dict) else None
+    return (
+        isinstance(described, dict)
+        and isinstance(described.get("name"), str)
+        and isinstance(described.get("args"), dict)
+    )
+
+
 def _build(file: Path, described: Mapping[str, Any], overrides: Mapping[str, Any]) -> Network:
     try:
         return create_model(described["name"], **{**described["args"], **overrides})
@@ -207,9 +225,7 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
         raise ValueError(
             f"load_checkpoint: {folder / WEIGHTS} is truncated or no safetensors file ({error})."
         ) from error
-    described = config.get("model") if isinstance(config, dict) else None
-    is_described = isinstance(described, dict) and isinstance(described.get("args"), dict)
-    if not is_described or not isinstance(described.get("name"), str):
+    if not _is_described(config):
         raise ValueError(
             f'load_checkpoint: {folder / CONFIG} must hold {{"model": {{"name", "args"}}}}, as '
             f"save_checkpoint writes it."

@@ -251,7 +251,7 @@ class Network(nn.Module):
         arguments = {**self._arguments, "img_size": self.img_size}
         if self.has_deep_supervision:
             arguments["deep_supervision"] = self.deep_supervision
-        config = {"name": self.name, "args": arguments}
+        config: dict[str, Any] = {"name": self.name, "args": arguments}
         cls = type(self)
         if not cls.__module__.startswith(f"{__package__}."):
             config["class"] = f"{cls.__module__}.{cls.__qualname__}"
