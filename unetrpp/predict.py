@@ -304,7 +304,9 @@ def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -
             f"{function}: a checkpoint must say how its network's input is prepared, but "
             f"config.json of {checkpoint} holds {', '.join(config)} and no preprocessing; add it "
             f"with unetrpp convert {checkpoint} -o NEW --preprocessing FILE.json, or --data DIR of "
-            f"the training data; or take a checkpoint of unetrpp train"
+            f"the training data, or with save_checkpoint(folder, model, {{"
+            f'"preprocessing": unetrpp.preprocessing.Preprocessing(...).to_dict()}}); or take a '
+            f"checkpoint of unetrpp train"
         )
     return Preprocessing.from_dict(config["preprocessing"])
 
