@@ -1,8 +1,11 @@
 """Checkpoints: written whole, read back exactly, published pickles read without running code."""
 
+import argparse
 import collections
+import functools
 import json
 import os
+import pathlib
 import pickle
 import re
 import warnings
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from unetrpp import checkpoint
 from unetrpp.checkpoint import load_checkpoint, save_checkpoint
@@ -451,3 +455,263 @@ def test_published_arguments_are_checked(model, tmp_path):
         load_published(file, "brain")
     with pytest.raises(ValueError, match="img_size cannot change a model that is already built"):
         load_published(file, UNETRPP.from_preset("tiny"), img_size=(32, 32, 32))
+
+
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def with_averages(state):
+    return {"n_averaged": torch.tensor(3), **prefixed(state, "module.")}
+
+
+OTHERS = {key: torch.randn(2) for key in ("loss.weight", "metric.sum")}
+# What other training code makes of a state dict.
+FORMS = {
+    **{
+        prefix: functools.partial(prefixed, prefix=prefix)
+        for prefix in (
+            "module.",
+            "_orig_mod.",
+            "model.",
+            "net.",
+            "network.",
+            "module._orig_mod.",
+            "_orig_mod.module.model.",
+            "model.net.network.",
+            "_forward_module.model.",
+            "student.backbone.",
+        )
+    },
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "lightning": lambda state: {
+        "state_dict": {**prefixed(state, "model."), **OTHERS},
+        "hyper_parameters": argparse.Namespace(lr=0.1, root=pathlib.Path("a")),
+        "callbacks": {"ModelCheckpoint": {"best_model_path": "a", "kth": torch.tensor(1.0)}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}],
+    },
+    "nnU-Net v2": lambda state: {
+        "network_weights": prefixed(state, "_orig_mod."),
+        "optimizer_state": {"state": {0: {"momentum_buffer": torch.zeros(3)}}},
+        "logging": {"ema_fg_dice": [np.float32(0.5)]},
+        "trainer_name": "nnUNetTrainer",
+    },
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": torch.tensor(0.5)},
+    "model": lambda state: {"model": prefixed(state, "module."), "args": argparse.Namespace(a=1)},
+    "two entries": lambda state: {"checkpoint": {"model": {"state_dict": state}}},
+    "ema": lambda state: {"ema": {"module": state}, "updates": 7},
+    "ema beside": lambda state: {
+        "ema": {key: torch.zeros_like(value) for key, value in state.items()},
+        "model_state_dict": state,
+    },
+    "AveragedModel": with_averages,
+    "AveragedModel in an entry": lambda state: {"swa": with_averages(state)},
+    "DeepSpeed": lambda state: {"module": state, "optimizer": None, "mp_world_size": 1},
+    "FSDP": lambda state: {
+        "_fsdp_wrapped_module."
+        + key.replace("stages.0.", "stages.0._checkpoint_wrapped_module.").replace(
+            "decoder2.", "decoder2._orig_mod."
+        ): value
+        for key, value in state.items()
+    },
+    "thop": lambda state: {
+        **state,
+        "total_ops": torch.zeros(1),
+        "out1.total_params": torch.ones(1),
+    },
+    "defaultdict": lambda state: collections.defaultdict(dict, model=state),
+    "half": lambda state: {key: value.half() for key, value in state.items()},
+    "bfloat16": lambda state: {key: value.bfloat16() for key, value in state.items()},
+    "without F": lambda state: {k: v for k, v in state.items() if ".F." not in k},
+    "without E": lambda state: {k: v for k, v in state.items() if ".E." not in k},
+    "without counters": lambda state: {
+        k: v for k, v in state.items() if not k.endswith("num_batches_tracked")
+    },
+    "parameters": lambda state: {
+        k: torch.nn.Parameter(v, v.is_floating_point()) for k, v in state.items()
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_others_save_is_loaded(model, tmp_path, form):
+    file = tmp_path / "weights.pt"
+    torch.save(FORMS[form](model.state_dict()), file)
+    narrow = {"half": torch.float16, "bfloat16": torch.bfloat16}.get(form)
+    into = UNETRPP.from_preset("tiny")
+    for found in (load_published(file, "tiny"), load_published(file, into)):
+        for (key, a), b in zip(
+            model.state_dict().items(), found.state_dict().values(), strict=True
+        ):
+            expected = a.to(narrow).to(a.dtype) if narrow and a.is_floating_point() else a
+            is_lost = form == "without counters" and key.endswith("num_batches_tracked")
+            assert is_lost or torch.equal(expected, b), key
+            assert b.dtype == a.dtype
+
+
+@pytest.mark.parametrize("missing", [("out2", "out3"), ("out3",)])
+def test_heads_of_deep_supervision_may_be_missing(model, tmp_path, missing):
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(missing)}
+    torch.save({"state_dict": state}, tmp_path / "weights.pt")
+    for preset in (None, "tiny"):
+        with pytest.warns(UserWarning, match=f"no weights of {', '.join(missing)}, the heads of"):
+            found = load_published(tmp_path / "weights.pt", preset)
+        assert all(torch.equal(found.state_dict()[key], value) for key, value in state.items())
+    del state["out1.conv.conv.bias"], state["decoder2.transp_conv.conv.weight"]
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="2 missing: decoder2.transp_conv.conv.weight, out1.conv"):
+        load_published(tmp_path / "weights.pt", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("model_final_checkpoint.model", ["model_final_checkpoint.model.pkl", "debug.json"]),
+        ("model_best.model", ["model_best.model.pkl", "progress.png"]),
+        ("fold_0/checkpoint_final.pth", ["plans.json", "dataset.json"]),
+        ("model.safetensors", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"]),
+        ("pytorch_model.bin", ["optimizer.bin", "scaler.pt", "sampler.bin"]),
+        ("best/checkpoint_3/pytorch_model.bin", ["log.txt"]),
+        ("lightning_logs/version_0/checkpoints/epoch=3-step=8.ckpt", ["hparams.yaml"]),
+        ("global_step8/mp_rank_00_model_states.pt", ["latest", "zero_to_fp32.py"]),
+        ("model.safetensors.index.json", []),
+    ],
+)
+def test_folders_of_other_programs_are_read(model, tmp_path, name, beside):
+    for each in beside:
+        (tmp_path / each).write_bytes(b"no weights")
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if name.endswith(".index.json"):
+        halves = dict(list(state.items())[::2]), dict(list(state.items())[1::2])
+        for number, half in enumerate(halves):
+            save_file({k: v.clone() for k, v in half.items()}, tmp_path / f"m-{number}.safetensors")
+        places = {k: f"m-{n}.safetensors" for n, half in enumerate(halves) for k in half}
+        file.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    elif name.endswith(".safetensors"):
+        save_file({"module." + key: value.clone() for key, value in state.items()}, file)
+    else:
+        torch.save({"state_dict": state}, file)
+    assert_same(model, load_published(tmp_path))
+    assert_same(model, load_published(file))
+
+
+def test_a_folder_with_several_is_refused(model, tmp_path):
+    for fold in (0, 1):
+        (tmp_path / f"fold_{fold}").mkdir()
+        torch.save(model.state_dict(), tmp_path / f"fold_{fold}" / "model_best.model")
+    with pytest.raises(ValueError, match="name one: fold_0/model_best.model, fold_1/model_best"):
+        load_published(tmp_path)
+    assert_same(model, load_published(tmp_path / "fold_1"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="none holds no file of weights; known are model."):
+        load_published(tmp_path / "none")
+    (tmp_path / "none" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(ValueError, match="shards of torch.distributed.checkpoint; join them: "):
+        load_published(tmp_path / "none")
+
+
+def test_a_folder_of_save_checkpoint_is_read(tmp_path):
+    # Its widths are of no preset; config.json says them.
+    model = UNETRPP.from_preset("tiny", feature_size=6)
+    assert_same(model, load_published(save_checkpoint(tmp_path / "a", model)))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_what_fits_nothing_names_prefix_and_nearest_preset(tmp_path, prefix):
+    state = UNETRPP.from_preset("tiny", feature_size=6).state_dict()
+    torch.save(prefixed(state, prefix), tmp_path / "weights.pt")
+    for preset in (None, "tiny"):
+        with pytest.raises(ValueError) as caught:
+            load_published(tmp_path / "weights.pt", preset)
+        message = str(caught.value)
+        assert "The nearest preset is tiny, whose names and shapes " in message
+        assert (
+            "of another shape: encoder1.conv1.conv.weight (6, 1, 3, 3, 3) instead of (8, "
+            in (message.partition("nearest preset")[2])
+        )
+        assert (f"The prefix {prefix!r} of its names was removed." in message) == bool(prefix)
+    other = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    torch.save(prefixed(other.state_dict(), prefix), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="fits no preset. None of its 2 names is one of a network"):
+        load_published(tmp_path / "weights.pt")
+
+
+def test_numbers_that_are_no_floats_are_refused(model, tmp_path):
+    state = dict(model.state_dict())
+    state["out1.conv.conv.bias"] = torch.ones(2, dtype=torch.int8)
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="1 of another type: out1.conv.conv.bias torch.int8 inst"):
+        load_published(tmp_path / "weights.pt", "tiny")
+
+
+def test_what_is_no_checkpoint_is_named(model, tmp_path):
+    file = tmp_path / "weights.pt"
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.save(model, file)
+    with pytest.raises(ValueError, match=r"is a whole module, torch.save\(model\), .*state_dict"):
+        load_published(file)
+    torch.save({"epoch": 1, "model": model}, file)
+    with pytest.raises(ValueError, match="is a whole module"):
+        load_published(file)
+    torch.save(optimizer.state_dict(), file)
+    with pytest.raises(ValueError, match="holds the state of an optimizer alone; name the file"):
+        load_published(file)
+    for content, message in (
+        (b"", "truncated or no torch checkpoint"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "is a web page, no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"weights.pt (is )?{message}"):
+            load_published(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("fold_0/model_best.model", b"x")
+    with pytest.raises(ValueError, match="is a zip archive of other files; unpack it"):
+        load_published(file)
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), file)
+    with pytest.raises(ValueError, match="is a TorchScript archive"):
+        load_published(file)
+
+
+def test_a_file_that_inflates_far_beyond_its_size_is_refused(tmp_path):
+    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
+    torch.save({"state_dict": {"a": torch.zeros(8 * 2**20)}}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert packed.stat().st_size < 10**6
+    with pytest.raises(ValueError, match=r"would inflate to 33,\d*,\d*; torch.save compresses no"):
+        load_published(packed)
+
+
+def test_damaged_or_newer_configurations_are_named(folder):
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    args = content["model"]["args"]
+    for described, message in (
+        ({"name": "unetrpp", "args": {**args, "gates": 3}}, "argument 'gates'.* a later version"),
+        ({"name": "unetrpp", "args": {}}, "missing a required argument: 'in_channels'"),
+        ({"name": "unetr4", "args": args}, "got 'unetr4'. Did you mean unetrpp.* needs an update"),
+        ({"name": "unetrpp", "args": {**args, "dims": None}}, "dims must be"),
+        ({"name": "unetrpp", "args": []}, "must hold"),
+        ({"name": ["unetrpp"], "args": args}, "must hold"),
+        ("unetrpp", "must hold"),
+        (None, "must hold"),
+    ):
+        file.write_text(json.dumps({**content, "model": described}), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"load_checkpoint: .*config.json .*{message}"):
+            load_checkpoint(folder)
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    assert load_checkpoint(folder)[1] == {"model": content["model"], **EXTRA}
+    file.write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="config.json is truncated or no JSON"):
+        load_checkpoint(folder)
+
+
+def test_checkpoint_files_follow_the_umask(model, folder):
+    usual = folder.parent / "usual"
+    usual.touch()
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).stat().st_mode == usual.stat().st_mode

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,31 @@ def test_text_is_utf_8_and_line_ends_are_kept(tmp_path):
     write_json(tmp_path / "a.json", {"label": "脾臓"})
     assert read_json(tmp_path / "a.json") == {"label": "脾臓"}
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "a.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_permissions_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a.json", "")
+        with replacing(tmp_path / "weights") as partial:
+            # As safetensors does: a file of its own, for its owner alone.
+            os.close(os.open(tmp_path / "own", os.O_CREAT | os.O_WRONLY, 0o600))
+            os.replace(tmp_path / "own", partial)
+    finally:
+        os.umask(before)
+    for name in ("a.json", "weights"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows needs a right to make links")
+def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_bytes(b"kept")
+    (tmp_path / ".partial.a").symlink_to(tmp_path / "precious")
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "precious").read_bytes() == b"kept"
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("stage", ["write", "fsync", "replace"])

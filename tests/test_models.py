@@ -1,11 +1,13 @@
 """What every network promises: configuration, sizes, errors, layouts, resizing, compile, export."""
 
+import copy
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import golden
@@ -16,7 +18,17 @@ import epa_kernels
 import unetrpp
 from epa_kernels import EfficientPairedAttention, dispatch
 from epa_kernels.testing import relative_l2
-from unetrpp.models import MODELS, PRESETS, create_model, find_preset, preset_names
+from unetrpp.checkpoint import load_checkpoint, save_checkpoint
+from unetrpp.models import (
+    MODELS,
+    PRESETS,
+    UNETRPP,
+    SegFormer3D,
+    create_model,
+    find_model,
+    find_preset,
+    preset_names,
+)
 from unetrpp.models.network import nearest_legal_size
 
 # Networks of a few milliseconds, anisotropic, for what does not depend on size.
@@ -82,6 +94,183 @@ def test_every_network_has_presets_under_one_name():
     assert find_preset(None) is find_preset("brats") is None
     with pytest.raises(ValueError, match="one of synapse, .*; got 'segformer3d/brats'"):
         create_model("unetrpp", "segformer3d/brats")
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        (("synapse",), ("unetrpp", "synapse")),
+        (("unetrpp/tiny",), ("unetrpp", "tiny")),
+        (("unetrpp", "tiny"), ("unetrpp", "tiny")),
+        (("segformer3d/brats",), ("segformer3d", "brats")),
+        (("segformer3d", "segformer3d/brats"), ("segformer3d", "brats")),
+        (("segformer3d/brats", "brats"), ("segformer3d", "brats")),
+        ((None, "slim_unetr/hepatic"), ("slim_unetr", "hepatic")),
+        ((None, "tiny"), ("unetrpp", "tiny")),
+        (("slim_unetr",), ("slim_unetr", None)),
+        ((None,), ("unetrpp", None)),
+    ],
+)
+def test_names_have_one_spelling(names, meant):
+    from unetrpp.train_config import TrainConfig, resolved
+
+    assert find_model(*names) == meant
+    name, preset = (*names, None)[:2]
+    run = resolved(TrainConfig(data="d", output="r", model=name, preset=preset))
+    assert (run.model, run.preset) == meant
+    if meant[1] is not None:
+        assert preset_names()[find_preset("/".join(meant))] == meant
+        with torch.device("meta"):
+            model = create_model(names[0] or meant[0], *names[1:])
+        assert model.config == MODELS[meant[0]].from_preset(meant[1]).config
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("unet",), "unetrpp, segformer3d, .*, synapse, .*got 'unet'. Did you mean unetrpp or "),
+        (("Synapse",), "Did you mean synapse[?]"),
+        (("brats",), "Did you mean segformer3d/brats or slim_unetr/brats or slim_unetrpp/brats"),
+        (("segformer3d/synapse",), "got 'segformer3d/synapse'"),
+        (("segformer3d", "synapse"), "must be one of brats, tiny; got 'synapse'"),
+        (("unetrpp", "synapse "), "Did you mean synapse[?]"),
+        ((None, "brats"), "one of synapse, .*Did you mean segformer3d/brats or"),
+        (("synapse", "tiny"), "'synapse' is a preset already, so 'tiny' cannot be another"),
+    ],
+)
+def test_a_wrong_name_is_told_the_right_ones(names, message):
+    from unetrpp.train_config import TrainConfig, resolved
+
+    name, preset = (*names, None)[:2]
+    for call in (
+        lambda: find_model(*names),
+        lambda: resolved(TrainConfig(data="d", output="r", model=name, preset=preset)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class Wider(SegFormer3D):
+    """What a user derives: constructor arguments of its own, a hint for type checkers alone."""
+
+    def __init__(self, classes: "Unknown", width=4):  # noqa: F821
+        small = {key: GEOMETRY[key] for key in ("strides", "dims", "depths")}
+        super().__init__(1, classes, GEOMETRY["img_size"], **small, **SMALL["segformer3d"])
+        self.classes, self.width = classes, width
+        self.more = torch.nn.Conv3d(classes, width, 1)
+
+    def forward(self, x):
+        return self.more(super().forward(x))
+
+
+class Widest(Wider):
+    def __init__(self):
+        super().__init__(3, width=2)
+
+
+class Doubled(UNETRPP):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_networks_can_be_derived_from():
+    for model in (Wider(classes=3), Widest()):
+        assert model(volume(2, 1)).shape[:2] == (2, model.width)
+        config = model.config
+        assert config["class"] == f"{__name__}.{type(model).__name__}"
+        # Not registered: the configuration is that of the network it derives from.
+        assert type(create_model(config["name"], **config["args"])) is SegFormer3D
+    with pytest.raises(ValueError, match="Wider: out_channels must be an integer, at least 1"):
+        Wider(classes=0)
+    model = Doubled.from_preset("tiny", img_size=(32, 32, 64)).eval()
+    assert model(torch.randn(1, 1, 32, 32, 64)).shape == (1, 2, 32, 32, 64)
+
+
+def test_a_derived_network_is_saved_and_loaded(tmp_path, monkeypatch):
+    model = Wider(classes=3).eval()
+    folder = save_checkpoint(tmp_path / "a", model)
+    with pytest.raises(ValueError, match="(?s)2 unexpected: .*Wider: pass an instance, "):
+        load_checkpoint(folder)
+    again, config = load_checkpoint(folder, model=Wider(classes=3))
+    x = volume(1, 1)
+    assert torch.equal(again(x), model(x)) and config["model"] == model.config
+    with pytest.raises(ValueError, match="width cannot change a model that is already built"):
+        load_checkpoint(folder, model=Wider(classes=3), width=3)
+
+    # One whose weights fit its base is loaded as that, which is said.
+    doubled = Doubled.from_preset("tiny").resize_tokens((32, 32, 64)).eval()
+    folder = save_checkpoint(tmp_path / "b", doubled)
+    x = torch.randn(1, 1, 32, 32, 64)
+    with pytest.warns(UserWarning, match="loaded as UNETRPP. It was saved from a class of its own"):
+        plain, _ = load_checkpoint(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, _ = load_checkpoint(folder, model=Doubled.from_preset("tiny"))
+    assert torch.equal(2 * plain(x), again(x)) and torch.equal(again(x), doubled(x))
+
+    # With a name of its own it is built again, whatever its constructor takes.
+    monkeypatch.setattr(Wider, "name", "wider", raising=False)
+    monkeypatch.setitem(MODELS, "wider", Wider)
+    model = Wider(classes=3, width=5).resize_tokens((8, 16, 16)).eval()
+    again, config = load_checkpoint(save_checkpoint(tmp_path / "c", model))
+    assert config["model"]["args"] == {"classes": 3, "width": 5}
+    assert type(again) is Wider and again.img_size == (8, 16, 16)
+    monkeypatch.delitem(MODELS, "wider")
+    with pytest.raises(
+        ValueError, match="config.json describes .*the module that registers it is imp"
+    ):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_only_networks_become_checkpoints(tmp_path):
+    with pytest.raises(TypeError, match="must be a network of create_model .* got Linear; keep"):
+        save_checkpoint(tmp_path / "a", torch.nn.Linear(2, 2))
+
+
+@every_model
+def test_size_after_resizing_is_saved(name, tmp_path):
+    model = small_model(name).resize_tokens((16, 16, 32))
+    assert model.config["args"]["img_size"] == [16, 16, 32]
+    again, config = load_checkpoint(save_checkpoint(tmp_path / "a", model))
+    x = torch.randn(1, 1, 16, 16, 32)
+    assert again.config == model.config and torch.equal(again(x), model(x))
+
+
+@every_model
+@pytest.mark.parametrize("mode", ["as it comes", "deep supervision", "switched", "frozen"])
+def test_what_asks_for_a_gradient_gets_one(name, mode):
+    """Otherwise DistributedDataParallel waits for it and stops."""
+    model = small_model(name).train()
+    network = MODELS[name]
+
+    def asking():
+        return {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+    every = {key for key, _ in model.named_parameters() if not key.endswith("sa.temperature")}
+    at_rest = {key for key in every if key.startswith(tuple(f"{h}." for h in network.coarse_heads))}
+    if mode != "as it comes":
+        model.deep_supervision = True
+    if mode == "switched":
+        # Off and on again, as around a validation, then a copy as of averaged weights, then off.
+        for value in (False, True, True):
+            model.deep_supervision = value
+        assert asking() == every
+        model = copy.deepcopy(model)
+        model.deep_supervision = False
+    if mode == "frozen":
+        model.requires_grad_(False)
+        model.deep_supervision = False
+        model.deep_supervision = True
+        assert not asking()
+        model.deep_supervision = False
+        model.requires_grad_(True)
+        assert asking() == every - at_rest
+    outputs = model(volume(2, 1))
+    sum(map(torch.sum, outputs)).backward()
+    with_gradient = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == asking() == (every if mode == "deep supervision" else every - at_rest)
+    model.deep_supervision = True
+    assert asking() == every
 
 
 @every_model

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unetrpp.files import replacing
-from unetrpp.models import Network, create_model
+from unetrpp.models import MODELS, Network, create_model
 from unetrpp.weights import aliases_of, load_state, unwrapped
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["is_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -43,12 +44,19 @@ def save_checkpoint(
     Returns: the folder.
 
     Raises:
+        TypeError: model is no network of this package, nor of a class derived from one.
         ValueError: extra is not plain JSON, or uses the keys "model" or "config_id".
 
     Notes: each file is written under another name, flushed to disk and renamed, and a new folder
         gets its name last: a reader sees the old checkpoint, the new one or none.
     """
     network = unwrapped(model)
+    if not isinstance(network, Network):
+        raise TypeError(
+            f"save_checkpoint: model must be a network of create_model or of a class derived from "
+            f"one, got {type(network).__name__}; keep other modules with torch.save of their "
+            f"state_dict()."
+        )
     extra = dict(extra or {})
     reserved = {"model", "config_id"} & set(extra)
     if reserved:
@@ -90,6 +98,7 @@ def load_checkpoint(
     folder: str | os.PathLike,
     img_size: Any = None,
     map_location: torch.device | str = "cpu",
+    model: Network | None = None,
     **overrides: Any,
 ) -> tuple[Network, dict[str, Any]]:
     """Build the model of a checkpoint folder and load its weights.
@@ -99,11 +108,16 @@ def load_checkpoint(
         img_size: another input size than the one trained at; the weights are carried over by
             `resize_tokens`.
         map_location: device of the model.
+        model: the network to load into, for one of a class of your own; built if not given.
         overrides: constructor arguments that leave the weights' shapes alone, for instance
             deep_supervision, epa_backend, attention_dropout, conv_dropout.
 
     Returns: the model, in evaluation mode and with float32 parameters, and the content of
         config.json, whose "model" describes the model as returned.
+
+    Warns:
+        UserWarning: the network was of a class outside this package and was built as the network
+            that it derives from, because `model` was not given.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -112,13 +126,77 @@ def load_checkpoint(
     """
     folder = Path(folder)
     config, tensors = _read_folder(folder, str(map_location))
+    if model is None:
+        model = _build(folder / CONFIG, config["model"], overrides)
+    elif overrides:
+        raise ValueError(
+            f"load_checkpoint: {', '.join(overrides)} cannot change a model that is already built."
+        )
     described = config["model"]
-    model = create_model(described["name"], **{**described["args"], **overrides})
-    load_state(model, tensors, "load_checkpoint", folder / WEIGHTS)
+    size = described.get("img_size", described["args"].get("img_size"))
+    if "class" in described and size is not None:
+        model.resize_tokens(size)
+    try:
+        load_state(model, tensors, "load_checkpoint", folder / WEIGHTS)
+    except ValueError as error:
+        raise ValueError(f"{error}{_of_a_class(config['model'], model)}") from None
     if img_size is not None:
         model.resize_tokens(img_size)
+    if _of_a_class(config["model"], model):
+        warnings.warn(
+            f"load_checkpoint: {folder} is loaded as {type(model).__name__}."
+            f"{_of_a_class(config['model'], model)}",
+            stacklevel=2,
+        )
     config["model"] = model.config
     return model.to(map_location).eval(), config
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds what `save_checkpoint` wrote, rather than another program."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return _is_described(config) and (folder / WEIGHTS).is_file()
+
+
+def _is_described(config: Any) -> bool:
+    described = config.get("model") if isinstance(config, dict) else None
+    return (
+        isinstance(described, dict)
+        and isinstance(described.get("name"), str)
+        and isinstance(described.get("args"), dict)
+    )
+
+
+def _build(file: Path, described: Mapping[str, Any], overrides: Mapping[str, Any]) -> Network:
+    try:
+        return create_model(described["name"], **{**described["args"], **overrides})
+    except (TypeError, ValueError) as error:
+        known = described["name"] in MODELS
+        raise ValueError(
+            f"load_checkpoint: {file} describes a network that cannot be built: {error}"
+            + (
+                " If no argument of yours causes this, a later version wrote the file: update "
+                "unetrpp, or correct the file."
+                if known
+                else f" A network of your own ({described.get('class', 'see config.json')}) is "
+                f"known once the module that registers it is imported; one of a later version "
+                f"needs an update of unetrpp."
+            )
+        ) from error
+
+
+def _of_a_class(described: Mapping[str, Any], model: Network) -> str:
+    """Return what to say if a class of the user's was saved and one of this package is loaded."""
+    if "class" not in described or "class" in model.config:
+        return ""
+    return (
+        f" It was saved from a class of its own, {described['class']}: pass an instance, "
+        f"load_checkpoint(folder, model=...), or give the class the decorator "
+        f"unetrpp.models.register and a name of its own."
+    )
 
 
 def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -136,7 +214,7 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
                 f"{CONFIG}.{hint}"
             )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_bytes())
     except ValueError as error:
         raise ValueError(
             f"load_checkpoint: {folder / CONFIG} is truncated or no JSON ({error})."
@@ -149,12 +227,12 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
         raise ValueError(
             f"load_checkpoint: {folder / WEIGHTS} is truncated or no safetensors file ({error})."
         ) from error
-    if not isinstance(config, dict) or not {"name", "args"} <= set(config.get("model", ())):
+    if not _is_described(config):
         raise ValueError(
             f'load_checkpoint: {folder / CONFIG} must hold {{"model": {{"name", "args"}}}}, as '
             f"save_checkpoint writes it."
         )
     config_id = config.pop("config_id", None)
-    if config_id is not None and config_id != metadata.get("config_id", config_id):
+    if "config" in metadata and config_id not in (None, metadata.get("config_id")):
         config = json.loads(metadata["config"])
     return config, tensors

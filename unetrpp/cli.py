@@ -1,4 +1,4 @@
-"""The command `unetrpp`: train, predict, evaluate, report, info, demo.
+"""The command `unetrpp`: train, predict, evaluate, report, convert, info, demo.
 
 Every option is a field or argument of the typed function behind its command, with the help text
 taken from there; options can also come from a YAML file (--config) and be printed as one
@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from unetrpp import _is_of_an_extra, _remedy
 
@@ -30,9 +29,10 @@ def _train(parser) -> Callable[[dict], int]:
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
     parser.add_argument(
         "--model",
-        type=Literal[tuple(MODELS)],  # type: ignore[valid-type]
-        default=TrainConfig.model,
-        help=f"Network: {', '.join(map(model_label, MODELS))}.",
+        type=str | None,
+        metavar=f"{{{','.join(MODELS)}}}",
+        help=f"Network: {', '.join(map(model_label, MODELS))}; unetrpp if not given. Or the full "
+        "name of a preset.",
     )
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"output", "model"})
     # What the networks say of these options follows what TrainConfig says.
@@ -116,6 +116,22 @@ def _report(parser) -> Callable[[dict], int]:
     return run
 
 
+def _convert(parser) -> Callable[[dict], int]:
+    from unetrpp.convert import run_convert
+
+    parser.add_argument("weights", type=Path, help="File or folder with weights, of any origin.")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="New checkpoint folder for predict."
+    )
+    parser.add_function_arguments(run_convert, as_group=False, skip={"weights", "output"})
+
+    def run(options: dict) -> int:
+        print(run_convert(**options))
+        return 0
+
+    return run
+
+
 def _demo(parser) -> Callable[[dict], int]:
     from unetrpp.demo import run_demo
 
@@ -168,6 +184,7 @@ COMMANDS = {
     "predict": ("Write label maps of volumes with a trained checkpoint.", _predict),
     "evaluate": ("Score label maps against references: Dice, HD95.", _evaluate),
     "report": ("Write a run's HTML report: curves, scores, pictures.", _report),
+    "convert": ("Make a checkpoint for predict of published or other weights.", _convert),
     "info": ("Describe a checkpoint or preset: size, FLOPs, tokens, backends.", _info),
     "demo": ("Train, predict and report on an embedded brain template; no download.", _demo),
 }

@@ -12,10 +12,12 @@ import torch
 
 import epa_kernels
 from unetrpp.models import (
+    MODELS,
     RECONSTRUCTION,
     Network,
     create_model,
     find_preset,
+    nearest_names,
     preset_label,
     preset_names,
 )
@@ -46,15 +48,20 @@ def describe(model: str | None) -> str:
         if config.get("preprocessing"):
             lines += _preprocessing(config["preprocessing"])
     else:
+        if model in MODELS:
+            raise ValueError(
+                f"{model} is a network; name one of its presets: {', '.join(_presets_of(model))}"
+            )
+        listed = ", ".join(map(preset_label, preset_names()))
         raise ValueError(
-            f"{model!r} is neither a checkpoint folder nor a preset "
-            f"({', '.join(map(preset_label, preset_names()))})"
+            f"{model!r} is neither a checkpoint folder nor a preset ({listed})."
+            f"{nearest_names(model, preset_names())}"
         )
     return "\n".join([*lines, *_backends(network)])
 
 
 def presets_named(name: str | None) -> list[str]:
-    """Return the preset of this name, all if there is none.
+    """Return the preset of this name, those of a network, all if there is no name.
 
     Raises:
         ValueError: no preset has the name.
@@ -63,9 +70,18 @@ def presets_named(name: str | None) -> list[str]:
         return list(preset_names())
     preset = find_preset(name)
     if preset is None:
+        if name in MODELS:
+            return _presets_of(name)
         listed = ", ".join(map(preset_label, preset_names()))
-        raise ValueError(f"{name!r} is no preset; throughput is measured of {listed}")
+        raise ValueError(
+            f"{name!r} is no preset; throughput is measured of {listed}."
+            f"{nearest_names(name, preset_names())}"
+        )
     return [preset]
+
+
+def _presets_of(network: str) -> list[str]:
+    return [name for name, (owner, _) in preset_names().items() if owner == network]
 
 
 def _network(network: Network) -> list[str]:

@@ -54,6 +54,7 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
             yield partial
             with open(partial, "r+b") as stream:
                 os.fsync(stream.fileno())
+            # safetensors, for one, puts a file there that only its owner can read.
             os.chmod(partial, mode)
             os.replace(partial, file)
     finally:

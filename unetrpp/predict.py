@@ -313,10 +313,11 @@ def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -
     if "preprocessing" not in config:
         raise ValueError(
             f"{function}: a checkpoint must say how its network's input is prepared, but "
-            f"config.json of {checkpoint} holds {', '.join(config)} and no preprocessing; save the "
-            f'model again with save_checkpoint(folder, model, {{"preprocessing": '
-            f"unetrpp.preprocessing.Preprocessing(...).to_dict()}}), or take a checkpoint of "
-            f"unetrpp train"
+            f"config.json of {checkpoint} holds {', '.join(config)} and no preprocessing; add it "
+            f"with unetrpp convert {checkpoint} -o NEW --preprocessing FILE.json, or --data DIR of "
+            f"the training data, or with save_checkpoint(folder, model, {{"
+            f'"preprocessing": unetrpp.preprocessing.Preprocessing(...).to_dict()}}); or take a '
+            f"checkpoint of unetrpp train"
         )
     return Preprocessing.from_dict(config["preprocessing"])
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -219,7 +219,7 @@ def _change_intensities(s: float) -> list:
     gamma = (1 - 0.3 * s, 1 + 0.5 * s)
     # MONAI before 1.6 has one contrast for all channels.
     options = inspect.signature(mt.RandScaleIntensityFixedMeand).parameters
-    each_channel = {"channel_wise": True} if "channel_wise" in options else {}
+    each_channel: dict[str, Any] = {"channel_wise": True} if "channel_wise" in options else {}
     return [
         mt.RandGaussianNoised(image, prob=0.1 * s, std=0.3 * s),
         mt.RandGaussianSmoothd(image, (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=0.2 * s),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from unetrpp.losses import Loss
-from unetrpp.models import MODELS
+from unetrpp.models import MODELS, find_model
 from unetrpp.run_folder import CONFIG, read_config
 
 __all__ = ["SHORT", "ResolvedConfig", "TrainConfig", "is_decayed", "resolved", "resumed"]
@@ -26,7 +26,7 @@ class TrainConfig:
         output: New folder for the run: checkpoints, curves, report.
         resume: Run folder to continue where it stopped; all settings come from there.
         overwrite: Empty the output folder first if it holds an earlier run.
-        model: Network, a key of `unetrpp.models.MODELS`.
+        model: Network, unetrpp if not given; or the full name of a preset.
         recipe: short: AdamW, cosine, for minutes to hours. published: the network's own, for days,
             except for the patch size, which no recipe decides.
         steps: Number of optimizer steps.
@@ -35,7 +35,7 @@ class TrainConfig:
             if not given, with any recipe.
         strides: Stem stride and three more, e.g. [[2,2,2],[2,2,2],[2,2,2],[2,2,2]].
         spacing: Voxel size in mm to resample to, same order; [0,0,0] for no resampling.
-        preset: Widths, one of the presets of the network.
+        preset: Widths, one of the presets of the network; its full name also says the network.
         model_args: Further arguments of the network, e.g. {"dims": [16,32,64,128]}.
         batch_size: Patches per step and process.
         loss: dice_ce, dice or dice_focal; the last two take a sigmoid per class.
@@ -68,7 +68,7 @@ class TrainConfig:
     output: Path | None = None
     resume: Path | None = None
     overwrite: bool = False
-    model: str = "unetrpp"
+    model: str | None = None
     recipe: Literal["short", "published"] = "short"
     steps: int | None = None
     minutes: float | None = None
@@ -108,6 +108,7 @@ class ResolvedConfig(TrainConfig):
 
     data: Path
     output: Path
+    model: str
     loss: Loss
     optimizer: Literal["adamw", "sgd"]
     schedule: Literal["cosine", "restarts", "poly"]
@@ -151,11 +152,10 @@ def resolved(config: TrainConfig) -> ResolvedConfig:
     """
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
-    if config.model not in MODELS:
-        raise ValueError(f"--model must be one of {', '.join(MODELS)}; got {config.model!r}")
+    model, preset = find_model(config.model, config.preset, "--model")
     if config.minutes is not None and config.steps is not None:
         raise ValueError("train takes --steps or --minutes, not both")
-    recipe = dict(SHORT if config.recipe == "short" else MODELS[config.model].recipe)
+    recipe = dict(SHORT if config.recipe == "short" else MODELS[model].recipe)
     if config.minutes is not None or config.steps is not None:
         recipe.pop("steps", None)
         recipe.pop("minutes", None)
@@ -172,13 +172,14 @@ def resolved(config: TrainConfig) -> ResolvedConfig:
     if config.precision == "auto":
         chosen["precision"] = "bf16-mixed" if _on_gpu(config) else "32-true"
     _check_precision(config, "use --precision 32-true")
+    chosen["model"], chosen["preset"] = model, preset
     # Absolute, because a run may be resumed from another folder.
     chosen["data"] = Path(config.data).absolute()
     chosen["output"] = Path(config.output)
     return ResolvedConfig(**{**vars(config), **chosen})
 
 
-def is_decayed(config: TrainConfig, name: str, parameter: torch.nn.Parameter) -> bool:
+def is_decayed(config: ResolvedConfig, name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether weight decay acts on a parameter of this name.
 
     The published recipe decays what its network says; short leaves out biases, norms, temperatures.

@@ -3,7 +3,8 @@
 import inspect
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar, cast, get_type_hints
@@ -77,8 +78,13 @@ class Network(nn.Module):
         name: what `create_model` knows the network by.
         takes_any_size: whether forward takes every legal size, or img_size alone because weights
             are bound to the number of tokens.
-        has_deep_supervision: whether the network has coarser outputs for training, switched on by
-            its attribute `deep_supervision`.
+        coarse_heads: names of the modules that only deep supervision uses; none in most networks.
+        unread_parameters: ends of the names of parameters that the published state dict has and
+            that forward never reads.
+        has_deep_supervision: whether the network has coarser outputs for training.
+        deep_supervision: whether forward returns them, too. Can be switched at any time. While it
+            is off, the coarse heads get no gradient and ask for none (requires_grad is False), so
+            that DistributedDataParallel does not wait for one; they keep their weights.
         is_reconstruction: whether the network was published in parts only and joined here.
         input_weight, output_weight: key of the tensor whose given axis has the input channels, and
             of the one with the classes.
@@ -96,7 +102,8 @@ class Network(nn.Module):
 
     name: str
     takes_any_size = False
-    has_deep_supervision = False
+    coarse_heads: ClassVar[tuple[str, ...]] = ()
+    unread_parameters: ClassVar[tuple[str, ...]] = ()
     is_reconstruction = False
     input_weight: tuple[str, int]
     output_weight: tuple[str, int]
@@ -114,6 +121,8 @@ class Network(nn.Module):
         **arguments: Any,
     ) -> None:
         super().__init__()
+        self._deep_supervision = False
+        self._resting: set[str] = set()  # parameters of coarse heads that would ask for gradients
         self.check_lengths(STAGES, strides=strides)
         self.check_types(in_channels=in_channels, **arguments)
         self.in_channels = in_channels
@@ -188,15 +197,84 @@ class Network(nn.Module):
         return found
 
     @property
+    def has_deep_supervision(self) -> bool:
+        """See `Network`."""
+        return bool(self.coarse_heads)
+
+    @property
+    def deep_supervision(self) -> bool:
+        """See `Network`."""
+        return self._deep_supervision
+
+    @deep_supervision.setter
+    def deep_supervision(self, value: bool) -> None:
+        self._deep_supervision = value
+        for name, parameter in self._coarse_parameters():
+            if value:
+                # Only what was put to rest here is woken: a frozen head stays frozen.
+                parameter.requires_grad_(parameter.requires_grad or name in self._resting)
+            elif parameter.requires_grad:
+                self._resting.add(name)
+                parameter.requires_grad_(False)
+        if value:
+            self._resting.clear()
+
+    def _coarse_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for head in self.coarse_heads:
+            yield from self.get_submodule(head).named_parameters(head)
+
+    def requires_grad_(self: N, requires_grad: bool = True) -> N:
+        """As of every module, except that what gets no gradient does not ask for one.
+
+        The coarse heads follow when deep supervision is switched on.
+        """
+        super().requires_grad_(requires_grad)
+        for name, parameter in self.named_parameters():
+            if name.endswith(self.unread_parameters):
+                parameter.requires_grad_(False)
+        if not self._deep_supervision:
+            self._resting.clear()
+            self.deep_supervision = False
+        return self
+
+    @property
     def config(self) -> dict[str, Any]:
         """Name and constructor arguments, as plain JSON.
 
         `unetrpp.create_model(config["name"], **config["args"])` builds the model again.
+
+        A class from outside this package adds "class", its dotted name. With the decorator
+        `register` and a name of its own it is built again by that name; its constructor arguments
+        are then attributes of the same names, and "img_size" is the present one. Without, name and
+        args are those of the network that it derives from.
         """
         arguments = {**self._arguments, "img_size": self.img_size}
         if self.has_deep_supervision:
             arguments["deep_supervision"] = self.deep_supervision
-        return {"name": self.name, "args": json.loads(json.dumps(arguments))}
+        config: dict[str, Any] = {"name": self.name, "args": arguments}
+        cls = type(self)
+        if not cls.__module__.startswith(f"{__package__}."):
+            config["class"] = f"{cls.__module__}.{cls.__qualname__}"
+            if MODELS.get(self.name) is cls:
+                config["args"] = self._own_arguments(arguments)
+                config["img_size"] = self.img_size  # which the constructor need not take
+        try:
+            return json.loads(json.dumps(config))
+        except TypeError as error:
+            raise ValueError(
+                f"{cls.__name__}.config: constructor arguments must be plain JSON, but {error}."
+            ) from error
+
+    def _own_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what this class's own constructor takes: of `arguments`, or an attribute."""
+        parameters = inspect.signature(type(self)).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        own = {key: value for key, value in arguments.items() if takes_all or key in parameters}
+        for name, parameter in parameters.items():
+            is_named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if is_named and name not in own and hasattr(self, name):
+                own[name] = getattr(self, name)
+        return own
 
     @property
     def attention_inputs(self) -> dict[str, tuple[int, ...]]:
@@ -290,18 +368,34 @@ class Network(nn.Module):
 
         Integers are numbers of something: at least 1, depths at least 0.
         """
-        hints = get_type_hints(cls.__init__)
+        hints = cls._type_hints()
         for name, value in arguments.items():
             least = 0 if name.endswith("depths") else 1
-            rule, holds = {
+            rules = {
                 int: (f"an integer, at least {least}", _are_integers([value], least)),
                 Sequence[int]: (f"integers, each at least {least}", _are_integers(value, least)),
                 float: ("a number", isinstance(value, Real)),
                 bool: ("true or false", isinstance(value, bool)),
                 str: ("a word", isinstance(value, str)),
-            }[hints[name]]
+            }
+            # A network of somebody else may leave out hints, or have others.
+            hint = hints.get(name)
+            rule, holds = rules[hint] if hint in rules else ("", True)
             if not holds:
                 raise ValueError(f"{cls.__name__}: {name} must be {rule}; got {value!r}.")
+
+    @classmethod
+    def _type_hints(cls) -> dict[str, Any]:
+        """Return the type hints of the constructors from Network's subclass down to this class.
+
+        Of an argument that several of them name, the first one's, because that one checks it.
+        """
+        hints: dict[str, Any] = {}
+        for owner in reversed(cls.__mro__):
+            if issubclass(owner, Network) and "__init__" in vars(owner):
+                with suppress(NameError, TypeError):  # a hint that is there for type checkers alone
+                    hints = {**get_type_hints(owner.__init__), **hints}
+        return hints
 
     @classmethod
     def check_heads(cls, dims: Sequence[int], num_heads: Sequence[int]) -> None:

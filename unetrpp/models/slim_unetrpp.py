@@ -86,6 +86,7 @@ class SlimUNETRPP(Network):
     is_reconstruction = True
     input_weight = ("Encoder.DWconv1.depth_wise.weight", 1)
     output_weight = ("Decoder.SegHead.transposed.weight", 1)
+    unread_parameters = ("sa.temperature",)
     presets = {
         "brats": SlimUNETR.presets["brats"],
         "tiny": {

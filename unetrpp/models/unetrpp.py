@@ -82,7 +82,7 @@ class UNETRPP(Network):
         deep_supervision: False (default): forward returns the logits, (B, out_channels, *img_size).
             True: a list of three, full resolution first, in training and in evaluation as in the
             published code; their strides are `output_strides`. With False the two coarse heads
-            get no gradient; under DistributedDataParallel train with True.
+            get no gradient and ask for none, see `Network`.
         img_size: the input size as three integers.
         config: everything needed to build the model again, as plain JSON.
 
@@ -103,7 +103,7 @@ class UNETRPP(Network):
     """
 
     name = "unetrpp"
-    has_deep_supervision = True
+    coarse_heads = ("out2", "out3")
     input_weight = ("encoder1.conv1.conv.weight", 1)
     output_weight = ("out1.conv.conv.weight", 0)
     presets = {
@@ -213,7 +213,6 @@ class UNETRPP(Network):
         )
         if res_blocks not in (1, 2):
             raise ValueError(f"UNETRPP: res_blocks must be 1 or 2, got {res_blocks}.")
-        self.deep_supervision = deep_supervision
 
         def stage(level: int, depth: int, proj_size: int) -> nn.Sequential:
             return nn.Sequential(
@@ -261,6 +260,7 @@ class UNETRPP(Network):
         self.out2 = _head(dims[0], out_channels)
         self.out3 = _head(dims[1], out_channels)
         self.unetr_pp_encoder.apply(_init_encoder)
+        self.deep_supervision = deep_supervision
 
     @property
     def output_strides(self) -> tuple[Triple, Triple, Triple]:
