@@ -12,7 +12,7 @@ pytest.importorskip("jsonargparse", reason="needs the extra 'train'")
 import torch  # noqa: E402
 
 import unetrpp  # noqa: E402
-from unetrpp import cli, train  # noqa: E402
+from unetrpp import cli, evaluate, predict, train  # noqa: E402
 from unetrpp.models import PRESETS  # noqa: E402
 from unetrpp.train_config import resolved  # noqa: E402
 
@@ -145,6 +145,28 @@ def test_missing_package_is_said_with_the_extra_that_brings_it(package, monkeypa
     assert message.endswith("pip install 'epa-kernels[train]'\n")
     with pytest.raises(ModuleNotFoundError, match="No module named"):
         cli.main(["train", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "package, call",
+    [
+        ("scipy", lambda folder: evaluate.hd95([[1, 1]], [[0, 1]])),
+        ("tqdm", lambda folder: evaluate.evaluate_pairs({}, folder)),
+        ("tqdm", lambda folder: predict.predict_cases([], folder, folder)),
+        (
+            "monai",
+            lambda folder: predict.predict_volume(None, torch.zeros(1, 1, 2, 2, 2), (2,) * 3),
+        ),
+        ("lightning_fabric", lambda folder: train.run_train(train.TrainConfig(folder, folder))),
+    ],
+)
+def test_missing_package_is_said_in_python_too(package, call, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    said = rf"needs {package}, which is not installed: pip install 'epa-kernels\[train\]'"
+    with pytest.raises(ModuleNotFoundError, match=said):
+        call(tmp_path)
 
 
 def test_missing_package_of_a_lazy_name_is_said(monkeypatch):

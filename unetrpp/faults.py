@@ -28,6 +28,9 @@ _MEMORY_WORDS = (
     "bad allocation",
     "alloc_failed",
     "insufficient shared memory",
+    "out of shared memory",
+    # What Linux does to a loader process when memory runs out.
+    "is killed by signal: killed",
 )
 # What would need less, by command.
 NEEDS_LESS = {

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from unetrpp.dataset import Case, case_name, is_nifti, nifti_files, open_nifti
+from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
 from unetrpp.files import replacing
 from unetrpp.options import checked, choice, read_path, refusal
@@ -38,6 +39,7 @@ __all__ = ["Prediction", "predict_cases", "predict_volume", "run_predict"]
 Precision = Literal["fp32", "bf16"]
 
 
+@names_extra
 @torch.no_grad()
 def predict_volume(
     model: torch.nn.Module,
@@ -146,6 +148,7 @@ class Prediction:
     skipped: dict[str, Path] = field(default_factory=dict)
 
 
+@names_extra
 def run_predict(
     inputs: Sequence[Path | str] | Path | str,
     output: Path | str,
@@ -218,6 +221,7 @@ def run_predict(
     )
 
 
+@names_extra
 def predict_cases(
     cases: Sequence[Case],
     output: Path | str,

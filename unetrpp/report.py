@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
 from unetrpp.files import read_json, write_text
 from unetrpp.options import checked
@@ -40,6 +41,7 @@ CHOSEN_ON_THEM = (
 SCORES = (("dice", "Dice", 4), ("hd95_voxels", "HD95 voxels", 2), ("hd95_mm", "HD95 mm", 2))
 
 
+@names_extra
 def write_report(
     run: Path | str,
     evaluation: Path | str | None = None,
@@ -121,6 +123,7 @@ def write_report(
     return output
 
 
+@names_extra
 def score_validation(run: Path) -> Path | None:
     """Predict the held-out cases of a run with RUN/best and score them into RUN/validation.
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from unetrpp.extras import names_extra
 from unetrpp.run_folder import Metrics, check_folder, save_state, start_folder
 from unetrpp.train_config import ResolvedConfig, TrainConfig, resolved, resumed
 from unetrpp.train_model import NonFiniteLoss, Trainee
@@ -58,6 +59,7 @@ class Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
+@names_extra
 def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None = None) -> dict:
     """Train as configured, or resume.
 
