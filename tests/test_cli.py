@@ -319,6 +319,16 @@ def test_wrong_usage_is_one_sentence(words, said, capsys):
     assert said in message and message.count("\n") == 1
 
 
+def test_argument_without_a_name_is_refused_by_its_word(tmp_path, capsys):
+    for words, said in ((["predict", "", "-o", "o", "--checkpoint", "c"], "inputs must be a path"),
+                        (["evaluate", "", "labels"], "predictions must be the path"),
+                        (["report", ""], "run must be the path")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and f"unetrpp {words[0]}: {said}" in message
+
+
 def test_device_that_is_not_there_is_said_before_training(tmp_path, monkeypatch):
     config = train.TrainConfig(data=tmp_path, output=tmp_path / "run", accelerator="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

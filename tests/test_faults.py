@@ -73,6 +73,13 @@ def test_errors_of_the_system_name_file_cause_and_remedy(number):
     assert said.startswith(f"/data/a.nii.gz: {os.strerror(number)} (errno {number}); ")
 
 
+def test_a_sentence_of_our_own_about_a_file_stays():
+    error = OSError("a.pt could not be written: No space left; free some space there")
+    error.errno = errno.ENOSPC
+    assert in_words(error) == str(error)
+    assert in_words(FileExistsError("a exists; name another")) == "a exists; name another"
+
+
 def test_only_what_is_one_is_called_a_fault_of_the_program():
     assert not ran_out_of_memory(RuntimeError("shapes differ")) and is_expected(ValueError("x"))
     assert not is_expected(KeyError("x")) and in_words(KeyError("x")) == "KeyError: 'x'"

@@ -261,7 +261,8 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         options = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
-        raise wrong_usage(error, types) from error
+        positions = [action.dest for action in parser._actions if not action.option_strings]
+        raise wrong_usage(error, types, positions) from error
     del options["config"]
     return run(options)
 

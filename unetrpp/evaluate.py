@@ -259,7 +259,7 @@ def evaluate_pairs(
     result = Evaluation(failures=dict(failures or {}), unmatched=list(unmatched))
     output = Path(output)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"evaluate: output {output} is a file; name a folder for the scores")
+        raise ValueError(f"output {output} is a file; name a folder for the scores")
     # Before the scoring, which may take hours.
     output.mkdir(parents=True, exist_ok=True)
     if classes is None:

@@ -62,11 +62,12 @@ def in_words(error: BaseException, command: str = "predict") -> str:
     """Return what to tell a user of an error, in a sentence."""
     if ran_out_of_memory(error):
         return f"memory ran out ({_first_line(error)}); what needs less: {NEEDS_LESS[command]}"
-    if isinstance(error, OSError) and error.errno is not None:
-        cause = f"{error.strerror or 'the system refuses it'} (errno {error.errno})"
+    # One with a sentence of its own has no cause in the system's words.
+    if isinstance(error, OSError) and error.strerror is not None:
         where = f"{error.filename}: " if error.filename is not None else ""
-        remedy = _REMEDIES.get(error.errno)
-        return f"{where}{cause}" + (f"; {remedy}" if remedy else "")
+        remedy = _REMEDIES.get(error.errno or 0)
+        cause = f"{where}{error.strerror} (errno {error.errno})"
+        return f"{cause}; {remedy}" if remedy else cause
     text = str(error) or type(error).__name__
     return text if is_expected(error) else f"{type(error).__name__}: {text}"
 

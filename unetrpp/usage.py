@@ -59,21 +59,25 @@ def check_config_file(file: str, options: Collection[str]) -> None:
             raise WrongUsage(f"{file}: {_unknown(str(name), options)}")
 
 
-def wrong_usage(error: Exception, types: Mapping[str, Any]) -> WrongUsage:
+def wrong_usage(
+    error: Exception, types: Mapping[str, Any], positions: Collection[str] = ()
+) -> WrongUsage:
     """Return jsonargparse's error as one sentence.
 
     Args:
         error: what it raised.
         types: type by name of the options that the command takes.
+        positions: those of them that have their place instead of a name.
     """
     text = str(error).strip()
     if key := re.match(r'Parser key "(\w+)"', text):
         name, flat = key[1], re.sub(r"\s+", " ", text)
         found = re.search(r".*(?:Given|Got) value: (.*)$", flat)
         value = found[1] if found else ""
+        option = name if name in positions else f"--{name}"
         if name in RULES:
-            return WrongUsage(refusal(f"--{name}", RULES[name], value))
-        return WrongUsage(f"--{name} must be {_kind(types.get(name))}, got {value!r}")
+            return WrongUsage(refusal(option, RULES[name], value))
+        return WrongUsage(f"{option} must be {_kind(types.get(name))}, got {value!r}")
     if unknown := re.match(r"unrecognized arguments: (.*)", text, re.S):
         given = unknown[1].split()
         if given[0].startswith("-"):
