@@ -157,7 +157,10 @@ def test_missing_package_is_said_with_the_extra_that_brings_it(package, monkeypa
             "monai",
             lambda folder: predict.predict_volume(None, torch.zeros(1, 1, 2, 2, 2), (2,) * 3),
         ),
-        ("lightning_fabric", lambda folder: train.run_train(train.TrainConfig(folder, folder))),
+        (
+            "lightning_fabric",
+            lambda folder: train.run_train(train.TrainConfig(folder, folder / "r")),
+        ),
     ],
 )
 def test_missing_package_is_said_in_python_too(package, call, tmp_path, monkeypatch):
@@ -327,6 +330,15 @@ def test_argument_without_a_name_is_refused_by_its_word(tmp_path, capsys):
             cli.main(words)
         message = capsys.readouterr().err
         assert stop.value.code == 2 and f"unetrpp {words[0]}: {said}" in message
+
+
+def test_output_of_train_is_no_file_and_no_data(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="--output .*notes.txt is a file"):
+        resolved(train.TrainConfig(data=tmp_path, output=file, overwrite=True))
+    with pytest.raises(ValueError, match="--data and --output are both"):
+        resolved(train.TrainConfig(data=tmp_path, output=tmp_path / "x" / "..", overwrite=True))
 
 
 def test_device_that_is_not_there_is_said_before_training(tmp_path, monkeypatch):

@@ -256,6 +256,10 @@ def test_paths_of_evaluate_are_checked_before_any_scoring(tmp_path, maps):
             run_evaluate(same, same, tmp_path / "out", quiet=True)
     with pytest.raises(ValueError, match="is a file; name a folder for the scores"):
         run_evaluate(tmp_path / "a", tmp_path / "b", one, quiet=True)
+    text = tmp_path / "text.txt"
+    text.write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="text.txt is no .nii or .nii.gz file"):
+        run_evaluate(text, tmp_path / "b", quiet=True)
     with pytest.raises(ValueError, match="labels must be the path of a file or folder, got ''"):
         run_evaluate(tmp_path / "a", "", quiet=True)
 

@@ -315,10 +315,17 @@ def test_damaged_file_of_a_run_leaves_the_rest_of_the_report(run, monkeypatch, n
         assert f"{run / name}" in text, "the report names what it could not read"
 
 
-def test_text_serves_as_paths_and_a_folder_is_no_page(run):
+def test_text_serves_as_paths_and_only_a_page_is_replaced(run):
     file = write_report(str(run), str(run / "scores"), output=str(run / "page.html"))
     assert file == run / "page.html"
-    with pytest.raises(ValueError, match="is a folder; name a file"):
-        write_report(run, run / "scores", output=run / "scores")
+    (run / "folder.html").mkdir()
+    volume = run / "pred" / "all.nii.gz"
+    before = volume.read_bytes()
+    for output in (run / "scores", run / "folder.html", volume, run / "plan.json", "/dev/null"):
+        with pytest.raises(ValueError, match="output must be the name of a page, NAME.html"):
+            write_report(run, run / "scores", output=output)
+    assert volume.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="plan.json is a file; name a folder"):
+        write_report(run / "plan.json")
     with pytest.raises(ValueError, match="run must be the path"):
         write_report("")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrpp.dataset import case_name, class_names, nifti_files, open_nifti
+from unetrpp.dataset import case_name, class_names, is_nifti, nifti_files, open_nifti
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
 from unetrpp.files import write_json, write_text
@@ -477,6 +477,8 @@ def _read_labels(file: Path) -> tuple[np.ndarray, tuple[float, ...]]:
 def _volumes(path: Path) -> dict[str, Path]:
     """Case name to NIfTI file, for a folder or one file."""
     if path.is_file():
+        if not is_nifti(path):
+            raise ValueError(f"run_evaluate: {path} is no .nii or .nii.gz file; name one")
         return {case_name(path): path}
     if not path.exists():
         raise FileNotFoundError(f"run_evaluate: {path} does not exist")

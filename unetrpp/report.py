@@ -69,17 +69,24 @@ def write_report(
 
     Raises:
         FileNotFoundError: there is no such run folder, or no scores.json in evaluation.
-        ValueError: evaluation's scores.json is damaged, or output is a folder.
+        ValueError: evaluation's scores.json is damaged, or output is no name of a page.
     """
     paths = {"run": run, "evaluation": evaluation, "output": output}
     given = checked("write_report: ", {k: v for k, v in paths.items() if v is not None})
     run = Path(given["run"])
     evaluation = Path(given["evaluation"]) if evaluation is not None else None
     output = Path(given["output"]) if output is not None else run / "report.html"
-    if output.is_dir():
-        raise ValueError(f"write_report: output {output} is a folder; name a file, such as a.html")
+    # Any other file that is there may be data.
+    if output.is_dir() or output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(
+            "write_report: output must be the name of a page, NAME.html, and no folder; got "
+            f"{output}"
+        )
     if not run.is_dir():
-        raise FileNotFoundError(f"write_report: the run folder {run} does not exist")
+        what = "is a file" if run.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"write_report: the run folder {run} {what}; name a folder of train"
+        )
     unscored = []
     if evaluation is None:
         try:

@@ -151,6 +151,12 @@ def resolved(config: TrainConfig) -> ResolvedConfig:
     config = _checked(config)
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
+    if config.output.exists() and not config.output.is_dir():
+        raise ValueError(f"--output {config.output} is a file; name a new folder for the run")
+    if config.output.resolve() == config.data.resolve():
+        raise ValueError(
+            f"--data and --output are both {config.data}; name a new folder for the run"
+        )
     if config.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}; got {config.model!r}")
     if config.minutes is not None and config.steps is not None:
