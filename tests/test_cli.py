@@ -12,8 +12,9 @@ pytest.importorskip("jsonargparse", reason="needs the extra 'train'")
 import torch  # noqa: E402
 
 import unetrpp  # noqa: E402
-from unetrpp import cli, train  # noqa: E402
+from unetrpp import cli, evaluate, predict, train  # noqa: E402
 from unetrpp.models import PRESETS  # noqa: E402
+from unetrpp.train_config import resolved  # noqa: E402
 
 
 def captured_config(monkeypatch) -> list:
@@ -146,6 +147,31 @@ def test_missing_package_is_said_with_the_extra_that_brings_it(package, monkeypa
         cli.main(["train", "--debug"])
 
 
+@pytest.mark.parametrize(
+    "package, call",
+    [
+        ("scipy", lambda folder: evaluate.hd95([[1, 1]], [[0, 1]])),
+        ("tqdm", lambda folder: evaluate.evaluate_pairs({}, folder)),
+        ("tqdm", lambda folder: predict.predict_cases([], folder, folder)),
+        (
+            "monai",
+            lambda folder: predict.predict_volume(None, torch.zeros(1, 1, 2, 2, 2), (2,) * 3),
+        ),
+        (
+            "lightning_fabric",
+            lambda folder: train.run_train(train.TrainConfig(folder, folder / "r")),
+        ),
+    ],
+)
+def test_missing_package_is_said_in_python_too(package, call, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    said = rf"needs {package}, which is not installed: pip install 'epa-kernels\[train\]'"
+    with pytest.raises(ModuleNotFoundError, match=said):
+        call(tmp_path)
+
+
 def test_missing_package_of_a_lazy_name_is_said(monkeypatch):
     monkeypatch.delitem(sys.modules, "unetrpp.checkpoint", raising=False)
     monkeypatch.setitem(sys.modules, "safetensors", None)
@@ -168,6 +194,163 @@ def test_broken_import_of_our_own_keeps_its_message(monkeypatch, capsys):
 def test_no_option_at_all_is_explained(capsys):
     assert cli.main(["train"]) == 1
     assert "needs --data DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        *((name, "0") for name in ("steps", "batch_size", "validate_every", "devices", "minutes")),
+        *((name, "-1") for name in ("cache", "workers", "warm_up", "fold", "seed", "save_minutes")),
+        *(("learning_rate", value) for value in ("-0.1", "0", "nan", "inf", "fast")),
+        *(("ema", value) for value in ("1", "1.5", "-0.1", "nan")),
+        *(("foreground", value) for value in ("2", "-0.1", "null")),
+        *(("patch_size", value) for value in ("[16,16]", "[0,16,16]", "[]", "16", "[16,16,x]")),
+        *(("spacing", value) for value in ("[0,1,1]", "[1,1]", "[-1,1,1]", "[.inf,1,1]")),
+        *(
+            ("strides", value)
+            for value in ("[[2,2,2]]", "[2,2,2,2]", "[[2,2,2],[2,2,2],[2,2,2],0]")
+        ),
+        *(("betas", value) for value in ("[0.9]", "[0.9,1]")),
+        *(("weight_decay", value) for value in ("-1", "nan")),
+        *(("folds", value) for value in ("1", "1e99")),
+        *((name, "much") for name in ("recipe", "loss", "optimizer", "precision", "report")),
+        *((name, "") for name in ("data", "output", "resume")),
+        ("fold", "5"),
+        ("seed", str(2**63)),
+        ("model_args", "[1]"),
+    ],
+)
+def test_option_out_of_range_is_refused_with_its_range(option, value, tmp_path, capsys):
+    """From the command line and from YAML alike, before anything is written."""
+    file = tmp_path / "options.yaml"
+    file.write_text(f"{option}: {value or repr(value)}\n", encoding="utf-8")
+    where = {"data": str(tmp_path), "output": str(tmp_path / "run")}
+    given = [word for name in where if name != option for word in (f"--{name}", where[name])]
+    for words in ([f"--{option}={value}"], ["--config", str(file)]):
+        try:
+            code = cli.main(["train", *given, *words])
+        except SystemExit as stop:
+            code = stop.code
+        assert code in (1, 2)
+        message = capsys.readouterr().err
+        (said,) = [line for line in message.splitlines() if line.startswith("unetrpp train: ")]
+        assert f"--{option} must " in said and ", got " in said, said
+        assert "Traceback" not in message and "usage:" not in message
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"ema": float("nan")}, {"recipe": "long"},
+        {"patch_size": "16"}, {"patch_size": (16, 16)}, {"foreground": None}, {"data": ""},
+        {"model_args": {1: 2}}, {"devices": "2"}, {"loss": "l1"}, {"model": "resnet"},
+    ],
+)  # fmt: skip
+def test_ranges_hold_for_python_callers(options, tmp_path):
+    given = {"data": tmp_path, "output": tmp_path / "run", **options}
+    (name,) = options
+    with pytest.raises(ValueError, match=f"--{name} must be "):
+        train.run_train(train.TrainConfig(**given))
+
+
+def test_numbers_of_numpy_and_text_paths_are_taken(tmp_path, monkeypatch):
+    np = pytest.importorskip("numpy")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"steps": np.int64(3), "patch_size": np.array([16, 16, 32]), "ema": np.float32(0)}
+    config = resolved(train.TrainConfig(data="~/data", output="~/run", **given))
+    assert config.data == tmp_path / "data" and config.output == tmp_path / "run"
+    assert type(config.steps) is int and config.patch_size == [16, 16, 32]
+    assert type(config.patch_size[0]) is int and type(config.ema) is float
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"stepz: 3\n", "there is no option 'stepz'; did you mean steps?"),
+        (b"", "is empty"),
+        (b"# nothing\n", "is empty"),
+        (b"- steps\n- 3\n", "is a list, not options by name"),
+        (b"hello", "is a str, not options by name"),
+        (b"steps:\t3\n\tx: 1\n", "line 1: a tab where YAML takes spaces only"),
+        (b"steps: [1\n", "line 2: "),
+        ("steps: 3\n".encode("utf-16"), "the text is not UTF-8 (byte 0); save it as UTF-8"),
+        ("data: café\n".encode("latin-1"), "the text is not UTF-8 (byte 9)"),
+        ({}, "is a folder"),
+        (None, "does not exist"),
+    ],
+)
+def test_file_that_holds_no_options_is_said_in_a_sentence(content, said, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    if content == {}:
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--config", str(file)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("unetrpp train: ") and message.count("\n") == 1
+    assert str(file) in message and said in message
+
+
+def test_byte_order_mark_and_home_in_yaml(tmp_path, monkeypatch):
+    seen = captured_config(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "options.yaml"
+    file.write_bytes(b"\xef\xbb\xbfdata: ~/scans\nsteps: 4\n")
+    assert cli.main(["train", f"--config={file}"]) == 0
+    assert seen[0].data == tmp_path / "scans" and seen[0].steps == 4
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--foldz", "3"], "no option '--foldz'; did you mean fold?"),
+        (["--steps"], "--steps needs a value, and none was given"),
+        (["extra"], "'extra' belongs to no option"),
+        (["--patch_size", "[16,16,16]", "17"], "a list is one word, as in --patch_size [48,64,48]"),
+        (["--mirror", "maybe"], "a switch takes true or false"),
+        (["--config"], "--config '' does not exist"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *words])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
+def test_argument_without_a_name_is_refused_by_its_word(tmp_path, capsys):
+    for words, said in ((["predict", "", "-o", "o", "--checkpoint", "c"], "inputs must be a path"),
+                        (["evaluate", "", "labels"], "predictions must be the path"),
+                        (["report", ""], "run must be the path")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and f"unetrpp {words[0]}: {said}" in message
+
+
+def test_output_of_train_is_no_file_and_no_data(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="--output .*notes.txt is a file"):
+        resolved(train.TrainConfig(data=tmp_path, output=file, overwrite=True))
+    with pytest.raises(ValueError, match="--data and --output are both"):
+        resolved(train.TrainConfig(data=tmp_path, output=tmp_path / "x" / "..", overwrite=True))
+
+
+def test_device_that_is_not_there_is_said_before_training(tmp_path, monkeypatch):
+    config = train.TrainConfig(data=tmp_path, output=tmp_path / "run", accelerator="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--accelerator cuda needs such a device"):
+        resolved(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config.devices = 3
+    with pytest.raises(ValueError, match="--devices must be at most 2, .* got 3"):
+        resolved(config)
 
 
 def test_wrong_usage_is_code_2(capsys):

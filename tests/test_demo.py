@@ -105,3 +105,13 @@ def test_demo_runs_from_data_to_report(tmp_path):
     assert f"{scores['summary']['mean']['dice']['mean']:.4f}" in page
     with pytest.raises(FileExistsError, match="not empty"):
         run_demo(tmp_path / "demo", steps=2)
+
+
+def test_options_of_the_demo_are_checked_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="run_demo: steps must be a whole number of at least 1"):
+        run_demo(tmp_path / "demo", steps=0)
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="is a file; name a new folder"):
+        run_demo(str(file), overwrite=True)
+    assert not (tmp_path / "demo").exists()

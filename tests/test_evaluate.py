@@ -234,3 +234,69 @@ def test_evaluate_pairs_two_files_and_reads_decathlon_names(tmp_path, maps):
         run_evaluate(tmp_path / "nowhere", second)
     with pytest.raises(FileNotFoundError, match="holds no"):
         run_evaluate(tmp_path / "out", second)
+
+
+def test_scores_that_cannot_be_written_are_failures_beside_the_others(tmp_path, maps, monkeypatch):
+    from unetrpp import evaluate
+
+    prediction, reference = maps
+    for case in ("good", "missing"):
+        save(tmp_path / "labels", f"{case}.nii.gz", reference)
+    save(tmp_path / "pred", "good.nii.gz", prediction)
+    run_evaluate(tmp_path / "pred", tmp_path / "labels", tmp_path / "out", quiet=True)
+    before = (tmp_path / "out" / "scores.json").read_bytes()
+
+    def full(file, text):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    monkeypatch.setattr(evaluate, "write_text", full)
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", tmp_path / "out", quiet=True)
+    assert [row["case"] for row in result.rows] == ["good", "good"]
+    assert set(map(lambda name: name.rsplit("/", 1)[-1], result.failures)) == {
+        "missing.nii.gz", "scores.csv", "scores.json",
+    }  # fmt: skip
+    said = result.failures[str(tmp_path / "out" / "scores.json")]
+    assert "scores.json: No space left on device (errno 28); make room on that disk" in said
+    assert (tmp_path / "out" / "scores.json").read_bytes() == before
+
+
+def test_paths_of_evaluate_are_checked_before_any_scoring(tmp_path, maps):
+    _, reference = maps
+    one = save(tmp_path / "a", "one.nii.gz", reference)
+    save(tmp_path / "b", "one.nii.gz", reference)
+    result = run_evaluate(
+        str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "out"), quiet=True
+    )
+    assert result.rows[0]["dice"] == 1
+    for same in (tmp_path / "a", one):
+        with pytest.raises(ValueError, match="predictions and labels are both"):
+            run_evaluate(same, same, tmp_path / "out", quiet=True)
+    with pytest.raises(ValueError, match="is a file; name a folder for the scores"):
+        run_evaluate(tmp_path / "a", tmp_path / "b", one, quiet=True)
+    text = tmp_path / "text.txt"
+    text.write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="text.txt is no .nii or .nii.gz file"):
+        run_evaluate(text, tmp_path / "b", quiet=True)
+    with pytest.raises(ValueError, match="labels must be the path of a file or folder, got ''"):
+        run_evaluate(tmp_path / "a", "", quiet=True)
+
+
+def test_memory_that_runs_out_is_said_for_its_case(tmp_path, maps, monkeypatch):
+    from unetrpp import evaluate
+
+    prediction, reference = maps
+    for case in ("big", "small"):
+        save(tmp_path / "labels", f"{case}.nii.gz", reference)
+        save(tmp_path / "pred", f"{case}.nii.gz", prediction)
+    score = evaluate._score
+
+    def greedy(case, *arguments):
+        if case == "big":
+            raise MemoryError
+        return score(case, *arguments)
+
+    monkeypatch.setattr(evaluate, "_score", greedy)
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    assert {row["case"] for row in result.rows} == {"small"}
+    assert result.failures[str(tmp_path / "pred" / "big.nii.gz")].startswith("memory ran out")

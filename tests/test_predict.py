@@ -432,6 +432,156 @@ def test_failed_write_leaves_nothing_behind(tmp_path, checkpoint, monkeypatch):
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["prediction.json"]
 
 
+def record_of(folder):
+    return json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
+
+
+def test_half_done_folder_is_finished_and_its_record_kept(tmp_path, checkpoint, monkeypatch):
+    """Stopped at the second of three volumes: the record is true, --skip_existing does the rest."""
+    folder, out = checkpoint(Thresholds(0.0)), tmp_path / "out"
+    files = [save(tmp_path / "in" / f"{name}.nii.gz", smooth((8, 8, 8))) for name in "abc"]
+    before = predict._predict_case
+
+    def stop(model, case, *arguments, **options):
+        if case.name == "b":
+            raise KeyboardInterrupt
+        return before(model, case, *arguments, **options)
+
+    monkeypatch.setattr(predict, "_predict_case", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_predict(files, out, folder, quiet=True)
+    assert sorted(os.listdir(out)) == ["a.nii.gz", "prediction.json"]
+    assert list(record_of(out)["outputs"]) == ["a"]
+    first = (out / "a.nii.gz").stat().st_mtime_ns
+
+    monkeypatch.setattr(predict, "_predict_case", before)
+    result = run_predict(files, out, folder, skip_existing=True, quiet=True)
+    assert list(result.skipped) == ["a"] and list(result.outputs) == ["b", "c"]
+    assert not result.failures and (out / "a.nii.gz").stat().st_mtime_ns == first
+    record = record_of(out)
+    assert set(record["outputs"]) == set(record["inputs"]) == set(record["seconds"]) == set("abc")
+    again = run_predict(files, out, folder, skip_existing=True, quiet=True)
+    assert list(again.skipped) == list("abc") and record_of(out) == record
+
+    # A label map that is cut short is made again, one of another shape is left and named.
+    (out / "b.nii.gz").write_bytes((out / "b.nii.gz").read_bytes()[:60])
+    save(out / "c.nii.gz", np.zeros((8, 8, 9), np.uint8))
+    result = run_predict(files, out, folder, skip_existing=True, quiet=True)
+    assert list(result.outputs) == ["b"] and "(8, 8, 9)" in result.failures[str(files[2])]
+    with pytest.raises(ValueError, match="--overwrite or --skip_existing, not both"):
+        run_predict(files, out, folder, skip_existing=True, overwrite=True, quiet=True)
+
+
+def test_record_of_another_checkpoint_or_option_is_not_mixed_in(tmp_path, checkpoint):
+    folder, out = checkpoint(Thresholds(0.0)), tmp_path / "out"
+    one, two = (save(tmp_path / "in" / f"{n}.nii.gz", smooth((8, 8, 8))) for n in "ab")
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"first weights")
+    run_predict([one], out, folder, quiet=True)
+    first = record_of(out)
+    for options in ({"overlap": 0.25}, {"mirror": True}, {"overlap": 0.25, "skip_existing": True}):
+        with pytest.raises(ValueError, match="prediction.json says that label maps here come from"):
+            run_predict([two], out, folder, quiet=True, **options)
+    (folder / "model.safetensors").write_bytes(b"better weights")
+    with pytest.raises(ValueError, match="name another folder, or replace them with --overwrite"):
+        run_predict([two], out, folder, quiet=True)
+    assert record_of(out) == first and not (out / "b.nii.gz").exists()
+
+    # Where it may replace, what stays is listed with the weights that it came from.
+    run_predict([two], out, folder, overwrite=True, quiet=True)
+    record = record_of(out)
+    assert list(record["outputs"]) == ["b"] and record["weights"] != first["weights"]
+    (earlier,) = record["earlier"]
+    assert list(earlier["outputs"]) == ["a"] and earlier["weights"] == first["weights"]
+    run_predict([one], out, folder, overwrite=True, quiet=True)
+    record = record_of(out)
+    assert set(record["outputs"]) == {"a", "b"} and record["earlier"] == []
+
+    # Once the label maps are gone, nothing is mixed.
+    (folder / "model.safetensors").write_bytes(b"third weights")
+    (out / "a.nii.gz").unlink()
+    (out / "b.nii.gz").unlink()
+    run_predict([one], out, folder, quiet=True)
+    assert list(record_of(out)["outputs"]) == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"outputs": {"a"', b"[1]", b'{"outputs": 3}', b"\xff"])
+def test_damaged_record_is_named(content, tmp_path, checkpoint):
+    folder, out = checkpoint(Thresholds(0.0)), tmp_path / "out"
+    one = save(tmp_path / "in" / "a.nii.gz", smooth((8, 8, 8)))
+    out.mkdir()
+    (out / "prediction.json").write_bytes(content)
+    with pytest.raises(ValueError, match="prediction.json should be the record of unetrpp predict"):
+        run_predict([one], out, folder, quiet=True)
+    assert not run_predict([one], out, folder, overwrite=True, quiet=True).failures
+    assert list(record_of(out)["outputs"]) == ["a"]
+
+
+def test_record_that_cannot_be_written_is_a_failure_beside_the_others(
+    tmp_path, checkpoint, monkeypatch, capsys
+):
+    from unetrpp import prediction_record
+
+    def full(file, content):
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(prediction_record, "write_json", full)
+    one = save(tmp_path / "in" / "a.nii.gz", smooth((8, 8, 8)))
+    out = tmp_path / "out"
+    result = run_predict([one, tmp_path / "gone.nii.gz"], out, checkpoint(Thresholds(0.0)))
+    assert list(result.outputs) == ["a"]
+    assert set(result.failures) == {str(tmp_path / "gone.nii.gz"), str(out / "prediction.json")}
+    printed = capsys.readouterr().out
+    assert "prediction.json: No space left on device (errno 28); make room" in printed
+
+
+def test_memory_that_runs_out_is_said_for_each_volume(tmp_path, checkpoint):
+    class Greedy(Thresholds):
+        def forward(self, x):
+            raise RuntimeError("could not create a primitive")
+
+    one = save(tmp_path / "a.nii.gz", smooth((8, 8, 8)))
+    result = run_predict([one], tmp_path / "out", checkpoint(Greedy(0.0)), quiet=True)
+    said = result.failures[str(one)]
+    assert said.startswith("memory ran out") and "--batch_size of 1" in said
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"batch_size": 0}, "run_predict: batch_size must be a whole number of at least 1, got 0"),
+        ({"batch_size": 1.5}, "run_predict: batch_size must be"),
+        ({"overlap": float("nan")}, "run_predict: overlap must be at least 0 and below 1, got nan"),
+        ({"overlap": -0.1}, "run_predict: overlap must be"),
+        ({"precision": "fp16"}, "run_predict: precision must be one of fp32, bf16, got 'fp16'"),
+        ({"output": ""}, "output must be the path of a file or folder, got ''"),
+        ({"checkpoint": ""}, "checkpoint must be the path of a file or folder, got ''"),
+        ({"inputs": [""]}, "inputs must be paths"),
+        ({"output": "label.mha"}, "must end in .nii or .nii.gz"),
+        ({"output": "a.nii.gz/"}, "has the name of a file, but is a folder"),
+        ({"output": "text"}, "is a file; name a folder"),
+        ({"inputs": "in", "output": "in"}, "is the folder of the inputs"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, said, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = save(tmp_path / "in" / "one.nii.gz", smooth((8, 8, 8)))
+    (tmp_path / "a.nii.gz").mkdir()
+    (tmp_path / "text").write_text("", encoding="utf-8")
+    given = {"inputs": [one], "output": "out", "checkpoint": checkpoint(Thresholds(0.0))}
+    with pytest.raises(ValueError) as refused:
+        run_predict(**{**given, **options}, quiet=True)
+    assert said in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_text_serves_as_paths(tmp_path, checkpoint):
+    one = save(tmp_path / "one.nii.gz", smooth((8, 8, 8)))
+    result = run_predict(
+        str(one), str(tmp_path / "out"), str(checkpoint(Thresholds(0.0))), quiet=True
+    )
+    assert list(result.outputs) == ["one"] and not result.failures
+
+
 def test_broken_network_writes_no_label_map(tmp_path, checkpoint):
     model = Thresholds(0.0, steepness=float("nan"))
     source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))

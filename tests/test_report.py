@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -232,3 +233,99 @@ def test_moved_volumes_and_failures_are_said(run):
     assert "none.nii.gz is gone" in source
     assert len(pictures(source)) == 2
     assert "extra.nii.gz" in source and "Not scored" in source
+
+
+DAMAGED_SCORES = [b"", b'{"rows": [{"case": "a", "cl', b"[1]", b"\xff\xfe", b"{}",
+                  b'{"rows": 3}', b'{"rows": [3]}', b'{"rows": [{"case": "a"}]}']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED_SCORES)
+def test_damaged_scores_are_named(run, content):
+    file = run / "scores" / "scores.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        write_report(run, run / "scores")
+    assert str(error.value).startswith(f"{file} cannot be read as the scores of unetrpp evaluate (")
+    assert not (run / "report.html").exists()
+
+
+def test_damaged_scores_of_the_held_out_cases_are_made_again(run):
+    from unetrpp import report
+
+    best = run / "best" / "model.safetensors"
+    best.parent.mkdir()
+    best.write_bytes(b"")
+    file = run / "scores" / "scores.json"
+    assert not report._is_scored(file, best), "the checkpoint is newer"
+    os.utime(best, (0, 0))
+    assert report._is_scored(file, best)
+    for content in DAMAGED_SCORES:
+        file.write_bytes(content)
+        assert not report._is_scored(file, best)
+
+
+def each_place(value, path=()):
+    """The paths of all leaves of nested lists and mappings."""
+    if isinstance(value, dict | list) and value:
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from each_place(value[key], (*path, key))
+    else:
+        yield path
+
+
+def put(content, path, value):
+    for key in path[:-1]:
+        content = content[key]
+    content[path[-1]] = value
+
+
+@pytest.mark.parametrize("name", ["scores/scores.json", "pred/prediction.json", "plan.json"])
+def test_markup_in_any_place_of_a_foreign_file_stays_text(run, name):
+    """All leaves at once except those that pair rows and files, then the keys."""
+    file, markup = run / name, "<script>alert('x')</script><img src=x onerror=alert(1)>"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    names = ("case", "class", "prediction", "reference", "inputs")
+    for path in list(each_place(content)):
+        if not set(names) & set(map(str, path)):
+            put(content, path, markup)
+    if "rows" in content:
+        content["summary"]["classes"][markup] = content["summary"]["mean"]
+        content["rows"].append({**content["rows"][0], "case": markup, "class": markup})
+        content["files"][markup] = {"prediction": markup, "reference": markup}
+        content["failures"] = {markup: markup}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    source = write_report(run, run / "scores").read_text(encoding="utf-8")
+    parse(run / "report.html")
+    assert "<script" not in source and "<img src=x" not in source
+    assert "&lt;script&gt;" in source
+
+
+DAMAGED = [b"", b"\xff", b"[1, 2]", b'{"step": "<b>"}', b'{"plan": [1], "inputs": 3}',
+           b'{"step": 1, "loss": Infinity, "val_dice": "<i>"}']  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "plan.json", "pred/prediction.json"])
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_file_of_a_run_leaves_the_rest_of_the_report(run, monkeypatch, name, content):
+    monkeypatch.setattr("unetrpp.report.overlay", lambda *files: b"")
+    (run / name).write_bytes(content)
+    text = " ".join(parse(write_report(run, run / "scores")).text)
+    assert "mean of classes" in text and "learning_rate: 0.001" in text
+    if content in (b"\xff", b"[1, 2]"):
+        assert f"{run / name}" in text, "the report names what it could not read"
+
+
+def test_text_serves_as_paths_and_only_a_page_is_replaced(run):
+    file = write_report(str(run), str(run / "scores"), output=str(run / "page.html"))
+    assert file == run / "page.html"
+    (run / "folder.html").mkdir()
+    volume = run / "pred" / "all.nii.gz"
+    before = volume.read_bytes()
+    for output in (run / "scores", run / "folder.html", volume, run / "plan.json", "/dev/null"):
+        with pytest.raises(ValueError, match="output must be the name of a page, NAME.html"):
+            write_report(run, run / "scores", output=output)
+    assert volume.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="plan.json is a file; name a folder"):
+        write_report(run / "plan.json")
+    with pytest.raises(ValueError, match="run must be the path"):
+        write_report("")

@@ -671,3 +671,21 @@ def test_hippocampus_plan_covers_the_median_volume():
     assert plan.preprocessing.spacing == pytest.approx([1.0, 1.0, 1.0])
     assert plan.model["out_channels"] == 3
     assert all(size >= 32 for size in plan.preprocessing.patch_size)
+
+
+def test_seed_of_dropout_needs_no_shift_of_uint64(monkeypatch):
+    """NumPy 1.26 raises TypeError for one; the value stays that of NumPy 2."""
+    expected = train_model._dropout_seed(1, 7, 0)
+    state = np.random.SeedSequence([1, 2, 7, 0]).generate_state(1, np.uint64)
+    assert type(expected) is int and expected == int(state[0]) // 2
+
+    class Unsigned(int):
+        def __rshift__(self, other):
+            raise TypeError("ufunc 'right_shift' not supported for the input types")
+
+    class Sequence(np.random.SeedSequence):
+        def generate_state(self, words, dtype):
+            return [Unsigned(word) for word in super().generate_state(words, dtype)]
+
+    monkeypatch.setattr(np.random, "SeedSequence", Sequence)
+    assert train_model._dropout_seed(1, 7, 0) == expected

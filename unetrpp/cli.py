@@ -11,11 +11,17 @@ by signal n. --debug, or UNETRPP_DEBUG=1, shows the traceback as well.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from unetrpp import _is_of_an_extra, _remedy
+from unetrpp.faults import in_words, is_expected
+from unetrpp.options import read_path
+from unetrpp.usage import WrongUsage, check_config_file, wrong_usage
 
 __all__ = ["main"]
 
@@ -190,6 +196,21 @@ COMMANDS = {
 }
 
 
+# What a stopped command leaves, and how to go on.
+_AFTER_STOP = {
+    "train": "no step was taken since the last saving; unetrpp train --resume RUN goes on from it",
+    "predict": "finished label maps stay; the same command with --skip_existing does the others",
+    "evaluate": "no scores were written, and earlier ones stay",
+    "report": "no report was written, and an earlier one stays",
+    "info": "nothing was written",
+    "demo": "start again with --overwrite",
+}
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which then ends a command as Ctrl-C does: files that are half written go."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv if not given); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -203,31 +224,85 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unetrpp: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return _run(name, arguments[1:])
+        with _ended_by_sigterm():
+            return _run(name, arguments[1:])
     except BrokenPipeError:
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        by_term = isinstance(stop, _Terminated)
+        what = "SIGTERM" if by_term else "Ctrl-C"
+        print(f"unetrpp {name}: stopped by {what}; {_AFTER_STOP[name]}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if by_term else signal.SIGINT)
+    except WrongUsage as error:
+        print(f"unetrpp {name}: {error}; unetrpp {name} --help lists all", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         if debug:
             raise
         if isinstance(error, ModuleNotFoundError) and _is_of_an_extra(error):
             print(f"unetrpp: {_remedy(error, f'unetrpp {name}')}", file=sys.stderr)
             return 1
-        print(f"unetrpp {name}: {_sentence(error)}", file=sys.stderr)
+        print(f"unetrpp {name}: {_sentence(error, name)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 
-def _run(name: str, arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what runs inside as Ctrl-C does; `unetrpp train` has its own way in a run."""
 
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    # Only the main thread may set handlers.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+    from jsonargparse.typing import register_type
+
+    # Every path that a command takes, from the command line or YAML.
+    register_type(Path, str, read_path, fail_already_registered=False)
     summary, build = COMMANDS[name]
-    parser = ArgumentParser(prog=f"unetrpp {name}", description=summary)
+    parser = ArgumentParser(prog=f"unetrpp {name}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with options.")
     run = build(parser)
-    options = parser.parse_args(_spell_out(arguments, parser)).as_dict()
+    types = _types(parser)
+    arguments = _spell_out(arguments, parser)
+    for file in _config_files(arguments):
+        check_config_file(file, types)
+    try:
+        options = parser.parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        positions = [action.dest for action in parser._actions if not action.option_strings]
+        raise wrong_usage(error, types, positions) from error
     del options["config"]
     return run(options)
+
+
+def _types(parser) -> dict[str, object]:
+    return {
+        action.dest: getattr(action, "_typehint", None)
+        for action in parser._actions
+        if action.dest not in ("help", "config", "print_config")
+    }
+
+
+def _config_files(arguments: list[str]) -> list[str]:
+    following = [*arguments[1:], ""]
+    pairs = zip(arguments, following[: len(arguments)], strict=True)
+    named = [value for option, value in pairs if option == "--config"]
+    prefix = "--config="
+    return named + [word.removeprefix(prefix) for word in arguments if word.startswith(prefix)]
 
 
 def _spell_out(arguments: list[str], parser) -> list[str]:
@@ -249,12 +324,11 @@ def _spell_out(arguments: list[str], parser) -> list[str]:
     return spelled
 
 
-def _sentence(error: Exception) -> str:
-    """What to tell a user: the message alone where it was written for one."""
-    from_us = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
-    if from_us or hasattr(error, "exit_code"):
-        return str(error)
-    return f"{type(error).__name__}: {error} (a fault of the program; --debug shows where)"
+def _sentence(error: Exception, command: str) -> str:
+    """What to tell a user: a fault of the program is named as one."""
+    if is_expected(error):
+        return in_words(error, command)
+    return f"{in_words(error, command)} (a fault of the program; --debug shows where)"
 
 
 def _overview() -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from unetrpp.files import replacing, write_json
+from unetrpp.options import checked
 
 __all__ = ["make_demo_data", "run_demo"]
 
@@ -48,7 +49,7 @@ NOTES = (
 
 
 def run_demo(
-    output: Path,
+    output: Path | str,
     *,
     steps: int = 360,
     seed: int = 1,
@@ -71,6 +72,7 @@ def run_demo(
 
     Raises:
         FileExistsError: output holds something and overwrite was not given.
+        ValueError: output is a file, or an option is out of range.
         ModuleNotFoundError: nilearn is not installed.
     """
     from unetrpp.dataset import find_cases, split_cases
@@ -79,7 +81,11 @@ def run_demo(
     from unetrpp.report import write_report
     from unetrpp.train import TrainConfig, run_train
 
-    start, output = time.perf_counter(), Path(output)
+    start = time.perf_counter()
+    given = checked("run_demo: ", {"output": output, "steps": steps, "seed": seed})
+    output, steps, seed = Path(given["output"]), given["steps"], given["seed"]
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"run_demo: output {output} is a file; name a new folder")
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(
             f"run_demo: {output} is not empty; name a new folder, or replace it with --overwrite"

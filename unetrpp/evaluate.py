@@ -22,9 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from unetrpp.dataset import class_names
+from unetrpp.extras import names_extra
+from unetrpp.faults import in_words
 from unetrpp.files import write_json, write_text
 from unetrpp.memory import NotEnoughMemory
-from unetrpp.volumes import UnusableVolume, case_name, nifti_files, placed, read_labels
+from unetrpp.options import checked
+from unetrpp.volumes import UnusableVolume, case_name, is_nifti, nifti_files, placed, read_labels
 
 __all__ = [
     "Evaluation",
@@ -86,6 +89,7 @@ def dice_per_class(
     return [_dice(_mask(prediction, value), _mask(label, value)) for value in classes]
 
 
+@names_extra
 def hd95(
     prediction: np.ndarray,
     label: np.ndarray,
@@ -152,12 +156,13 @@ class Evaluation:
     files: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
+@names_extra
 def run_evaluate(
-    predictions: Path,
-    labels: Path,
-    output: Path | None = None,
+    predictions: Path | str,
+    labels: Path | str,
+    output: Path | str | None = None,
     *,
-    names: Path | None = None,
+    names: Path | str | None = None,
     only_predicted: bool = False,
     check_affine: bool = False,
     quiet: bool = False,
@@ -182,9 +187,18 @@ def run_evaluate(
 
     Raises:
         FileNotFoundError: a path does not exist or holds no NIfTI file, or no two names agree.
-        ValueError: names is not a dataset.json, or a folder holds a case twice.
+        ValueError: names is not a dataset.json, a folder holds a case twice, predictions and
+            labels are the same, or output is a file.
     """
-    predictions, labels = Path(predictions), Path(labels)
+    paths = {"predictions": predictions, "labels": labels, "output": output, "names": names}
+    given = checked("run_evaluate: ", {k: v for k, v in paths.items() if v is not None})
+    predictions, labels = Path(given["predictions"]), Path(given["labels"])
+    output, names = given.get("output"), given.get("names")
+    if predictions.exists() and labels.exists() and predictions.samefile(labels):
+        raise ValueError(
+            f"run_evaluate: predictions and labels are both {predictions}, and would score as "
+            "perfect; name the folder of the references second"
+        )
     predicted, references = _volumes(predictions), _volumes(labels)
     failures: dict[str, str] = {}
     unmatched: list[str] = []
@@ -217,6 +231,7 @@ def run_evaluate(
     )
 
 
+@names_extra
 def evaluate_pairs(
     pairs: Mapping[str, tuple[Path, Path]],
     output: Path,
@@ -242,6 +257,11 @@ def evaluate_pairs(
     from tqdm import tqdm
 
     result = Evaluation(failures=dict(failures or {}), unmatched=list(unmatched))
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; name a folder for the scores")
+    # Before the scoring, which may take hours.
+    output.mkdir(parents=True, exist_ok=True)
     if classes is None:
         classes = _classes_in([reference for _, reference in pairs.values()])
     for case in tqdm(sorted(pairs), desc="evaluate", unit="case", disable=True if quiet else None):
@@ -251,8 +271,10 @@ def evaluate_pairs(
         except UnusableVolume as error:
             result.failures[str(error.file)] = error.reason
             continue
-        except (OSError, NotEnoughMemory) as error:
-            result.failures[str(prediction_file)] = str(error)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # whatever one case does, the others are still scored
+            result.failures[str(prediction_file)] = in_words(error, "evaluate")
             continue
         result.files[case] = {
             "prediction": str(prediction_file.absolute()),
@@ -260,9 +282,11 @@ def evaluate_pairs(
         }
     result.summary = summarize(result.rows)
 
-    output.mkdir(parents=True, exist_ok=True)
-    _write_csv(output / "scores.csv", result.rows)
-    _write_json(output / "scores.json", result)
+    for file, write in ((output / "scores.csv", _write_csv), (output / "scores.json", _write_json)):
+        try:
+            write(file, result)
+        except OSError as error:  # the table and the failures are still printed
+            result.failures[str(file)] = in_words(error, "evaluate")
     if not quiet:
         print(format_table(result.summary))
         if result.unmatched:
@@ -404,6 +428,8 @@ def _check_shapes(function: str, prediction: np.ndarray, label: np.ndarray) -> N
 def _volumes(path: Path) -> dict[str, Path]:
     """Case name to NIfTI file, for a folder or one file."""
     if path.is_file():
+        if not is_nifti(path):
+            raise ValueError(f"run_evaluate: {path} is no .nii or .nii.gz file; name one")
         return {case_name(path): path}
     if not path.exists():
         raise FileNotFoundError(f"run_evaluate: {path} does not exist")
@@ -461,11 +487,11 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _write_csv(file: Path, rows: Sequence[Mapping]) -> None:
+def _write_csv(file: Path, result: Evaluation) -> None:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS)
     writer.writeheader()
-    for row in rows:
+    for row in result.rows:
         value = row["label"]
         label = value if np.isscalar(value) else "+".join(str(part) for part in value)
         writer.writerow({**row, "label": label})

@@ -18,13 +18,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 
 from unetrpp.dataset import Case
-from unetrpp.files import write_json
+from unetrpp.extras import names_extra
+from unetrpp.faults import in_words
+from unetrpp.options import checked, choice, read_path, refusal
+from unetrpp.prediction_output import check_folder, check_kind, is_done
+from unetrpp.prediction_record import PredictionRecord
 from unetrpp.volumes import case_name, is_nifti, nifti_files, write_labels
 
 if TYPE_CHECKING:
@@ -34,7 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Prediction", "predict_cases", "predict_volume", "run_predict"]
 
+Precision = Literal["fp32", "bf16"]
 
+
+@names_extra
 @torch.no_grad()
 def predict_volume(
     model: torch.nn.Module,
@@ -44,7 +51,7 @@ def predict_volume(
     overlap: float = 0.5,
     mirror: bool = False,
     batch_size: int = 2,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     stitch_device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Class probabilities of a volume: sum_w g_w softmax(model(window_w)) / sum_w g_w.
@@ -69,7 +76,7 @@ def predict_volume(
         Probabilities (1, K, X, Y, Z), float32, on stitch_device.
 
     Raises:
-        ValueError: image is not a batch of one volume, or overlap is out of range.
+        ValueError: image is not a batch of one volume, or an option is out of range.
     """
     from monai.inferers import sliding_window_inference
 
@@ -77,7 +84,8 @@ def predict_volume(
         raise ValueError(
             f"predict_volume: image must be one volume (1, C, X, Y, Z), got {tuple(image.shape)}"
         )
-    _check_overlap("predict_volume", overlap)
+    sizes = {"patch_size": patch_size, "batch_size": batch_size}
+    _check_options("predict_volume", precision, overlap=overlap, **sizes)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     axes = (2, 3, 4)
     flips = [f for n in range(4) for f in itertools.combinations(axes, n)] if mirror else [()]
@@ -116,11 +124,10 @@ def predict_volume(
         model.train(was_training)
 
 
-def _check_overlap(function: str, overlap: float) -> None:
-    if not 0 <= overlap < 1:
-        raise ValueError(
-            f"{function}: overlap must be at least 0 and below 1, got {overlap}; 0.5 is usual"
-        )
+def _check_options(function: str, precision: str, **options: Any) -> dict[str, Any]:
+    if precision not in get_args(Precision):
+        raise ValueError(refusal(f"{function}: precision", choice(Precision), precision))
+    return checked(f"{function}: ", options)
 
 
 @dataclass
@@ -133,26 +140,30 @@ class Prediction:
             well, otherwise a command should end with a non-zero exit code.
         seconds: case name to the wall-clock time from reading to writing.
         inputs: case name to the files it was read from, for the predicted cases.
+        skipped: case name to the label map that was there already, with skip_existing.
     """
 
     outputs: dict[str, Path] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, list[Path]] = field(default_factory=dict)
+    skipped: dict[str, Path] = field(default_factory=dict)
 
 
+@names_extra
 def run_predict(
-    inputs: list[Path],
-    output: Path,
-    checkpoint: Path,
+    inputs: Sequence[Path | str] | Path | str,
+    output: Path | str,
+    checkpoint: Path | str,
     *,
     overlap: float = 0.5,
     mirror: bool = False,
     batch_size: int = 2,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     overwrite: bool = False,
     check_affine: bool = False,
+    skip_existing: bool = False,
     quiet: bool = False,
 ) -> Prediction:
     """Segment NIfTI volumes with a trained checkpoint.
@@ -174,25 +185,30 @@ def run_predict(
         overwrite: Replace label maps that exist; without it such a case is an error.
         check_affine: Refuse a channel that lies elsewhere than the first one; if not given, it is
             used voxel by voxel, with a warning that says how many mm.
+        skip_existing: Leave label maps that exist, and do the others; one that cannot be read is
+            made again.
         quiet: Print nothing.
 
     Returns:
         Outputs, failures and timing. A folder also gets prediction.json with these, the class
-        names and the options.
+        names and the options; it is written after each volume, and keeps what was done before.
 
     Raises:
         FileNotFoundError: no input at all.
         ValueError: two inputs would be written to the same place, an output would replace an
-            input, overlap is out of range, the device is unknown, or the checkpoint holds no
-            preprocessing.
+            input, an option is out of range, the device is unknown, the checkpoint holds no
+            preprocessing, or the folder holds label maps of another checkpoint or option.
     """
     from unetrpp.checkpoint import load_checkpoint
 
-    _check_overlap("run_predict", overlap)
+    options = {"overlap": overlap, "batch_size": batch_size, "checkpoint": checkpoint}
+    checkpoint = Path(_check_options("run_predict", precision, **options)["checkpoint"])
+    paths = _paths(inputs)
     loaded = load_checkpoint(checkpoint)
     failures: dict[str, str] = {}
     channels = len(_preprocessing("run_predict", checkpoint, loaded[1]).channels)
-    cases = _collect([Path(path) for path in inputs], channels, failures)
+    cases = _collect(paths, channels, failures)
+    check_folder(output, paths)
     return predict_cases(
         cases,
         output,
@@ -204,24 +220,27 @@ def run_predict(
         precision=precision,
         overwrite=overwrite,
         check_affine=check_affine,
+        skip_existing=skip_existing,
         quiet=quiet,
         loaded=loaded,
         failures=failures,
     )
 
 
+@names_extra
 def predict_cases(
     cases: Sequence[Case],
-    output: Path,
-    checkpoint: Path,
+    output: Path | str,
+    checkpoint: Path | str,
     *,
     overlap: float = 0.5,
     mirror: bool = False,
     batch_size: int = 2,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     overwrite: bool = False,
     check_affine: bool = False,
+    skip_existing: bool = False,
     quiet: bool = False,
     loaded: tuple[torch.nn.Module, dict] | None = None,
     failures: Mapping[str, str] | None = None,
@@ -232,8 +251,8 @@ def predict_cases(
         cases: what `unetrpp.dataset.find_cases` returns; the labels are not read.
         output: folder for the label maps, NAME.nii.gz each; or the name of one, for one case.
         checkpoint: checkpoint folder of a training run.
-        overlap, mirror, batch_size, device, precision, overwrite, check_affine, quiet: as in
-            `run_predict`.
+        overlap, mirror, batch_size, device, precision, overwrite, check_affine, skip_existing,
+            quiet: as in `run_predict`.
         loaded: what `load_checkpoint` returned for the checkpoint, if it was read already.
         failures: what is known to have failed already, to be reported with the rest.
 
@@ -242,15 +261,23 @@ def predict_cases(
 
     Raises:
         ValueError: two cases would be written to the same place, an output would replace an
-            input, overlap is out of range, the device is unknown, or the checkpoint holds no
-            preprocessing.
+            input, an option is out of range, the device is unknown, the checkpoint holds no
+            preprocessing, or the folder holds label maps of another checkpoint or option.
     """
     from tqdm import tqdm
 
     from unetrpp.checkpoint import load_checkpoint
     from unetrpp.preprocessing import inference_transforms
 
-    _check_overlap("predict_cases", overlap)
+    options = {"overlap": overlap, "batch_size": batch_size}
+    paths = {"output": output, "checkpoint": checkpoint}
+    given = _check_options("predict_cases", precision, **options, **paths)
+    output, checkpoint = Path(given["output"]), Path(given["checkpoint"])
+    if overwrite and skip_existing:
+        raise ValueError(
+            "predict takes --overwrite or --skip_existing, not both: one replaces label maps that "
+            "exist, the other leaves them"
+        )
     result = Prediction(failures=dict(failures or {}))
     torch_device = _device(device)
     model, config = loaded or load_checkpoint(checkpoint)
@@ -259,17 +286,37 @@ def predict_cases(
         replace(case, images=tuple(Path(image).absolute() for image in case.images), label=None)
         for case in cases
     ]
-    targets = _targets(cases, Path(output))
+    targets = _targets(cases, output)
+    is_file = is_nifti(output)
+    check_kind(output, is_file)
+    used = {
+        "overlap": overlap,
+        "mirror": mirror,
+        "device": str(torch_device),
+        "precision": precision,
+    }
+    record = PredictionRecord(
+        None if is_file else output,
+        checkpoint,
+        preprocessing.to_dict(),
+        used,
+        overwrite=overwrite,
+    )
     model.to(torch_device)
 
-    folder = Path(output) if not is_nifti(Path(output)) else Path(output).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    (output.parent if is_file else output).mkdir(parents=True, exist_ok=True)
+    unwritten = record.save(result.failures)
     for case in tqdm(cases, desc="predict", unit="volume", disable=True if quiet else None):
         start = time.perf_counter()
         target = targets[case.name]
         try:
-            if target.exists() and not overwrite:
-                raise FileExistsError(f"{target} exists; --overwrite replaces it")
+            if skip_existing and is_done(target, case.images[0]):
+                result.skipped[case.name] = target
+                continue
+            if target.exists() and not (overwrite or skip_existing):
+                raise FileExistsError(
+                    f"{target} exists; --overwrite replaces it, --skip_existing leaves it"
+                )
             labels = _predict_case(
                 model,
                 case,
@@ -280,31 +327,43 @@ def predict_cases(
                 batch_size=batch_size,
                 precision=precision,
             )
+            record.forget(case.name)
             write_labels(target, labels, case.images[0])
+        except ModuleNotFoundError:
+            raise
         except Exception as error:  # whatever one file does, the others are still done
-            result.failures[str(case.images[0])] = _reason(error)
-            continue
-        result.inputs[case.name], result.outputs[case.name] = list(case.images), target
-        result.seconds[case.name] = time.perf_counter() - start
+            result.failures[str(case.images[0])] = in_words(error, "predict")
+        else:
+            seconds = time.perf_counter() - start
+            result.inputs[case.name], result.outputs[case.name] = list(case.images), target
+            result.seconds[case.name] = seconds
+            record.add(case.name, case.images, target, seconds)
+        unwritten = record.save(result.failures)
+    if unwritten is not None:
+        result.failures[str(record.file)] = unwritten
 
-    if folder == Path(output):
-        options = {
-            "overlap": overlap,
-            "mirror": mirror,
-            "device": str(torch_device),
-            "precision": precision,
-        }
-        _write_record(folder / "prediction.json", result, checkpoint, config, options)
     if not quiet:
         for name, reason in result.failures.items():
             # Most reasons name the file themselves.
             print(f"FAILED {reason}" if name in reason else f"FAILED {name}: {reason}")
-        seconds = sum(result.seconds.values())
+        there = f", {len(result.skipped)} were there already" if result.skipped else ""
         print(
-            f"{len(result.outputs)} volumes predicted in {seconds:.1f} s, "
-            f"{len(result.failures)} failed; label maps in {output}"
+            f"{len(result.outputs)} volumes predicted in {sum(result.seconds.values()):.1f} s, "
+            f"{len(result.failures)} failed{there}; label maps in {output}"
         )
     return result
+
+
+def _paths(inputs: Sequence[Path | str] | Path | str) -> list[Path]:
+    """The inputs as paths, one path being a list of one."""
+    listed = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    try:
+        return [read_path(path) for path in listed]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"run_predict: inputs must be paths of NIfTI files or folders, got {listed}; leave out "
+            "what is empty"
+        ) from None
 
 
 def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -> Preprocessing:
@@ -471,24 +530,3 @@ def _stitch_device(model: torch.nn.Module, values: int) -> torch.device:
         if 3 * 4 * values > free / 2:
             return torch.device("cpu")
     return device
-
-
-def _reason(error: Exception) -> str:
-    expected = (ValueError, OSError, RuntimeError)
-    text = str(error) or type(error).__name__
-    return text if isinstance(error, expected) else f"{type(error).__name__}: {text}"
-
-
-def _write_record(
-    file: Path, result: Prediction, checkpoint: Path, config: dict, options: dict
-) -> None:
-    record = {
-        "checkpoint": str(checkpoint),
-        "labels": config["preprocessing"]["labels"],
-        "options": options,
-        "inputs": {name: [str(path) for path in paths] for name, paths in result.inputs.items()},
-        "outputs": {name: str(path) for name, path in result.outputs.items()},
-        "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
-        "failures": result.failures,
-    }
-    write_json(file, record)

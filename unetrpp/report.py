@@ -21,10 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from unetrpp.extras import names_extra
+from unetrpp.faults import in_words
 from unetrpp.files import read_json, write_text
+from unetrpp.options import checked
 from unetrpp.report_pictures import BACKGROUND, PALETTE, color_of, overlay
-from unetrpp.run_folder import read_config, read_metrics
-from unetrpp.volumes import UnusableVolume
+from unetrpp.report_sources import Sources, number, read_scores
+from unetrpp.report_style import STYLE
+from unetrpp.run_folder import read_config
 
 __all__ = ["score_validation", "write_report"]
 
@@ -37,19 +41,20 @@ CHOSEN_ON_THEM = (
 SCORES = (("dice", "Dice", 4), ("hd95_voxels", "HD95 voxels", 2), ("hd95_mm", "HD95 mm", 2))
 
 
+@names_extra
 def write_report(
-    run: Path,
-    evaluation: Path | None = None,
+    run: Path | str,
+    evaluation: Path | str | None = None,
     *,
-    output: Path | None = None,
+    output: Path | str | None = None,
     title: str | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
     """Write a self-contained HTML report of a training run.
 
-    Whatever is missing (no curves yet, no scores, volumes that have moved) is left out, and the
-    report says so. RUN/best was chosen by its Dice on the held-out cases: where those are the
-    scored ones, the report says that too.
+    Whatever is missing or damaged (no curves yet, no scores, volumes that have moved) is left out,
+    and the report says so. RUN/best was chosen by its Dice on the held-out cases: where those are
+    the scored ones, the report says that too.
 
     Args:
         run: Folder of a training run.
@@ -64,34 +69,51 @@ def write_report(
 
     Raises:
         FileNotFoundError: there is no such run folder, or no scores.json in evaluation.
+        ValueError: evaluation's scores.json is damaged, or output is no name of a page.
     """
-    run = Path(run)
+    paths = {"run": run, "evaluation": evaluation, "output": output}
+    given = checked("write_report: ", {k: v for k, v in paths.items() if v is not None})
+    run = Path(given["run"])
+    evaluation = Path(given["evaluation"]) if evaluation is not None else None
+    output = Path(given["output"]) if output is not None else run / "report.html"
+    # Any other file that is there may be data.
+    if output.is_dir() or output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(
+            "write_report: output must be the name of a page, NAME.html, and no folder; got "
+            f"{output}"
+        )
     if not run.is_dir():
-        raise FileNotFoundError(f"write_report: the run folder {run} does not exist")
+        what = "is a file" if run.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"write_report: the run folder {run} {what}; name a folder of train"
+        )
+    unscored = []
     if evaluation is None:
-        evaluation = score_validation(run)
-    elif not (Path(evaluation) / "scores.json").is_file():
+        try:
+            evaluation = score_validation(run)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # curves and settings are worth a page all the same
+            unscored = [f"The held-out cases could not be scored: {in_words(error, 'report')}"]
+    elif not (evaluation / "scores.json").is_file():
         raise FileNotFoundError(
             f"write_report: {evaluation} holds no scores.json; write it with unetrpp evaluate"
         )
-    records = read_metrics(run)
-    steps = [record for record in records if "loss" in record]
-    validations = [record for record in records if "val_dice" in record]
-    scores = _read_json(Path(evaluation) / "scores.json") if evaluation is not None else {}
-    prediction = _prediction_record(scores)
-    plan = _read_json(run / "plan.json")
+    scores = read_scores(evaluation / "scores.json") if evaluation is not None else {}
+    found = Sources(run, scores)
 
     sections = [
-        _tiles(steps, validations, scores, prediction),
-        _choice(scores, prediction, plan),
-        _section("Training", _curves(steps, validations)),
+        _tiles(found, scores),
+        _choice(found, scores),
+        _section("Training", _curves(found.steps, found.validations)),
         _section("Scores", _score_tables(scores)),
-        _section("Pictures", _pictures(scores, prediction)),
-        _section("Settings", _settings(run, plan, prediction)),
+        _section("Pictures", _pictures(scores, found.prediction)),
+        _section("Settings", _settings(found)),
     ]
     heading = html.escape(title or f"Run {run.absolute().name}")
     notes = "".join(
-        f"<p class='note'>{html.escape(note)}</p>" for note in [*notes, *_reconstruction(plan)]
+        f"<p class='note'>{html.escape(note)}</p>"
+        for note in [*notes, *_reconstruction(found.model), *unscored, *found.damaged]
     )
     written = time.strftime("%Y-%m-%d %H:%M")
     page = (
@@ -102,12 +124,13 @@ def write_report(
         f"<p class='muted'>Training report, written {written}</p></header>{notes}"
         f"{''.join(sections)}</main></body></html>\n"
     )
-    output = Path(output) if output is not None else run / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, page)
+    # A file's name that is not UTF-8 is shown with escapes.
+    write_text(output, page.encode("utf-8", "backslashreplace").decode("utf-8"))
     return output
 
 
+@names_extra
 def score_validation(run: Path) -> Path | None:
     """Predict the held-out cases of a run with RUN/best and score them into RUN/validation.
 
@@ -125,11 +148,10 @@ def score_validation(run: Path) -> Path | None:
     folder, best = run / "validation", run / "best" / "model.safetensors"
     config = read_config(run)
     data, check_affine = config.get("data"), bool(config.get("check_affine"))
-    held_out = _read_json(run / "plan.json").get("split", {}).get("validation", [])
+    held_out = Sources(run, {}).names("validation")
     if not best.is_file() or not held_out or data is None or not Path(data).is_dir():
         return None
-    scores = folder / "scores.json"
-    if scores.is_file() and scores.stat().st_mtime >= best.stat().st_mtime:
+    if _is_scored(folder / "scores.json", best):
         return folder
     # As dataset.json lists them: no file's name need say which case or channel it belongs to.
     cases = [case for case in find_cases(data) if case.name in held_out]
@@ -138,7 +160,7 @@ def score_validation(run: Path) -> Path | None:
     )
     labels = {case.name: case.label for case in cases if case.label is not None}
     pairs = {name: (file, labels[name]) for name, file in predicted.outputs.items()}
-    named = _read_json(run / "best" / "config.json")["preprocessing"]["labels"]
+    named = read_json(run / "best" / "config.json")["preprocessing"]["labels"]
     classes = {name: value for name, value in named.items() if value}
     evaluate_pairs(
         pairs,
@@ -150,62 +172,66 @@ def score_validation(run: Path) -> Path | None:
     return folder
 
 
-def _read_json(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
-
-
-def _prediction_record(scores: Mapping) -> dict:
-    """prediction.json from beside the predicted label maps, if it is there."""
-    files = next(iter(scores.get("files", {}).values()), None)
-    return _read_json(Path(files["prediction"]).parent / "prediction.json") if files else {}
+def _is_scored(scores: Path, best: Path) -> bool:
+    """Whether whole scores are there, and no older than the checkpoint."""
+    if not scores.is_file() or scores.stat().st_mtime < best.stat().st_mtime:
+        return False
+    try:
+        read_scores(scores)
+    except ValueError:
+        return False
+    return True
 
 
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
 
 
-def _tiles(
-    steps: Sequence[Mapping], validations: Sequence[Mapping], scores: Mapping, prediction: Mapping
-) -> str:
+def _tiles(found: Sources, scores: Mapping) -> str:
+    steps, validations = found.steps, found.validations
     tiles = []
     rows = scores.get("rows", [])
     if rows:
         mean = scores["summary"]["mean"]
         cases = len({row["case"] for row in rows})
         noun = "case" if cases == 1 else "cases"
-        tiles.append(("Mean Dice", _number(mean["dice"]["mean"], 4), f"{cases} {noun}"))
-        tiles.append(("Mean HD95", f"{_number(mean['hd95_mm']['mean'], 2)} mm", "where defined"))
+        tiles.append(("Mean Dice", _number(mean["dice"].get("mean"), 4), f"{cases} {noun}"))
+        tiles.append(
+            ("Mean HD95", f"{_number(mean['hd95_mm'].get('mean'), 2)} mm", "where defined")
+        )
     if validations:
         best = max(validations, key=lambda record: record["val_dice"])
         tiles.append(("Best validation Dice", _number(best["val_dice"], 4), f"step {best['step']}"))
     if steps:
-        seconds = max(r.get("seconds", 0) for r in [*steps, *validations])
+        known = [number(r.get("seconds")) for r in [*steps, *validations]]
+        seconds = max((value for value in known if not np.isnan(value)), default=0.0)
         tiles.append(("Training", _duration(seconds), f"{steps[-1]['step']} steps"))
-    if prediction.get("seconds"):
-        seconds = list(prediction["seconds"].values())
-        tiles.append(("Prediction", f"{np.mean(seconds):.1f} s", "per volume"))
+    if found.prediction.get("seconds"):
+        times = [number(value) for value in found.prediction["seconds"].values()]
+        tiles.append(("Prediction", f"{_mean(times):.1f} s", "per volume"))
     if not tiles:
         return "<p class='note'>This run has neither curves nor scores yet.</p>"
     cells = "".join(
-        f"<div class='tile'><span>{name}</span><b>{value}</b><span>{detail}</span></div>"
+        f"<div class='tile'><span>{name}</span><b>{value}</b><span>{html.escape(detail)}</span>"
+        "</div>"
         for name, value, detail in tiles
     )
     return f"<div class='tiles'>{cells}</div>"
 
 
-def _choice(scores: Mapping, prediction: Mapping, plan: Mapping) -> str:
+def _choice(found: Sources, scores: Mapping) -> str:
     """Says so where the scored checkpoint was chosen by its score on the scored cases."""
-    held_out = set(plan.get("split", {}).get("validation", []))
     scored = {row["case"] for row in scores.get("rows", [])}
-    by_best = Path(prediction.get("checkpoint", "")).name == "best"
-    return f"<p class='note'>{CHOSEN_ON_THEM}</p>" if by_best and scored & held_out else ""
+    by_best = Path(found.prediction.get("checkpoint", "")).name == "best"
+    on_them = by_best and scored & set(found.names("validation"))
+    return f"<p class='note'>{CHOSEN_ON_THEM}</p>" if on_them else ""
 
 
-def _reconstruction(plan: Mapping) -> list[str]:
+def _reconstruction(model: Any) -> list[str]:
     """The sentence that says so of a network that was not published as a whole."""
     from unetrpp.models import MODELS, RECONSTRUCTION
 
-    network = MODELS.get(plan.get("plan", {}).get("model", {}).get("name"))
+    network = MODELS.get(model) if isinstance(model, str) else None
     if network is None or not network.is_reconstruction:
         return []
     return [f"{network.__name__}, the network of this run, is {RECONSTRUCTION}."]
@@ -217,13 +243,13 @@ def _curves(steps: Sequence[Mapping], validations: Sequence[Mapping]) -> str:
         return "<p class='muted'>There are no training curves in this run's folder.</p>"
     figures = []
     figure, axes = _axes("Training loss")
-    number = np.array([record["step"] for record in steps])
+    step = np.array([record["step"] for record in steps])
     loss = np.array([record["loss"] for record in steps], float)
-    axes.plot(number, loss, color=PALETTE[1], alpha=0.3, linewidth=0.8)
+    axes.plot(step, loss, color=PALETTE[1], alpha=0.3, linewidth=0.8)
     window = max(1, len(loss) // 40)
     if window > 1:
         kernel = np.ones(window) / window
-        middle = number[window // 2 : window // 2 + len(loss) - window + 1]
+        middle = step[window // 2 : window // 2 + len(loss) - window + 1]
         axes.plot(middle, np.convolve(loss, kernel, "valid"), color=PALETTE[1], linewidth=2)
     axes.set_ylim(0, max(np.percentile(loss, 99.5) * 1.05, 1e-6))
     figures.append(_svg(figure))
@@ -233,7 +259,7 @@ def _curves(steps: Sequence[Mapping], validations: Sequence[Mapping]) -> str:
         scored = [record["step"] for record in validations]
         names = list(validations[-1].get("val_dice_per_class", {}))
         for index, name in enumerate(names):
-            values = [record["val_dice_per_class"].get(name) for record in validations]
+            values = [number(record["val_dice_per_class"].get(name)) for record in validations]
             axes.plot(
                 scored,
                 values,
@@ -294,14 +320,14 @@ def _score_tables(scores: Mapping) -> str:
     for name, entry in [*summary["classes"].items(), ("mean of classes", summary["mean"])]:
         is_mean = entry is summary["mean"]
         cells = "".join(
-            f"<td>{_number(entry[key]['mean'], digits)}</td>"
-            f"<td class='muted'>{_number(entry[key]['median'], digits)}</td>"
+            f"<td>{_number(entry[key].get('mean'), digits)}</td>"
+            f"<td class='muted'>{_number(entry[key].get('median'), digits)}</td>"
             for key, _, digits in SCORES
         )
-        cases = "" if is_mean else entry["dice"]["n"]
+        cases = "" if is_mean else entry["dice"].get("n")
         body += (
-            f"<tr{' class=total' if is_mean else ''}><th>{html.escape(name)}</th>{cells}"
-            f"<td>{cases}</td><td>{entry['hd95_mm']['undefined']}</td></tr>"
+            f"<tr{' class=total' if is_mean else ''}><th>{_text(name)}</th>{cells}"
+            f"<td>{_text(cases)}</td><td>{_text(entry['hd95_mm'].get('undefined'))}</td></tr>"
         )
     table = (
         f"<div class='scroll'><table><thead><tr><th></th>{head}<th></th><th></th></tr>"
@@ -310,8 +336,7 @@ def _score_tables(scores: Mapping) -> str:
     )
     definitions = scores.get("definitions", {})
     explained = "".join(
-        f"<li><b>{label}</b>: {html.escape(definitions.get(key, ''))}</li>"
-        for key, label, _ in SCORES
+        f"<li><b>{label}</b>: {_text(definitions.get(key, ''))}</li>" for key, label, _ in SCORES
     )
     return (
         table
@@ -327,8 +352,9 @@ def _case_table(rows: Sequence[Mapping]) -> str:
         for row in (row for row in rows if row["case"] == case):
             cells = "".join(f"<td>{_number(row[key], digits)}</td>" for key, _, digits in SCORES)
             body += (
-                f"<tr><th>{html.escape(case)}</th><td class='text'>{html.escape(row['class'])}</td>"
-                f"{cells}<td>{row['reference_voxels']}</td><td>{row['prediction_voxels']}</td></tr>"
+                f"<tr><th>{_text(case)}</th><td class='text'>{_text(row['class'])}</td>"
+                f"{cells}<td>{_text(row['reference_voxels'])}</td>"
+                f"<td>{_text(row['prediction_voxels'])}</td></tr>"
             )
     head = "".join(f"<th>{label}</th>" for _, label, _ in SCORES)
     return (
@@ -340,14 +366,19 @@ def _case_table(rows: Sequence[Mapping]) -> str:
 
 def _failures(scores: Mapping) -> str:
     items = "".join(
-        f"<li>{'' if name in reason else f'<b>{html.escape(name)}</b>: '}{html.escape(reason)}</li>"
+        f"<li>{'' if name in str(reason) else f'<b>{_text(name)}</b>: '}{_text(reason)}</li>"
         for name, reason in scores.get("failures", {}).items()
     )
     return f"<p class='note'>Not scored:</p><ul>{items}</ul>" if items else ""
 
 
 def _case_dice(rows: Sequence[Mapping], case: str) -> float:
-    return float(np.mean([row["dice"] for row in rows if row["case"] == case]))
+    return _mean([number(row["dice"]) for row in rows if row["case"] == case])
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _ranked(rows: Sequence[Mapping]) -> list[str]:
@@ -371,25 +402,34 @@ def _pictures(scores: Mapping, prediction: Mapping) -> str:
     shown = ""
     for name, place in places.items():
         case = ranked[place]
-        files = scores["files"][case]
+        files = scores.get("files", {}).get(case)
+        if files is None:
+            shown += f"<p class='muted'>{_text(case)}: scores.json names no files of it.</p>"
+            continue
         images = prediction.get("inputs", {}).get(case)
-        missing = [f for f in [*files.values(), *(images or [])] if not Path(f).is_file()]
+        images = [str(image) for image in images] if isinstance(images, list) else []
+        missing = [f for f in [*files.values(), *images] if not Path(f).is_file()]
         if missing:
-            shown += f"<p class='muted'>{html.escape(case)}: {html.escape(missing[0])} is gone.</p>"
+            shown += f"<p class='muted'>{_text(case)}: {_text(missing[0])} is gone.</p>"
             continue
         try:
             picture = overlay(images[0] if images else None, files, classes)
-        except UnusableVolume as error:
-            shown += f"<p class='muted'>{html.escape(case)}: {html.escape(str(error))}</p>"
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # one volume that cannot be drawn leaves the page whole
+            why = _text(in_words(error, "report"))
+            shown += f"<p class='muted'>{_text(case)}: no picture ({why}).</p>"
             continue
         dice = ", ".join(
-            f"{html.escape(row['class'])} {row['dice']:.3f}" for row in rows if row["case"] == case
+            f"{_text(row['class'])} {_number(row['dice'], 3)}"
+            for row in rows
+            if row["case"] == case
         )
         shown += (
-            f"<figure class='picture'><figcaption><b>{html.escape(case)}</b> "
-            f"<span class='badge'>{name}</span> mean Dice {_case_dice(rows, case):.4f} "
+            f"<figure class='picture'><figcaption><b>{_text(case)}</b> "
+            f"<span class='badge'>{name}</span> mean Dice {_number(_case_dice(rows, case), 4)} "
             f"<span class='muted'>({dice})</span></figcaption>"
-            f"<div><img alt='{html.escape(case)}: three slices with reference and prediction' "
+            f"<div><img alt='{_text(case)}: three slices with reference and prediction' "
             f"src='data:image/png;base64,{base64.b64encode(picture).decode()}'></div></figure>"
         )
     legend = _legend(
@@ -407,32 +447,30 @@ def _pictures(scores: Mapping, prediction: Mapping) -> str:
 def _legend(entries: Sequence[tuple[str, str]], more: str = "") -> str:
     items = "".join(
         f"<span><i style='background:{'var(--ink)' if color == 'ink' else color}'></i>"
-        f"{html.escape(name)}</span>"
+        f"{_text(name)}</span>"
         for name, color in entries
     )
     return f"<div class='legend'>{items}{more}</div>"
 
 
-def _settings(run: Path, plan: Mapping, prediction: Mapping) -> str:
+def _settings(found: Sources) -> str:
     parts = []
-    config = run / "config.yaml"
-    reasons = plan.get("plan", {}).get("reasons", [])
-    if reasons:
-        items = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
+    reasons = found.plan.get("reasons")
+    if isinstance(reasons, list) and reasons:
+        items = "".join(f"<li>{_text(reason)}</li>" for reason in reasons)
         parts.append(f"<p>What was proposed from the data, and why:</p><ul>{items}</ul>")
-    split = plan.get("split", {})
-    if split:
+    if found.split:
         parts.append(
-            f"<p>{len(split.get('training', []))} cases to train on, "
-            f"{len(split.get('validation', []))} held out.</p>"
+            f"<p>{len(found.names('training'))} cases to train on, "
+            f"{len(found.names('validation'))} held out.</p>"
         )
-    if config.is_file():
+    if found.config is not None:
         parts.append(
             "<details><summary>Configuration</summary>"
-            f"<pre>{html.escape(config.read_text(encoding='utf-8'))}</pre></details>"
+            f"<pre>{html.escape(found.config)}</pre></details>"
         )
-    if prediction:
-        shown = {"checkpoint": prediction.get("checkpoint"), **prediction.get("options", {})}
+    if found.prediction:
+        shown = {"checkpoint": found.prediction["checkpoint"], **found.prediction["options"]}
         lines = "\n".join(f"{key}: {value}" for key, value in shown.items())
         parts.append(
             f"<details><summary>Prediction</summary><pre>{html.escape(lines)}</pre></details>"
@@ -462,8 +500,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "&ndash;" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+def _number(value: Any, digits: int) -> str:
+    """A number for the page; what else stands in its place is shown as text."""
+    if value is None or not np.isnan(number(value)):
+        return "&ndash;" if value is None else f"{number(value):.{digits}f}"
+    return "&ndash;" if isinstance(value, float) else _text(value)
+
+
+def _text(value: Any) -> str:
+    """Any value as text of the page, without markup."""
+    return html.escape(str(value))
 
 
 def _duration(seconds: float) -> str:
@@ -472,56 +518,3 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--muted:#66707c;--line:#e3e7ec;--page:#f6f7f9;
---card:#fff;--note:#fff7e0;--noteline:#e0b93a}
-@media (prefers-color-scheme:dark){:root{--ink:#e8ebef;--muted:#98a2ae;--line:#2c323a;
---page:#14171a;--card:#1c2024;--note:#2b2613;--noteline:#8a7326}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 20px 64px}
-h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.02em}
-h2{font-size:18px;margin:0 0 14px;letter-spacing:-.01em}
-p{margin:0 0 12px}
-.muted{color:var(--muted)}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:22px;
-margin-top:20px}
-.note{background:var(--note);border-left:3px solid var(--noteline);border-radius:6px;
-padding:10px 14px;margin:12px 0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;
-margin-top:20px}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px;
-display:flex;flex-direction:column}
-.tile b{font-size:25px;line-height:1.3;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
-.tile span{color:var(--muted);font-size:13px}
-.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:20px}
-figure{margin:0}
-svg text{font-family:inherit;fill:var(--ink)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;margin:6px 0 14px}
-.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;
-vertical-align:-1px}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:6px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:500}
-thead th{color:var(--muted);font-size:13px;font-weight:500}
-tr>:first-child,.text{text-align:left}
-.total th,.total td{font-weight:650;border-bottom:none}
-details{margin-top:12px}
-summary{cursor:pointer;color:var(--muted)}
-ul{padding-left:20px;margin:8px 0}
-pre{overflow-x:auto;font-size:13px;line-height:1.45;background:var(--page);
-border:1px solid var(--line);border-radius:8px;padding:12px}
-.picture{margin-top:18px}
-.picture div{background:var(--picture);border-radius:10px;padding:6px;margin-top:8px;
-text-align:center}
-.picture img{max-width:100%;height:auto;display:block;margin:0 auto}
-.legend .line{background:none;border:2px solid var(--muted)}
-.legend .fill{background:var(--muted);opacity:.6}
-.badge{border:1px solid var(--line);border-radius:20px;padding:1px 9px;font-size:12px;
-margin:0 4px;color:var(--muted)}
-@media print{body{background:#fff}section,.tile{break-inside:avoid}}
-"""

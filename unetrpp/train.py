@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from unetrpp.extras import names_extra
 from unetrpp.folder_lock import held
 from unetrpp.processes import Signals, agreed, launch, reduced
 from unetrpp.run_folder import (
@@ -69,6 +70,7 @@ class Interrupted(Exception):
         self.is_main = is_main
 
 
+@names_extra
 def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None = None) -> dict:
     """Train as configured, or resume.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from unetrpp.losses import Loss
 from unetrpp.models import MODELS, find_model
+from unetrpp.options import checked, choice, refusal
 from unetrpp.run_folder import CONFIG, read_config
 
 __all__ = ["SHORT", "ResolvedConfig", "TrainConfig", "is_decayed", "resolved", "resumed"]
@@ -139,6 +140,7 @@ IDLE = (
     ("warm_up", "schedule", "poly"),
     ("mirror", "augmentation", "none"),
 )
+_DEFAULTS = vars(TrainConfig())
 # These change where and how fast a run goes on, not what it computes.
 RESUMABLE = ("data", "accelerator", "workers", "cache", "save_minutes", "report")
 
@@ -147,11 +149,18 @@ def resolved(config: TrainConfig) -> ResolvedConfig:
     """Fill in what the recipe and the machine decide where the user did not.
 
     Raises:
-        ValueError: no data or output folder, no such model, both steps and minutes, an option
-            without effect, or bf16 without a GPU.
+        ValueError: no data or output folder, a value out of its option's range, both steps and
+            minutes, an option without effect, or a device that is not there.
     """
+    config = _checked(config)
     if config.data is None or config.output is None:
         raise ValueError("train needs --data DIR and --output RUN (or --resume RUN)")
+    if config.output.exists() and not config.output.is_dir():
+        raise ValueError(f"--output {config.output} is a file; name a new folder for the run")
+    if config.output.resolve() == config.data.resolve():
+        raise ValueError(
+            f"--data and --output are both {config.data}; name a new folder for the run"
+        )
     model, preset = find_model(config.model, config.preset, "--model")
     if config.minutes is not None and config.steps is not None:
         raise ValueError("train takes --steps or --minutes, not both")
@@ -174,8 +183,8 @@ def resolved(config: TrainConfig) -> ResolvedConfig:
     _check_precision(config, "use --precision 32-true")
     chosen["model"], chosen["preset"] = model, preset
     # Absolute, because a run may be resumed from another folder.
-    chosen["data"] = Path(config.data).absolute()
-    chosen["output"] = Path(config.output)
+    _check_machine(config)
+    chosen["data"] = config.data.absolute()
     return ResolvedConfig(**{**vars(config), **chosen})
 
 
@@ -188,6 +197,39 @@ def is_decayed(config: ResolvedConfig, name: str, parameter: torch.nn.Parameter)
         return MODELS[config.model].is_decayed(name, parameter)
     # Decay pulls a norm's scale or a temperature (H, 1, 1) to zero, where it means nothing.
     return parameter.ndim > 1 and "temperature" not in name
+
+
+def _checked(config: TrainConfig, prefix: str = "--") -> TrainConfig:
+    """The options as plain Python values, or an error that names the first that is out of range."""
+    given = vars(config)
+    values = {k: v for k, v in given.items() if v is not None or _DEFAULTS[k] is not None}
+    for name, hint in get_type_hints(TrainConfig).items():
+        words = next((h for h in (hint, *get_args(hint)) if get_origin(h) is Literal), None)
+        if words is None or name not in values or values[name] in get_args(words):
+            continue
+        raise ValueError(refusal(prefix + name, choice(words), values[name]))
+    config = TrainConfig(**{**given, **checked(prefix, values)})
+    if config.fold >= config.folds:
+        raise ValueError(
+            f"{prefix}fold must lie in 0..{config.folds - 1}, since {prefix}folds is "
+            f"{config.folds}, got {config.fold}; 0 is the first fold"
+        )
+    return config
+
+
+def _check_machine(config: TrainConfig) -> None:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(config.accelerator, True):
+        raise ValueError(
+            f"--accelerator {config.accelerator} needs such a device, and torch {torch.__version__}"
+            " finds none here; use --accelerator auto or cpu"
+        )
+    count = torch.cuda.device_count()
+    if _on_gpu(config) and config.devices > count:
+        raise ValueError(
+            f"--devices must be at most {count}, the GPUs that torch finds here, got "
+            f"{config.devices}; fewer devices, or --accelerator cpu"
+        )
 
 
 def _on_gpu(config: TrainConfig) -> bool:
@@ -233,6 +275,7 @@ def resumed(config: TrainConfig) -> ResolvedConfig:
         FileNotFoundError: no run there. ValueError: its config.yaml is damaged or of a newer
         version, another setting than may change, another output folder, or bf16 without a GPU.
     """
+    config = _checked(config)
     folder = Path(config.resume or "")
     stored = read_config(folder)
     if not stored:

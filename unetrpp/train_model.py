@@ -176,9 +176,7 @@ class Trainee:
             NonFiniteLoss: the loss or the gradients are NaN or infinite; the weights stay.
         """
         config, device = self.config, self.fabric.device
-        # Dropout of this step, the same whether or not the run was interrupted before it.
-        seed = np.random.SeedSequence([config.seed, 2, self.step, self.fabric.global_rank])
-        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(_dropout_seed(config.seed, self.step, self.fabric.global_rank))
         rate = learning_rate_at(
             self.step, total, config.learning_rate, config.schedule, config.warm_up or 0
         )
@@ -254,6 +252,13 @@ class Trainee:
             f"{', '.join(batch['name'])}; the batch is in {path}, all checkpoints are from before. "
             "Look at these cases; else try a lower --learning_rate or --precision 32-true"
         )
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout of a step, the same whether or not the run was interrupted before it."""
+    state = np.random.SeedSequence([seed, 2, step, rank]).generate_state(1, np.uint64)
+    # As Python's integer: NumPy 1.26 shifts no uint64 by one.
+    return int(state[0]) >> 1
 
 
 def _supervise_deeply(model: Any, switch: bool) -> None:
