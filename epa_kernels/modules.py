@@ -131,8 +131,10 @@ class EfficientPairedAttention(nn.Module):
 
         Weights of plain parts are all that they tell, see `parts`.
         """
+        # Not by self.qkvv: that takes a microsecond each, as it is looked up elsewhere first.
+        modules: dict[str, Any] = self._modules
         qkvv, kind, temperature, temperature2 = (
-            self.qkvv, self.kind, self.temperature, self.temperature2
+            modules["qkvv"], self.kind, self.temperature, self.temperature2
         )  # fmt: skip
         if kind == "sum":
             inputs = PairedInputs(
@@ -140,7 +142,8 @@ class EfficientPairedAttention(nn.Module):
                 None, None, None, None,
             )  # fmt: skip
         else:
-            E, F, out_proj, out_proj2 = self.E, self.F, self.out_proj, self.out_proj2
+            E, F = modules["E"], modules["F"]
+            out_proj, out_proj2 = modules["out_proj"], modules["out_proj2"]
             # What the modules are counts: either name may have been given another one since.
             kind = "shared" if E is F else "split"
             F_weight, F_bias = (None, None) if E is F else (F.weight, F.bias)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import flops
 from .backends.gradients import empty_gradient
 from .contract import OPS, Op
 from .torch_private import as_plain, register_autograd
@@ -98,4 +99,5 @@ def register(
         for schema in (name, f"{name}_bwd"):
             run = _on_plain_tensors(getattr(implementation, schema))
             library.impl(schema, run, dispatch_key)
+    flops.register(getattr(torch.ops, library.ns))
     return functions

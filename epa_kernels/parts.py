@@ -83,7 +83,8 @@ def _rate(dropout: Any) -> float:
 
 def rates(layer: "EfficientPairedAttention") -> tuple[float, float]:
     """Dropout of the channel map and of the spatial map, of plain modules."""
-    return _rate(layer.attn_drop), _rate(layer.attn_drop_2)
+    modules = layer._modules
+    return _rate(modules["attn_drop"]), _rate(modules["attn_drop_2"])
 
 
 def reasons(layer: "EfficientPairedAttention") -> list[str]:
