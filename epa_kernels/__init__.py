@@ -2,7 +2,8 @@
 
 from .dispatch import explain, use_backend
 from .functional import channel_attention, paired_attention, spatial_attention
-from .modules import EPA, EfficientPairedAttention, patch_model
+from .modules import EPA, EfficientPairedAttention
+from .patch import patch_model
 from .version import __version__
 
 __all__ = [

@@ -1,5 +1,6 @@
 """`python -m epa_kernels`: versions, and which backend runs where."""
 
+import argparse
 import os
 import platform
 
@@ -9,8 +10,16 @@ from . import EPA, __version__, dispatch
 from .backends import cpu, cuda
 
 
-def main() -> None:
-    """Print the versions and, for each device and op, the table of `explain`."""
+def main(arguments: list[str] | None = None) -> None:
+    """Print the versions and, for each device and op, the table of `explain`.
+
+    Args:
+        arguments: of the command line, sys.argv by default; any ends with exit code 2.
+    """
+    argparse.ArgumentParser(
+        prog="python -m epa_kernels",
+        description="Print versions, and which backend runs on each device. It takes no options.",
+    ).parse_args(arguments)
     print(
         f"epa-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )

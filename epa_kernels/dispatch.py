@@ -2,7 +2,8 @@
 
     CPU tensor                  cpu, where it was built; else two_pass
     CUDA and any other tensor   two_pass; on CUDA, cuda or triton where it is forced
-    under export                reference, since a graph of plain operators runs anywhere
+    where only plain operators  reference: under export, in a transform of torch.func, and for
+    will do                     subclasses of Tensor that decide what an operator does
 
 A backend that is forced, by `use_backend`, the environment variable EPA_KERNELS_BACKEND or the
 `backend` argument, never falls back: it runs or raises with every reason why it cannot.
@@ -18,6 +19,8 @@ from torch import Tensor
 from . import ops, reference
 from .backends import cpu, cuda, triton
 from .contract import AXES, OPS, Call, call_on
+from .subclasses import foreign
+from .torch_private import in_transform
 
 
 class Backend(NamedTuple):
@@ -33,27 +36,30 @@ class Backend(NamedTuple):
     why_not_chosen: Callable[[], list[str]]
 
 
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # the older ONNX exporter traces
-
-
 def _no_reason(*_: object) -> list[str]:
     return []
 
 
-def _exporting() -> list[str]:
-    return ["export in progress: the graph would hold a custom operator"] if _is_exporting() else []
-
-
 def _untried() -> list[str]:
-    return [*_exporting(), "it has not run on a GPU yet, so it is chosen only by force"]
+    return ["it has not run on a GPU yet, so it is chosen only by force"]
+
+
+def _why_plain_operators(call: Call) -> list[str]:
+    """Why a call needs the plain operators of the reference, unless a backend is forced."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the older ONNX exporter traces
+        return ["export in progress: the graph would hold a custom operator"]
+    if not torch.compiler.is_compiling() and in_transform():
+        return ["torch.func or forward-mode derivatives at work: the backend has none of them"]
+    if (name := foreign(*call.activations)) is not None:
+        return [f"{name} decides itself what an operator does, and knows torch's own alone"]
+    return []
 
 
 BACKENDS = {
-    "cpu": Backend(ops.register("cpu", "CPU"), cpu.why_not, _exporting),
+    "cpu": Backend(ops.register("cpu", "CPU"), cpu.why_not, _no_reason),
     "cuda": Backend(ops.register("cuda", "CUDA"), cuda.why_not, _untried),
     "triton": Backend(ops.register("triton"), triton.why_not, _untried),
-    "two_pass": Backend(ops.register("two_pass"), _no_reason, _exporting),
+    "two_pass": Backend(ops.register("two_pass"), _no_reason, _no_reason),
     "reference": Backend({name: getattr(reference, name) for name in OPS}, _no_reason, _no_reason),
 }
 # First that can run wins; a device type that is not listed takes the last row.
@@ -123,6 +129,8 @@ def select(call: Call, backend: str | None = None) -> str:
     """
     forced = backend or _forced
     if forced is None:
+        if _why_plain_operators(call):
+            return "reference"
         for name in _order(call):
             # In this order: what is not to be chosen is not to be loaded either.
             if not BACKENDS[name].why_not_chosen() and not BACKENDS[name].why_not(call):
@@ -143,6 +151,8 @@ def select(call: Call, backend: str | None = None) -> str:
 def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -> None:
     """Print which backend would run a call, and for every other one why not.
 
+    Of a layer also whether it is fused, and what keeps it from that.
+
     Args:
         op: "paired_attention", "spatial_attention" or "channel_attention"; or an `EPA` layer.
         inputs: all tensors of the function of that name; or the first one alone, and then limits
@@ -156,7 +166,18 @@ def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -
         >>> epa_kernels.explain(epa_kernels.EPA(64, 32, 16), torch.randn(1, 64, 32))
         >>> epa_kernels.explain("paired_attention", torch.randn(1, 64, 32))
     """
-    call = _explained_call(op, inputs, options)
+    forced = getattr(op, "backend", None)
+    if isinstance(op, torch.nn.Module):
+        why, calls = _calls_of_layer(op, inputs)
+        if why:
+            print(f"the layer calls its modules and is not fused: {'; '.join(why)}")
+    else:
+        calls = [_explained_call(op, inputs, options)]
+    for call in calls:
+        _explain_call(call, forced)
+
+
+def _explain_call(call: Call, forced: str | None) -> None:
     sizes = [f"{axis} = {n}" for axis in AXES if (n := getattr(call, axis))]
     flags = [name for name in ("normalize", "dropout") if getattr(call, name)]
     told = [
@@ -164,7 +185,6 @@ def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -
         *filter(None, (call.kind, call.layout)), *flags,
     ]  # fmt: skip
     print(f"{call.op} on {', '.join(told)}")
-    forced = getattr(op, "backend", None)
     if forced is None and _forced is not None:
         forced = check_backend("EPA_KERNELS_BACKEND", _forced)
     chosen = forced
@@ -173,6 +193,8 @@ def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -
         reasons = backend.why_not(call)
         if forced is None:
             reasons = reasons + backend.why_not_chosen()
+            if name != "reference":
+                reasons += _why_plain_operators(call)
             chosen = chosen or (None if reasons else name)
         if reasons:
             verdict = "cannot run: " + "; ".join(reasons)
@@ -183,15 +205,18 @@ def explain(op: str | torch.nn.Module, *inputs: Tensor | None, **options: Any) -
         print(f"  {name:<10} {verdict}")
 
 
+def _calls_of_layer(layer: Any, inputs: tuple) -> tuple[list[str], list[Call]]:
+    if not hasattr(layer, "explained"):
+        raise ValueError(f"explain: the layer must be an EPA layer, got {type(layer).__name__}.")
+    if len(inputs) != 1 or inputs[0] is None or inputs[0].dim() != 3:
+        raise ValueError(
+            f"explain: a layer needs its x of shape (B, N, C), got {len(inputs)} inputs."
+        )
+    return layer.explained(*inputs)
+
+
 def _explained_call(op: Any, inputs: tuple, options: dict) -> Call:
     given = f"{len(inputs)} inputs"
-    if isinstance(op, torch.nn.Module):
-        if not hasattr(op, "arguments"):
-            raise ValueError(f"explain: the layer must be an EPA layer, got {type(op).__name__}.")
-        if len(inputs) != 1 or inputs[0] is None or inputs[0].dim() != 3:
-            raise ValueError(f"explain: a layer needs its x of shape (B, N, C), got {given}.")
-        arguments: Any = op.arguments
-        return OPS["paired_attention"].call(*arguments(*inputs))
     if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)} or a layer, got {op!r}.")
     contract = OPS[op]

@@ -106,6 +106,13 @@ def _check_first(function: str, name: str, t: Tensor) -> None:
         )
 
 
+def check_tokens(op: Op, x: Tensor) -> None:
+    """Hold the tokens x (B, N, C) alone to the contract of an op."""
+    name = op.view_names[0]
+    _check_rank(op.name, name, x, op.inputs[name])
+    _check_first(op.name, name, x)
+
+
 def _check_kind(function: str, name: str, t: Tensor | None, rule: Input, kind: str) -> None:
     """Each kind of paired attention has weights of its own."""
     if t is None and kind in rule.kinds and not rule.optional:

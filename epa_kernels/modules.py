@@ -1,12 +1,13 @@
-"""Efficient paired attention as a layer, and its drop-in for models that use the published one."""
+"""Efficient paired attention as a layer."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, functional
-from .contract import KINDS, LAYOUTS, PairedInputs, PairedOptions
+from . import dispatch, functional, parts
+from .contract import KINDS, LAYOUTS, OPS, Call, PairedInputs, PairedOptions
+from .subclasses import foreign
 
 
 class EfficientPairedAttention(nn.Module):
@@ -32,6 +33,11 @@ class EfficientPairedAttention(nn.Module):
 
     Shapes: x (B, N, C) -> (B, N, C), dtype of x (the autocast dtype under autocast).
 
+    Notes:
+        The fused op reads the weights of plain `nn.Linear` parts. If a part is another module, or
+        has a hook or a parametrisation, the layer calls its modules instead, with the same result;
+        a warning says so once. TorchScript cannot compile the layer (RuntimeError).
+
     Example:
         >>> layer = EfficientPairedAttention(4 * 4 * 4, 32, 16)
         >>> layer(torch.randn(2, 64, 32)).shape
@@ -39,6 +45,8 @@ class EfficientPairedAttention(nn.Module):
 
     Source: Shaker et al., "UNETR++", TMI 2024.
     """
+
+    _told = False  # whether the layer has said that it is not fused
 
     def __init__(
         self,
@@ -86,14 +94,12 @@ class EfficientPairedAttention(nn.Module):
         self.kind = kind
         self.layout = layout
         self.backend = backend
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1, **factory))
-        self.temperature2 = nn.Parameter(torch.ones(num_heads, 1, 1, **factory))
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
+        self.temperature2 = nn.Parameter(torch.empty(num_heads, 1, 1, **factory))
         # Registration order is the published state dict's.
         if kind == "sum":
-            bound = proj_size**-0.5
-            self.EF = nn.Parameter(
-                torch.empty(input_size, proj_size, **factory).uniform_(-bound, bound)
-            )
+            self.EF = nn.Parameter(torch.empty(input_size, proj_size, **factory))
+        self._reset_own_parameters()
         self.qkvv = nn.Linear(hidden_size, 4 * hidden_size, bias=qkv_bias, **factory)
         if kind != "sum":
             self.E = nn.Linear(input_size, proj_size, **factory)
@@ -104,148 +110,75 @@ class EfficientPairedAttention(nn.Module):
             self.out_proj = nn.Linear(hidden_size, hidden_size // 2, **factory)
             self.out_proj2 = nn.Linear(hidden_size, hidden_size // 2, **factory)
 
+    def _reset_own_parameters(self) -> None:
+        with torch.no_grad():
+            self.temperature.fill_(1)
+            self.temperature2.fill_(1)
+            if self.kind == "sum":
+                bound = self.EF.shape[1] ** -0.5
+                self.EF.uniform_(-bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as at construction; after `to_empty`, for example."""
+        self._reset_own_parameters()
+        for part in self.children():
+            reset: Any = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
     def arguments(self, x: Tensor) -> tuple[PairedInputs, PairedOptions]:
-        """Inputs and options of `epa_kernels.paired_attention` that compute the layer on x."""
-        qkvv, temperature, temperature2 = self.qkvv, self.temperature, self.temperature2
-        if self.kind == "sum":
+        """Inputs and options of `epa_kernels.paired_attention` that compute the layer on x.
+
+        Weights of plain parts are all that they tell, see `parts`.
+        """
+        # Not by self.qkvv: that takes a microsecond each, as it is looked up elsewhere first.
+        modules: dict[str, Any] = self._modules
+        qkvv, kind, temperature, temperature2 = (
+            modules["qkvv"], self.kind, self.temperature, self.temperature2
+        )  # fmt: skip
+        if kind == "sum":
             inputs = PairedInputs(
                 x, qkvv.weight, qkvv.bias, self.EF.t(), None, None, None, temperature, temperature2,
                 None, None, None, None,
             )  # fmt: skip
         else:
-            E, out_proj, out_proj2 = self.E, self.out_proj, self.out_proj2
-            F_weight, F_bias = None, None
-            if self.kind == "split":
-                F_weight, F_bias = self.F.weight, self.F.bias
+            E, F = modules["E"], modules["F"]
+            out_proj, out_proj2 = modules["out_proj"], modules["out_proj2"]
+            # What the modules are counts: either name may have been given another one since.
+            kind = "shared" if E is F else "split"
+            F_weight, F_bias = (None, None) if E is F else (F.weight, F.bias)
             inputs = PairedInputs(
                 x, qkvv.weight, qkvv.bias, E.weight, E.bias, F_weight, F_bias,
                 temperature, temperature2,
                 out_proj.weight, out_proj.bias, out_proj2.weight, out_proj2.bias,
             )  # fmt: skip
-        channel, spatial = self.attn_drop, self.attn_drop_2
-        options = PairedOptions(
-            self.num_heads,
-            self.kind,
-            self.layout,
-            channel.p if channel.training else 0.0,
-            spatial.p if spatial.training else 0.0,
-        )
-        return inputs, options
+        return inputs, PairedOptions(self.num_heads, kind, self.layout, *parts.rates(self))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C); x may have any strides."""
-        inputs, options = self.arguments(x)
-        return functional.paired_attention(*inputs, **options._asdict(), backend=self.backend)
+        if parts.are_plain(self):
+            inputs, options = self.arguments(x)
+            if foreign(*inputs[1:]) is None and max(options[3:]) < 1:
+                return functional.paired_attention(
+                    *inputs, **options._asdict(), backend=self.backend
+                )
+        parts.warn(self)
+        return parts.call(self, x)
+
+    def explained(self, x: Tensor) -> tuple[list[str], list[Call]]:
+        """For `epa_kernels.explain`: why the layer calls its modules, and its calls of ops on x."""
+        if reasons := parts.reasons(self):
+            return reasons, parts.calls(self, x)
+        return [], [OPS["paired_attention"].call(*self.arguments(x))]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile the layer; use torch.compile, "
+            f"or to export it torch.export, torch.onnx.export or torch.jit.trace."
+        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kind={self.kind!r}, layout={self.layout!r}"
 
 
 EPA = EfficientPairedAttention
-
-
-def _kind_of(layer: nn.Module) -> str | None:
-    """The kind of a published EPA layer, by its attributes; None if it is no such layer."""
-    if not all(hasattr(layer, name) for name in ("qkvv", "temperature", "temperature2")):
-        return None
-    if hasattr(layer, "EF"):
-        return "sum"
-    if hasattr(layer, "E") and hasattr(layer, "F"):
-        return "shared" if layer.E is layer.F else "split"
-    return None
-
-
-def _adopt(name: str, layer: Any, kind: str) -> EfficientPairedAttention:
-    """Our layer around the parameters and dropout modules of a published one."""
-    if kind == "sum":
-        token_projection, parts = tuple(layer.EF.shape), ["EF"]
-    else:
-        token_projection = tuple(reversed(layer.E.weight.shape))
-        parts = ["E", "F", "out_proj", "out_proj2"]
-    parts += ["temperature", "temperature2", "qkvv", "attn_drop", "attn_drop_2"]
-    missing = [part for part in parts if not hasattr(layer, part)]
-    unknown = (
-        dict(layer.named_parameters(recurse=False)).keys() | dict(layer.named_children()).keys()
-    )
-    unknown -= set(parts)
-    if missing or unknown:
-        raise ValueError(
-            f"patch_model: {name} looks like an EPA layer of kind {kind!r} but "
-            + " and ".join(
-                f"{verb} {', '.join(sorted(names))}"
-                for verb, names in (("lacks", missing), ("has besides", unknown))
-                if names
-            )
-            + "; only the published layers are known."
-        )
-    ours = EfficientPairedAttention(
-        token_projection[0],
-        layer.qkvv.in_features,
-        token_projection[1],
-        layer.temperature.numel(),
-        layer.qkvv.bias is not None,
-        layer.attn_drop.p,
-        layer.attn_drop_2.p,
-        kind=kind,
-        device="meta",
-    )
-    expected, found = ({k: v.shape for k, v in m.state_dict().items()} for m in (ours, layer))
-    wrong = [key for key in expected if found.get(key) != expected[key]]
-    if wrong:
-        raise ValueError(
-            f"patch_model: {name} has parameters of an unknown shape: "
-            + ", ".join(
-                f"{key} {tuple(found[key]) if key in found else 'absent'} instead of "
-                f"{tuple(expected[key])}"
-                for key in wrong
-            )
-            + "; only the published layers are known."
-        )
-    for part in parts:
-        setattr(ours, part, getattr(layer, part))
-    ours.training = layer.training
-    return ours
-
-
-def patch_model(model: nn.Module) -> int:
-    """Replace every published EPA layer inside `model` by ours, in place.
-
-    A layer counts if it has `qkvv`, `temperature`, `temperature2` and either `E` and `F` or `EF`.
-    Its kind follows from them. Parameters and dropout modules are shared, not copied, so outputs,
-    optimizers, state-dict keys and checkpoints stay valid.
-
-    Args:
-        model: any module that contains such layers.
-
-    Returns:
-        How many layers were replaced.
-
-    Raises:
-        ValueError: no such layer, or one whose attributes or shapes are unknown; then nothing has
-            been replaced.
-
-    Example:
-        >>> import epa_kernels
-        >>> epa_kernels.patch_model(model)
-        21
-    """
-    adopted: dict[int, EfficientPairedAttention] = {}
-    places = []
-    for prefix, parent in model.named_modules():
-        # Not named_children: it skips the second name of a layer that one parent holds twice.
-        for name, child in parent._modules.items():
-            kind = None if isinstance(child, EfficientPairedAttention) else _kind_of(child)
-            if kind is None:
-                continue
-            if id(child) not in adopted:
-                adopted[id(child)] = _adopt(f"{prefix}.{name}".lstrip("."), child, kind)
-            places.append((parent, name, adopted[id(child)]))
-    if not adopted:
-        raise ValueError(
-            f"patch_model: {type(model).__name__} contains no published EPA layer (a submodule "
-            f"with qkvv, temperature, temperature2 and E and F, or EF); for a model that is itself "
-            f"the layer, build epa_kernels.EPA and load its state dict."
-        )
-    for parent, name, ours in places:
-        setattr(parent, name, ours)
-    return len(adopted)

@@ -8,7 +8,7 @@ compiled graph names the backend that ran: torch.ops.epa_kernels_<backend>.<op>.
 
 An absent optional input has a gradient of size 0 in the op, and None in autograd. Other derivatives
 (second, forward-mode, torch.func) raise and name the reference backend. The ops check nothing, as
-`functional` does.
+`functional` does. An implementation is given plain tensors, whatever subclass the caller has.
 """
 
 import importlib
@@ -17,9 +17,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import flops
 from .backends.gradients import empty_gradient
 from .contract import OPS, Op
-from .torch_private import register_autograd
+from .torch_private import as_plain, register_autograd
 
 
 def _register_op(library: torch.library.Library, backend: str, op: Op) -> Callable[..., Tensor]:
@@ -69,6 +70,10 @@ def _register_op(library: torch.library.Library, backend: str, op: Op) -> Callab
     return run
 
 
+def _on_plain_tensors(implementation: Callable) -> Callable:
+    return lambda *tensors, **options: implementation(*as_plain(tensors), **options)
+
+
 _libraries: list[torch.library.Library] = []  # a registration lives as long as its Library
 
 
@@ -92,5 +97,7 @@ def register(
     for name, op in OPS.items():
         functions[name] = _register_op(library, backend, op)
         for schema in (name, f"{name}_bwd"):
-            library.impl(schema, getattr(implementation, schema), dispatch_key)
+            run = _on_plain_tensors(getattr(implementation, schema))
+            library.impl(schema, run, dispatch_key)
+    flops.register(getattr(torch.ops, library.ns))
     return functions

@@ -24,19 +24,44 @@ def normalize_tokens(t: Tensor) -> Tensor:
     return F.normalize(wide, dim=1, eps=NORM_EPS).to(t.dtype)
 
 
-def _softmax_dropout(
-    logits: Tensor, temperature: Tensor, p: float, seed: Tensor | None, map_index: int
-) -> Tensor:
-    """dropout(softmax(temperature * logits)) over the last axis; logits (B, H, rows, columns)."""
+def _softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    """softmax(temperature * logits) over the last axis, in the accumulation dtype."""
     wide = logits.to(accumulate_dtype(logits.dtype))
-    weights = torch.softmax(temperature.to(wide.dtype).view(-1, 1, 1) * wide, dim=-1)
-    if p > 0:
-        assert seed is not None
-        rows = torch.arange(weights[..., 0].numel(), device=weights.device)
-        weights = weights * dropout_multiplier(
-            seed, rows.view(weights.shape[:-1]), weights.shape[-1], p, map_index, weights.dtype
-        )
-    return weights.to(logits.dtype)
+    return torch.softmax(temperature.to(wide.dtype).view(-1, 1, 1) * wide, dim=-1)
+
+
+def _dropout(weights: Tensor, p: float, seed: Tensor | None, map_index: int) -> Tensor:
+    """dropout(weights) with the mask of `rng`; weights (B, H, rows, columns)."""
+    if p == 0:
+        return weights
+    assert seed is not None
+    rows = torch.arange(weights[..., 0].numel(), device=weights.device)
+    return weights * dropout_multiplier(
+        seed, rows.view(weights.shape[:-1]), weights.shape[-1], p, map_index, weights.dtype
+    )
+
+
+def channel_map(q: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
+    """The map A of `channel_attention` before dropout, (B, H, D, D) in the accumulation dtype."""
+    gram = torch.einsum("bnhi,bnhj->bhij", normalize_tokens(q), normalize_tokens(k))
+    return _softmax(gram, temperature)
+
+
+def spatial_map(q: Tensor, k_proj: Tensor, temperature: Tensor, *, normalize: bool) -> Tensor:
+    """The map S of `spatial_attention` before dropout, (B, H, N, P) in the accumulation dtype."""
+    if normalize:
+        q = normalize_tokens(q)
+    return _softmax(torch.einsum("bnhd,bphd->bhnp", q, k_proj), temperature)
+
+
+def mix_channels(attention: Tensor, v: Tensor) -> Tensor:
+    """out[n,i] = sum_j A[i,j] v[n,j]; attention (B, H, D, D), v (B, N, H, D)."""
+    return torch.einsum("bhij,bnhj->bnhi", attention, v)
+
+
+def mix_tokens(attention: Tensor, v_proj: Tensor) -> Tensor:
+    """out[n] = sum_p S[n,p] v_proj[p]; attention (B, H, N, P), v_proj (B, P, H, D)."""
+    return torch.einsum("bhnp,bphd->bnhd", attention, v_proj)
 
 
 def channel_attention(
@@ -62,9 +87,8 @@ def channel_attention(
     Returns:
         out (B, N, H, D), dtype of q.
     """
-    gram = torch.einsum("bnhi,bnhj->bhij", normalize_tokens(q), normalize_tokens(k))
-    attention = _softmax_dropout(gram, temperature, dropout_p, seed, CHANNEL_MAP)  # (B, H, D, D)
-    return torch.einsum("bhij,bnhj->bnhi", attention, v)
+    attention = _dropout(channel_map(q, k, temperature), dropout_p, seed, CHANNEL_MAP)
+    return mix_channels(attention.to(q.dtype), v)
 
 
 def spatial_attention(
@@ -92,11 +116,9 @@ def spatial_attention(
     Returns:
         out (B, N, H, D), dtype of q.
     """
-    if normalize:
-        q = normalize_tokens(q)
-    logits = torch.einsum("bnhd,bphd->bhnp", q, k_proj)
-    attention = _softmax_dropout(logits, temperature, dropout_p, seed, SPATIAL_MAP)  # (B, H, N, P)
-    return torch.einsum("bhnp,bphd->bnhd", attention, v_proj)
+    attention = spatial_map(q, k_proj, temperature, normalize=normalize)
+    attention = _dropout(attention, dropout_p, seed, SPATIAL_MAP)
+    return mix_tokens(attention.to(q.dtype), v_proj)
 
 
 def paired_attention(

@@ -4,6 +4,7 @@ tests/test_torch_private.py looks for each name in the torch at hand, and tries 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ AUTOGRAD_NAMES = (
     "autograd.forward_ad._current_level",
 )
 SLEEP = "cuda._sleep"
+# Hooks of a module, and those of every module, which torch has no function to ask for.
+MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+GLOBAL_HOOKS = tuple(f"nn.modules.module._global{name}" for name in MODULE_HOOKS)
+WITHOUT_MODES = "_C._DisableTorchDispatch"
+TRANSFORMS = "_C._are_functorch_transforms_active"
 CONSTANT_MARK = "_dynamo_marked_constant"  # what torch.compiler.assume_constant_result sets
 
 
@@ -48,6 +54,48 @@ def constant_result(function: Callable) -> Callable:
     """
     setattr(function, CONSTANT_MARK, True)
     return function
+
+
+# Found once: torch fills these tables, and never replaces them.
+_global_hooks: list[dict[int, Callable]] = [
+    {} if (table := find(name)) is None else table for name in GLOBAL_HOOKS
+]
+_are_transforms_active: Callable[[], bool] = find(TRANSFORMS) or (lambda: False)
+
+
+def global_hooks() -> list[Callable]:
+    """Every hook on all modules."""
+    if not any(_global_hooks):
+        return []
+    return [hook for table in _global_hooks for hook in table.values()]
+
+
+def in_transform() -> bool:
+    """Whether torch.func transforms the call, or forward-mode derivatives are taken of it."""
+    return _are_transforms_active() or forward_ad._current_level >= 0
+
+
+# Classes of tensors that any code takes.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_NO_DISPATCH = Tensor.__torch_dispatch__
+_without_modes: Callable[[], AbstractContextManager] = find(WITHOUT_MODES) or nullcontext
+
+
+def decides(cls: type) -> bool:
+    """Whether a class of tensors says itself what an operator does, by `__torch_dispatch__`."""
+    return cls not in _PLAIN and getattr(cls, "__torch_dispatch__", None) != _NO_DISPATCH
+
+
+def as_plain(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same numbers without the methods of subclasses, for the code around kernels."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return tensors
+    with _without_modes():  # those of a compiled graph refuse even this of a subclass
+        # Not t.as_subclass: that is one of the methods.
+        return tuple(
+            t if type(t) in _PLAIN or decides(type(t)) else Tensor.as_subclass(t, Tensor)
+            for t in tensors
+        )
 
 
 def _has_tangent(t: Tensor | None) -> bool:
@@ -97,6 +145,7 @@ def register_autograd(
             return None, None, *gradients(ctx, *douts)
 
     def autograd(keyset, *inputs, **options):
+        inputs = as_plain(inputs)  # the modes that torch runs a compiled graph in take no other
         is_forward = forward_ad._current_level >= 0 and any(map(_has_tangent, inputs))
         is_backward = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
         if is_forward or (is_backward and torch._C._are_functorch_transforms_active()):

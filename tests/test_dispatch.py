@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import epa_kernels
+from epa_kernels import __main__ as command
 from epa_kernels import dispatch
 from epa_kernels.backends import cpu, cuda
 from epa_kernels.contract import call_on
@@ -391,6 +392,14 @@ def test_module_prints_versions_and_table():
         "CUDA kernels: ",
     ):
         assert part in result.stdout
+
+
+@pytest.mark.parametrize("arguments", (["--typo"], ["cpu"], ["--backend", "cpu"]))
+def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: python -m epa_kernels" in capsys.readouterr().err
 
 
 def test_import_needs_torch_alone():

@@ -4,10 +4,22 @@ import pytest
 import torch
 
 from epa_kernels import torch_private
-from epa_kernels.torch_private import AUTOGRAD_NAMES, CONSTANT_MARK, SLEEP
+from epa_kernels.torch_private import (
+    AUTOGRAD_NAMES,
+    CONSTANT_MARK,
+    GLOBAL_HOOKS,
+    MODULE_HOOKS,
+    SLEEP,
+    TRANSFORMS,
+    WITHOUT_MODES,
+)
 
 
-@pytest.mark.parametrize("name", (*AUTOGRAD_NAMES, SLEEP))
+def test_modules_have_their_hooks_under_these_names():
+    assert set(MODULE_HOOKS) <= set(vars(torch.nn.Module()))
+
+
+@pytest.mark.parametrize("name", (*AUTOGRAD_NAMES, SLEEP, *GLOBAL_HOOKS, TRANSFORMS, WITHOUT_MODES))
 def test_torch_has_the_name(name):
     assert torch_private.find(name) is not None
 
