@@ -11,7 +11,7 @@ import torch
 nibabel = pytest.importorskip("nibabel", reason="needs the extra 'train'")
 pytest.importorskip("monai", reason="needs the extra 'train'")
 
-from unetrpp import dataset, memory  # noqa: E402
+from unetrpp import dataset, dataset_json, memory  # noqa: E402
 from unetrpp import preprocessing as volumes  # noqa: E402
 from unetrpp.dataset import Case  # noqa: E402
 from unetrpp.preprocessing import Preprocessing  # noqa: E402
@@ -123,7 +123,7 @@ def test_labels_have_one_reader(tmp_path, labels, expected):
     """Training and scoring read the same classes from one dataset.json."""
     content = {"labels": labels, "channel_names": {"0": "MR"}}
     (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
-    assert dataset.class_names(tmp_path / "dataset.json") == expected
+    assert dataset_json.class_names(tmp_path / "dataset.json") == expected
     if "both" not in labels:
         found = dataset.read_dataset_info(tmp_path).labels
         assert {name: value for name, value in found.items() if value} == expected
@@ -133,9 +133,9 @@ def test_class_names_of_a_bad_file_are_explained(tmp_path):
     for text in ("", "{}", "[]", '{"labels": 3}', '{"labels": {"liver": "one"}, "b": 1}'):
         (tmp_path / "names.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="names.json must be a JSON file with 'labels'"):
-            dataset.class_names(tmp_path / "names.json")
+            dataset_json.class_names(tmp_path / "names.json")
     with pytest.raises(ValueError, match="gave FileNotFoundError"):
-        dataset.class_names(tmp_path / "nowhere.json")
+        dataset_json.class_names(tmp_path / "nowhere.json")
 
 
 def listed(root: Path, *images: str) -> Path:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrpp.dataset import class_names
+from unetrpp.case_names import pair_names
+from unetrpp.dataset_json import class_names
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
 from unetrpp.files import write_json, write_text
@@ -207,15 +208,16 @@ def run_evaluate(
         ((name, prediction), (reference,)) = *predicted.items(), references.values()
         pairs = {name: (prediction, reference)}
     else:
-        pairs = {c: (predicted[c], references[c]) for c in references if c in predicted}
-        unmatched = sorted(set(predicted) - set(references))
+        named = pair_names(predicted, references)
+        pairs = {case: (predicted[name], references[case]) for name, case in named.items()}
+        unmatched = sorted(set(predicted) - set(named))
         if not pairs:
             raise FileNotFoundError(
                 f"run_evaluate: no file in {predictions} has the name of one in {labels} "
                 f"({next(iter(predicted))} ... against {next(iter(references))} ...)"
             )
         if not only_predicted:
-            for case in sorted(set(references) - set(predicted)):
+            for case in sorted(set(references) - set(pairs)):
                 failures[str(references[case])] = (
                     f"there is no prediction named {case}.nii.gz in {predictions}; to score only "
                     "what was predicted: --only-predicted"
