@@ -400,3 +400,26 @@ def test_mutations_of_dataset_json_end_in_sentences(tmp_path):
 @pytest.mark.exhaustive
 def test_many_mutations_of_dataset_json_end_in_sentences(tmp_path):
     assert not errors_of_mutations(tmp_path, range(1000, 6000))
+
+
+def test_names_that_are_no_utf_8_are_read_and_printed_with_escapes(tmp_path, capsys):
+    pytest.importorskip("jsonargparse", reason="needs the extra 'train'")
+    from unetrpp.cli import main
+
+    name = "f\udce4ll.nii.gz"
+    try:
+        file = volume(tmp_path / "predictions" / name)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    volume(tmp_path / "labels" / name)
+    described(tmp_path)
+    out = tmp_path / "o\udce4"
+    assert main(["evaluate", str(file), str(tmp_path / "labels" / name), "-o", str(out)]) == 0
+    assert "scores in" in capsys.readouterr().out
+    assert "f\\udce4ll,lesion" in (out / "scores.csv").read_text(encoding="utf-8")
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert Path(scores["files"]["f\udce4ll"]["prediction"]) == file
+    (file.parent / name).write_bytes(b"")
+    assert main(["evaluate", str(file), str(tmp_path / "labels" / name), "-o", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed and "f\\udce4ll.nii.gz" in printed
