@@ -11,7 +11,7 @@ import torch
 nibabel = pytest.importorskip("nibabel", reason="needs the extra 'train'")
 pytest.importorskip("monai", reason="needs the extra 'train'")
 
-from unetrpp import dataset, memory  # noqa: E402
+from unetrpp import dataset, dataset_json, memory  # noqa: E402
 from unetrpp import preprocessing as volumes  # noqa: E402
 from unetrpp.dataset import Case  # noqa: E402
 from unetrpp.preprocessing import Preprocessing  # noqa: E402
@@ -123,7 +123,7 @@ def test_labels_have_one_reader(tmp_path, labels, expected):
     """Training and scoring read the same classes from one dataset.json."""
     content = {"labels": labels, "channel_names": {"0": "MR"}}
     (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
-    assert dataset.class_names(tmp_path / "dataset.json") == expected
+    assert dataset_json.class_names(tmp_path / "dataset.json") == expected
     if "both" not in labels:
         found = dataset.read_dataset_info(tmp_path).labels
         assert {name: value for name, value in found.items() if value} == expected
@@ -133,9 +133,9 @@ def test_class_names_of_a_bad_file_are_explained(tmp_path):
     for text in ("", "{}", "[]", '{"labels": 3}', '{"labels": {"liver": "one"}, "b": 1}'):
         (tmp_path / "names.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="names.json must be a JSON file with 'labels'"):
-            dataset.class_names(tmp_path / "names.json")
+            dataset_json.class_names(tmp_path / "names.json")
     with pytest.raises(ValueError, match="gave FileNotFoundError"):
-        dataset.class_names(tmp_path / "nowhere.json")
+        dataset_json.class_names(tmp_path / "nowhere.json")
 
 
 def listed(root: Path, *images: str) -> Path:
@@ -482,3 +482,80 @@ def test_preprocessing_survives_json_and_refuses_other_entries():
     assert Preprocessing.from_dict(json.loads(json.dumps(values.to_dict()))) == values
     with pytest.raises(ValueError, match="unknown"):
         Preprocessing.from_dict({**values.to_dict(), "extra": 1})
+
+
+def sparse(tmp_path, *, ignored=2, modality="MRI") -> Path:
+    """Write a data set in which all is ignored, except one slab with one labelled block."""
+    root = tmp_path / "sparse"
+    for name in "ab":
+        label = np.full((20, 20, 20), ignored, np.uint8)
+        label[8:12] = 0
+        label[9:11, 4:8, 4:8] = 1
+        image = image_of((20, 20, 20), seed=ord(name))
+        image[label == ignored] = 5000
+        save(root / f"imagesTr/{name}_0000.nii.gz", image)
+        save(root / f"labelsTr/{name}.nii.gz", label)
+    labels = {**LABELS, "ignore": ignored}
+    content = {"channel_names": {"0": modality}, "labels": labels}
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("ignored", [2, 255])
+def test_ignored_voxels_are_no_class_of_the_plan_and_out_of_its_statistics(tmp_path, ignored):
+    from unetrpp.plan import Plan, propose
+
+    root = sparse(tmp_path, ignored=ignored, modality="CT")
+    plan = propose(dataset.find_cases(root), dataset.read_dataset_info(root), on_gpu=False)
+    assert plan.model["out_channels"] == 2
+    assert plan.preprocessing.labels == LABELS and plan.preprocessing.ignore == ignored
+    assert plan.preprocessing.named_labels == {**LABELS, "ignore": ignored}
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.preprocessing.intensity[0]["upper"] < 300
+    assert any(f"label {ignored}, ignore: left out" in reason for reason in plan.reasons)
+    item = volumes.load_case(dataset.find_cases(root)[0], plan.preprocessing)
+    assert item["label"].unique().tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_patches_keep_ignored_voxels_and_are_centred_on_others(tmp_path, augmentation):
+    case = dataset.find_cases(sparse(tmp_path))[0]
+    samples = patches(case, augmentation, patch_size=[8, 8, 4], ignore=2)
+    seen = [samples[index]["label"] for index in range(30)]
+    assert set(torch.cat(seen).unique().tolist()) == {-1.0, 0.0, 1.0}
+    # A patch anywhere would meet the slab 7 times in 17.
+    assert sum(bool((label >= 0).any()) for label in seen) >= 28
+    forced = seen[2::3]
+    assert sum(bool((label == 1).any()) for label in forced) >= 0.5 * len(forced)
+
+
+def test_what_lies_outside_the_volume_is_background(tmp_path):
+    case = dataset.find_cases(sparse(tmp_path))[0]
+    label = patches(case, "none", patch_size=[24, 24, 24], ignore=2)[0]["label"][0]
+    assert (label[:2] == 0).all() and (label[-2:] == 0).all() and (label[2, 2:-2, 2] == -1).all()
+
+
+@pytest.mark.parametrize("modality", ["MRI", "CT"])
+@pytest.mark.parametrize("value", [0, 2])
+def test_data_without_a_labelled_voxel_are_refused_before_training(tmp_path, modality, value):
+    from unetrpp.plan import propose
+
+    root = sparse(tmp_path, modality=modality)
+    for file in (root / "labelsTr").iterdir():
+        save(file, np.full((20, 20, 20), value, np.uint8))
+    with pytest.raises(ValueError, match=r"no labelled voxel .* all 2 label maps, .*a\.nii\.gz"):
+        propose(dataset.find_cases(root), dataset.read_dataset_info(root), on_gpu=False)
+
+
+def test_one_labelled_case_among_many_is_found_for_ct(tmp_path):
+    (labelled, _) = dataset.find_cases(sparse(tmp_path))
+    empty = save(tmp_path / "empty.nii.gz", np.zeros((20, 20, 20), np.uint8))
+    cases = [Case("e", labelled.images, empty), labelled, Case("f", labelled.images, empty)]
+    plan = preprocessing(ignore=2)
+    assert volumes.foreground_intensity(cases, plan, 2)[0]["mean"] == pytest.approx(100, abs=15)
+
+
+def test_checkpoints_from_before_the_ignore_label_are_read():
+    values = preprocessing().to_dict()
+    del values["ignore"]
+    assert Preprocessing.from_dict(values) == preprocessing()

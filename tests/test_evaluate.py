@@ -300,3 +300,30 @@ def test_memory_that_runs_out_is_said_for_its_case(tmp_path, maps, monkeypatch):
     result = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
     assert {row["case"] for row in result.rows} == {"small"}
     assert result.failures[str(tmp_path / "pred" / "big.nii.gz")].startswith("memory ran out")
+
+
+def test_ignored_voxels_are_out_of_every_score(tmp_path):
+    """As nnU-Net scores: counts over the voxels whose reference is not "ignore"."""
+    random = np.random.default_rng(0)
+    reference = random.integers(0, 4, (12, 11, 10)).astype(np.uint8)  # 3: ignore
+    prediction = random.integers(0, 3, (12, 11, 10)).astype(np.uint8)
+    save(tmp_path / "labels", "a.nii.gz", reference)
+    save(tmp_path / "pred", "a.nii.gz", prediction)
+    labels = {"background": 0, "one": 1, "both": [1, 2], "ignore": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}), encoding="utf-8")
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    assert not result.failures and [row["class"] for row in result.rows] == ["one", "both"]
+    used = reference != 3
+    for row, values in zip(result.rows, ([1], [1, 2]), strict=True):
+        a, b = (np.isin(labels, values) & used for labels in (prediction, reference))
+        assert row["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+        assert row["hd95_voxels"] == pytest.approx(hd95(a, b))
+        assert (row["prediction_voxels"], row["reference_voxels"]) == (a.sum(), b.sum())
+    # What nobody has labelled does not count, whatever is predicted there.
+    save(tmp_path / "pred", "a.nii.gz", np.where(used, prediction, 1).astype(np.uint8))
+    again = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    assert again.rows == result.rows
+    # A prediction itself never holds the label.
+    save(tmp_path / "pred", "a.nii.gz", reference)
+    failed = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    assert "[3]" in next(iter(failed.failures.values()))

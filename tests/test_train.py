@@ -169,6 +169,43 @@ def test_a_run_learns_and_writes_everything(data, tmp_path):
     assert not list(run.rglob(".partial.*"))
 
 
+def test_ignored_voxels_go_through_all_commands(tmp_path, capsys):
+    """Most of each volume is ignored, bright and called a box nowhere: none of it counts."""
+    from unetrpp import cli
+
+    data, run, out = make_data(tmp_path / "data"), tmp_path / "run", tmp_path / "out"
+    for file in sorted((data / "labelsTr").iterdir()):
+        label = np.asarray(nibabel.load(file).dataobj).copy()
+        label[:, :2] = 2
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), file)
+    content = read_json(data / "dataset.json")
+    content["labels"]["2"] = "ignore"
+    (data / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    options = small_options()[:-1]
+    arguments = ["--data", data, "-o", run, "--steps", 3, *options, "--report=true"]
+    assert cli.main(["train", *map(str, arguments)]) == 0
+    config = read_json(run / "best/config.json")
+    assert config["labels"] == {"background": 0, "box": 1, "ignore": 2}
+    assert config["model"]["args"]["out_channels"] == 2
+    scored = read_json(run / "validation/scores.json")
+    assert {row["class"] for row in scored["rows"]} == {"box"} and not scored["failures"]
+    validated = [
+        json.loads(line)["val_dice_per_case"]
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if "val_dice_per_case" in line
+    ]
+    best = max(validated, key=lambda scores: sum(scores.values()))
+    assert {row["case"]: row["dice"] for row in scored["rows"]} == pytest.approx(best, abs=1e-5)
+    scans = str(data / "imagesTr")
+    assert cli.main(["predict", scans, "-o", str(out), "--checkpoint", str(run / "best")]) == 0
+    for file in out.glob("*.nii.gz"):
+        assert np.asarray(nibabel.load(file).dataobj).max() <= 1
+    # Without dataset.json beside the labels, the prediction's record names the classes.
+    (data / "dataset.json").unlink()
+    assert cli.main(["evaluate", str(out), str(data / "labelsTr")]) == 0
+    assert "4 cases scored, 0 failed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("recipe", ["short", "published"])
 @pytest.mark.parametrize("model", ["segformer3d", "slim_unetr", "slim_unetrpp"])
 def test_every_network_goes_through_the_same_commands(
@@ -178,9 +215,9 @@ def test_every_network_goes_through_the_same_commands(
 
     loss, used = train_model.deep_supervision_loss, set()
 
-    def recorded(logits, label, name):
+    def recorded(logits, label, name, has_ignored):
         used.add(name)
-        return loss(logits, label, name)
+        return loss(logits, label, name, has_ignored)
 
     monkeypatch.setattr(train_model, "deep_supervision_loss", recorded)
     run, out = tmp_path / "run", tmp_path / "out"
@@ -432,6 +469,59 @@ def test_loss_is_the_published_one_up_to_a_constant():
     torch.testing.assert_close(
         train_model.deep_supervision_loss(logits, label), expected, atol=1e-5, rtol=1e-5
     )
+
+
+def ignoring(size=8, batch=2):
+    """Random logits, and a label map whose last class is "ignore" in about half of the voxels."""
+    torch.manual_seed(1)
+    label = torch.randint(0, 3, (batch, 1, size, size, size)).float()
+    label[torch.rand(label.shape) < 0.5] = -1
+    sizes = (size, size // 2, size // 4)
+    logits = [torch.randn(batch, 3, n, n, n, requires_grad=True) for n in sizes]
+    return logits, label
+
+
+def test_ignored_voxels_are_left_out_of_the_loss_as_in_nnunet():
+    """nnU-Net: cross-entropy with ignore_index, and soft Dice whose sums are masked."""
+    logits, label = ignoring()
+    expected = 0.0
+    for weight, output in zip((4 / 7, 2 / 7, 1 / 7), logits, strict=True):
+        target = torch.nn.functional.interpolate(label, output.shape[2:], mode="nearest-exact")
+        mask, target = target >= 0, target[:, 0].long()
+        entropy = torch.nn.functional.cross_entropy(output, target, ignore_index=-1)
+        hot = torch.nn.functional.one_hot(target.clamp_min(0), 3).movedim(-1, 1).float() * mask
+        soft = output.softmax(1) * mask
+        true = (soft * hot).sum((0, 2, 3, 4))
+        dice = 2 * true / (soft.sum((0, 2, 3, 4)) + hot.sum((0, 2, 3, 4)))
+        expected = expected + weight * (entropy + 1 - dice[1:].mean())
+    found = train_model.deep_supervision_loss(logits, label, has_ignored=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    found.backward()
+    for output in logits:
+        target = torch.nn.functional.interpolate(label, output.shape[2:], mode="nearest-exact")
+        by_voxel = output.grad.abs().sum(1, keepdim=True)
+        assert not by_voxel[target < 0].any() and by_voxel[target >= 0].all()
+
+
+@pytest.mark.parametrize("loss", ["dice_ce", "dice", "dice_focal"])
+def test_every_loss_sees_labelled_voxels_only(loss):
+    logits, label = ignoring()
+    function = train_model.deep_supervision_loss
+    found = function(logits[0], label, loss, has_ignored=True)
+    # Whatever the network says where nobody has labelled.
+    other = logits[0].detach() + 5 * torch.randn(logits[0].shape) * (label < 0)
+    torch.testing.assert_close(found, function(other, label, loss, has_ignored=True))
+    torch.testing.assert_close(
+        function(logits[0], label.abs(), loss, has_ignored=True),
+        function(logits[0], label.abs(), loss),
+    )
+    # A volume, or a whole batch, without any labelled voxel teaches nothing and breaks nothing.
+    label[0] = -1
+    alone = function(logits[0][1:], label[1:], loss, has_ignored=True)
+    torch.testing.assert_close(function(logits[0], label, loss, has_ignored=True), alone)
+    nothing = function(logits, torch.full_like(label, -1), loss, has_ignored=True)
+    nothing.backward()
+    assert nothing == 0 and not logits[0].grad.any()
 
 
 def test_learning_rates_of_the_schedules():

@@ -10,6 +10,7 @@ by signal n. --debug, or UNETRPP_DEBUG=1, shows the traceback as well.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from unetrpp import _is_of_an_extra, _remedy
 from unetrpp.faults import in_words, is_expected
@@ -214,6 +216,10 @@ class _Terminated(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv if not given); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A file name that is no UTF-8, or that the terminal cannot show, is printed with escapes.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments or bool(os.environ.get("UNETRPP_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "--version"):
@@ -281,12 +287,27 @@ def _run(name: str, arguments: list[str]) -> int:
     for file in _config_files(arguments):
         check_config_file(file, types)
     try:
-        options = parser.parse_args(arguments).as_dict()
+        options = parser.parse_args([word.translate(_STAND_INS) for word in arguments]).as_dict()
     except ArgumentError as error:
         positions = [action.dest for action in parser._actions if not action.option_strings]
         raise wrong_usage(error, types, positions) from error
     del options["config"]
-    return run(options)
+    return run({option: _with_bytes(value) for option, value in options.items()})
+
+
+# jsonargparse reads values as YAML, which cannot hold the bytes of a file name that is no UTF-8
+# (U+DC80 to U+DCFF in Python). Characters for private use stand for them meanwhile.
+_STAND_INS = {0xDC80 + i: 0x10FF00 + i for i in range(128)}
+_BYTES = {stand_in: byte for byte, stand_in in _STAND_INS.items()}
+
+
+def _with_bytes(value: Any) -> Any:
+    """Return an option's value with the bytes that `_STAND_INS` stand for."""
+    if isinstance(value, list):
+        return [_with_bytes(each) for each in value]
+    if isinstance(value, str | Path):
+        return type(value)(str(value).translate(_BYTES))
+    return value
 
 
 def _types(parser) -> dict[str, object]:

@@ -191,6 +191,11 @@ def _check(source: str, values: Preprocessing, network: Network) -> None:
         and sorted(values.labels.values()) == list(range(classes)),
         f"the values 0 to {classes - 1} by name, one for each output of the network",
     )
+    rule(
+        "ignore",
+        values.ignore is None or (_is_list([values.ignore], int, 1) and values.ignore >= classes),
+        f"null, or the label value of voxels to leave out, {classes} or more",
+    )
 
 
 def _is_list(values: Any, kind: type, length: int) -> bool:

@@ -1,38 +1,30 @@
-"""Folders of volumes: dataset.json, cases and their files, the split into training and validation.
+"""Folders of volumes: cases and their files, the split into training and validation.
 
 find_cases          DATA/dataset.json (Decathlon or nnU-Net) -> Case objects, one per volume
 split_cases         cases -> (training, validation), by fold and seed
-read_dataset_info   channels, labels and file ending of a dataset.json for training
-class_names         the classes of any JSON file with "labels", for scoring
+read_dataset_info   what DATA/dataset.json says of channels and labels
 """
 
 from __future__ import annotations
 
-import glob
-import re
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from unetrpp.files import read_json
+from unetrpp.case_names import group_channels, label_beside, split_number
+from unetrpp.dataset_json import DATASET_JSON_HINT, DatasetInfo, Entry, read_dataset_json
+from unetrpp.volumes import ENDINGS, case_name, is_nifti, nifti_files
 
 __all__ = [
     "Case",
     "DatasetInfo",
-    "class_names",
     "find_cases",
     "read_dataset_info",
     "split_cases",
 ]
-
-_DATASET_JSON_HINT = (
-    'the smallest dataset.json is {"channel_names": {"0": "MRI"}, "labels": {"background": 0, '
-    '"lesion": 1}, "file_ending": ".nii.gz"}, beside imagesTr/NAME_0000.nii.gz and '
-    "labelsTr/NAME.nii.gz"
-)
 
 
 @dataclass(frozen=True)
@@ -44,43 +36,9 @@ class Case:
     label: Path | None = None
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What dataset.json says: channel names, label values by name, and the files' ending."""
-
-    channels: list[str]
-    labels: dict[str, int]
-    file_ending: str
-
-
 def read_dataset_info(data_dir: str | Path) -> DatasetInfo:
-    """Read DATA/dataset.json in Decathlon or nnU-Net spelling.
-
-    Raises:
-        FileNotFoundError: no dataset.json. ValueError: it lacks channels or labels, or label values
-        are not 0, 1, 2, ... without gaps.
-    """
-    path = Path(data_dir) / "dataset.json"
-    return _dataset_info(path, _read(path))
-
-
-def class_names(file: Path) -> dict[str, int | list[int]]:
-    """Return the classes that a JSON file names under "labels", without the background.
-
-    Args:
-        file: a dataset.json, whose labels may be regions: {"tumour": [1, 2]}; or a prediction.json.
-
-    Raises:
-        ValueError: no such file, no JSON, or it has no labels.
-    """
-    try:
-        labels = _label_values(read_json(file)["labels"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"run_evaluate: {file} must be a JSON file with 'labels', as in a dataset.json; "
-            f"reading it gave {type(error).__name__}: {error}"
-        ) from error
-    return {name: value for name, value in labels.items() if value not in (0, [0])}
+    """Read DATA/dataset.json; see `unetrpp.dataset_json.read_dataset_json`."""
+    return read_dataset_json(Path(data_dir) / "dataset.json")
 
 
 def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
@@ -89,7 +47,7 @@ def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
     Files named in dataset.json ("training": [{"image", "label"}], "test": [...]) are taken as they
     are listed (nnU-Net v1: NAME.nii.gz for NAME_0000.nii.gz, ...); else imagesTr/NAME_0000.nii.gz,
     _0001, ... with labelsTr/NAME.nii.gz (nnU-Net), or imagesTr/NAME.nii.gz (Decathlon) are found by
-    name. Test cases lie in imagesTs, without labels.
+    name, see `unetrpp.case_names.group_channels`. Test cases lie in imagesTs, without labels.
 
     Raises:
         FileNotFoundError: a file is missing, or no case was found. ValueError: unknown split, two
@@ -98,31 +56,26 @@ def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
     if split not in ("train", "test"):
         raise ValueError(f"find_cases: split must be 'train' or 'test', got {split!r}")
     data_dir = Path(data_dir)
-    content = _read(data_dir / "dataset.json")
-    info = _dataset_info(data_dir / "dataset.json", content)
-    listed = content.get("training" if split == "train" else "test")
+    info = read_dataset_info(data_dir)
+    listed = info.training if split == "train" else info.test
     if listed:
-        cases = [_listed_case(item, data_dir, info.file_ending) for item in listed]
+        cases = [_listed_case(entry, data_dir, info, split) for entry in listed]
     else:
-        cases = _cases_by_name(data_dir, split, info.file_ending)
-    missing = [str(p) for case in cases for p in (*case.images, case.label) if p and not p.exists()]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} file(s) missing, the first: {missing[0]}")
+        cases = _cases_by_name(data_dir, split, info)
+    _check_files(data_dir, cases)
     named: dict[str, Case] = {}
     for case in cases:
         other = named.setdefault(case.name, case)
         if other is not case:
             raise ValueError(
-                f"two {split} cases are named {case.name}: {other.images[0]} and {case.images[0]}; "
-                "names must differ, rename one of them"
+                f"{data_dir / 'dataset.json'}: two {split} cases are named {case.name}: "
+                f"{other.images[0]} and {case.images[0]}; names must differ, rename one of them"
             )
-    if not cases:
-        raise FileNotFoundError(f"no {split} case found in {data_dir}; {_DATASET_JSON_HINT}")
-    for case in cases:
         if len(case.images) not in (1, len(info.channels)):
             raise ValueError(
-                f"case {case.name} has {len(case.images)} image files, but dataset.json names "
-                f"{len(info.channels)} channels {info.channels}"
+                f"{data_dir / 'dataset.json'}: case {case.name} has {len(case.images)} image "
+                f"files, but {len(info.channels)} channels are named, {info.channels}; list one "
+                "file for each channel, or one file that holds them all"
             )
     return sorted(cases, key=lambda case: case.name)
 
@@ -146,74 +99,97 @@ def split_cases(
     return training, [case for i, case in enumerate(cases) if i in held_out]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {_DATASET_JSON_HINT}")
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _dataset_info(path: Path, content: Mapping[str, Any]) -> DatasetInfo:
-    channels = content.get("channel_names") or content.get("modality")
-    if not channels or not content.get("labels"):
-        raise ValueError(f"{path} names no channels or no labels; {_DATASET_JSON_HINT}")
-    channels = [channels[key] for key in sorted(channels, key=int)]
-    try:
-        labels = {name: int(value) for name, value in _label_values(content["labels"]).items()}
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{path}: every label must map to one integer (regions made of several labels are not "
-            f"supported), got {content['labels']}"
-        ) from None
-    labels = dict(sorted(labels.items(), key=lambda item: item[1]))
-    if list(labels.values()) != list(range(len(labels))) or len(labels) < 2:
-        raise ValueError(
-            f"{path}: label values must be 0 (background), 1, 2, ... without gaps, got {labels}"
-        )
-    return DatasetInfo(channels, labels, content.get("file_ending", ".nii.gz"))
-
-
-def _label_values(labels: Mapping[str, Any]) -> dict[str, Any]:
-    """Return label value, or values of a region, by name.
-
-    nnU-Net writes {"liver": 1} and regions {"tumour": [1, 2]}, the Decathlon {"1": "liver"}.
-    """
-    only_numbers = all(key.isdigit() for key in labels)
-    values: dict[str, int | list[int]] = {}
-    for key, value in labels.items():
-        if isinstance(value, str) and (only_numbers or not value.isdigit()):
-            key, value = value, key
-        values[key] = [int(part) for part in value] if isinstance(value, list) else int(value)
-    return values
-
-
-def _listed_case(item: Any, data_dir: Path, file_ending: str) -> Case:
+def _listed_case(entry: Entry, data_dir: Path, info: DatasetInfo, split: str) -> Case:
     """Return the case of an entry of dataset.json."""
-    item = {"image": item} if isinstance(item, str) else item
-    images = item["image"] if isinstance(item["image"], list) else [item["image"]]
-    name = Path(images[0]).name.removesuffix(file_ending)
-    label = data_dir / item["label"] if "label" in item else None
-    paths = [data_dir / image for image in images]
-    if len(paths) == 1 and not paths[0].exists():
+    paths = [_listed_path(data_dir, image) for image in entry.images]
+    label = _listed_path(data_dir, entry.label) if entry.label is not None else None
+    name = case_name(paths[0])
+    stem, number = split_number(name)
+    if len(paths) == 1 and not _is_file(paths[0]):
         # nnU-Net v1 lists NAME.nii.gz for the files NAME_0000.nii.gz, NAME_0001.nii.gz, ...
-        pattern = f"{glob.escape(name)}_[0-9][0-9][0-9][0-9]{file_ending}"
-        paths = sorted(paths[0].parent.glob(pattern)) or paths
+        grouped = list(_numbered_files(paths[0], name, info).values())
+        paths = list(grouped[0]) if len(grouped) == 1 else paths
+    elif number == 0 and (label is None or case_name(label) != name):
+        if len(paths) == 1:
+            paths = list(_numbered_files(paths[0], stem, info).get(stem, paths))
+        if [split_number(case_name(p)) for p in paths] == [(stem, i) for i in range(len(paths))]:
+            name = stem
+    if split == "test":
+        return Case(name, tuple(paths))
+    label = label or label_beside(paths[0], name)
+    if label is None:
+        raise ValueError(
+            f"{data_dir / 'dataset.json'}: {entry.place} names no label, and beside its image "
+            f"{paths[0]} none of its name is found; give the entry a label, as in "
+            '{"image": "imagesTr/NAME.nii.gz", "label": "labelsTr/NAME.nii.gz"}, or leave the '
+            "list out to have files found by name"
+        )
     return Case(name, tuple(paths), label)
 
 
-def _cases_by_name(data_dir: Path, split: str, file_ending: str) -> list[Case]:
+def _listed_path(data_dir: Path, text: str) -> Path:
+    path = data_dir / text
+    # Windows writes backslashes.
+    return path if "\\" not in text or _is_file(path) else data_dir / text.replace("\\", "/")
+
+
+def _numbered_files(file: Path, name: str, info: DatasetInfo) -> dict[str, tuple[Path, ...]]:
+    """Return the cases that the files NAME_0000, NAME_0001, ... beside a file make, by name."""
+    ending = file.name[len(case_name(file)) :]
+    files = (file.with_name(f"{name}_{i:04d}{ending}") for i in range(len(info.channels) + 1))
+    grouped = _without_problems(filter(_is_file, files), info)
+    return {name: images for (_, name), images in grouped.items()}
+
+
+def _cases_by_name(data_dir: Path, split: str, info: DatasetInfo) -> list[Case]:
     """Return the cases of a folder whose dataset.json lists no files."""
     folder = data_dir / ("imagesTr" if split == "train" else "imagesTs")
-    by_name: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob(f"*{file_ending}")):
-        if path.name.startswith("."):
-            continue
-        stem = path.name.removesuffix(file_ending)
-        by_name.setdefault(re.sub(r"_\d{4}$", "", stem), []).append(path)
+    endings = ENDINGS if info.file_ending is None else (info.file_ending,)
+    files = nifti_files(folder) if folder.is_dir() else []
+    files = [file for file in files if file.name.lower().endswith(endings)]
+    grouped = _without_problems(files, info)
+    if not grouped:
+        raise FileNotFoundError(
+            f"no {split} case found: dataset.json lists none, and {folder} holds no file that "
+            f"ends in {' or '.join(endings)}; {DATASET_JSON_HINT}"
+        )
     cases = []
-    for name, images in by_name.items():
-        label = data_dir / "labelsTr" / f"{name}{file_ending}"
-        cases.append(Case(name, tuple(images), label if split == "train" else None))
+    for (_, name), images in grouped.items():
+        ending = images[0].name[len(case_name(images[0])) :]
+        label = label_beside(images[0], name) or data_dir / "labelsTr" / f"{name}{ending}"
+        cases.append(Case(name, images, label if split == "train" else None))
     return cases
+
+
+def _without_problems(files: Iterable[Path], info: DatasetInfo) -> dict:
+    grouped, problems = group_channels(files, info.channels)
+    for reason in problems.values():
+        more = f" (and {len(problems) - 1} more such cases)" if len(problems) > 1 else ""
+        raise ValueError(reason + more)
+    return grouped
+
+
+def _check_files(data_dir: Path, cases: Sequence[Case]) -> None:
+    """Refuse what is listed and is no NIfTI file, or is not there."""
+    files = [path for case in cases for path in (*case.images, case.label) if path is not None]
+    for path in files:
+        if not is_nifti(path):
+            raise ValueError(
+                f"{data_dir / 'dataset.json'} lists {path}, and only files that end in "
+                f"{' or '.join(ENDINGS)} are read; convert the volumes to NIfTI"
+            )
+    missing = [path for path in files if not _is_file(path)]
+    if missing:
+        kind = "is a folder" if os.path.isdir(missing[0]) else "does not exist"
+        raise FileNotFoundError(
+            f"{len(missing)} file(s) missing, the first: {missing[0]} {kind}; every image needs a "
+            f"label map, and {data_dir / 'dataset.json'} must list files by their paths from its "
+            "own folder"
+        )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrpp.dataset import class_names
+from unetrpp.case_names import pair_names
+from unetrpp.dataset_json import class_names, split_ignore
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
 from unetrpp.files import write_json, write_text
@@ -207,15 +208,16 @@ def run_evaluate(
         ((name, prediction), (reference,)) = *predicted.items(), references.values()
         pairs = {name: (prediction, reference)}
     else:
-        pairs = {c: (predicted[c], references[c]) for c in references if c in predicted}
-        unmatched = sorted(set(predicted) - set(references))
+        named = pair_names(predicted, references)
+        pairs = {case: (predicted[name], references[case]) for name, case in named.items()}
+        unmatched = sorted(set(predicted) - set(named))
         if not pairs:
             raise FileNotFoundError(
                 f"run_evaluate: no file in {predictions} has the name of one in {labels} "
                 f"({next(iter(predicted))} ... against {next(iter(references))} ...)"
             )
         if not only_predicted:
-            for case in sorted(set(references) - set(predicted)):
+            for case in sorted(set(references) - set(pairs)):
                 failures[str(references[case])] = (
                     f"there is no prediction named {case}.nii.gz in {predictions}; to score only "
                     "what was predicted: --only-predicted"
@@ -248,7 +250,8 @@ def evaluate_pairs(
         pairs: case name to (prediction, reference).
         output: folder for scores.csv and scores.json.
         classes: class name to label value(s), background left out; if not given, one class per
-            value in the references.
+            value in the references. Voxels of the reference with the value of "ignore", if that
+            is named, are left out of every score.
         check_affine: refuse a pair that lies at different places, see `unetrpp.volumes.placed`.
         failures: what is known to have failed already, to be reported with the rest.
         unmatched: predictions without reference, to be reported.
@@ -383,18 +386,25 @@ def _score(
     classes: Mapping[str, int | list[int]],
     check_affine: bool,
 ) -> list[dict]:
+    classes, ignore = split_ignore(classes)
     truth = read_labels(reference_file)
     prediction = placed(read_labels(prediction_file), truth, check_affine).values
     reference, spacing = truth.values, truth.grid.spacing
     listed = {0}.union(*(np.atleast_1d(value).tolist() for value in classes.values()))
     for file, labels in ((prediction_file, prediction), (reference_file, reference)):
         unknown = sorted(set(np.unique(labels).tolist()) - listed)
+        if labels is reference and ignore in unknown:
+            unknown.remove(ignore)
         if unknown:
             raise UnusableVolume(
                 file,
                 f"has the labels {unknown}, which are none of the classes {dict(classes)}; "
                 "give the dataset.json that names them with --names",
             )
+    if ignore is not None:
+        prediction, reference = (
+            np.where(reference == ignore, 0, labels) for labels in (prediction, reference)
+        )
     isotropic = max(spacing) - min(spacing) <= 1e-6 * max(spacing)
     rows = []
     for name, value in classes.items():

@@ -2,7 +2,8 @@
 
 with replacing(file) as partial: ...   write to `partial`, which then takes the file's place
 naming(file)                           a failed write names its file and the system's cause
-write_text, write_json, read_json      on top of it
+write_text, write_json                 on top of it
+read_json                              JSON in any of its encodings; an error names the file
 """
 
 from __future__ import annotations
@@ -141,9 +142,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace a text file; line ends are written as they are in `text`."""
+    """Replace a text file; line ends are written as they are in `text`.
+
+    A byte of a file name that is no UTF-8 is written as an escape, \\udcXX.
+    """
     with replacing(file) as partial:
-        partial.write_bytes(text.encode("utf-8"))
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -152,5 +156,40 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Return the content of a JSON file."""
-    return json.loads(file.read_text(encoding="utf-8"))
+    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a BOM.
+
+    Raises:
+        OSError: no such file, or it cannot be read. ValueError: it is no JSON in such an encoding,
+        or an object has one key with two values. Both name the file.
+    """
+    content = Path(file).read_bytes()
+    if not content.strip():
+        raise ValueError(f"{file} is empty; it must hold JSON, a text that begins with {{ or [")
+    try:
+        text = content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not in UTF-8: byte {error.start + 1} of it is 0x{content[error.start]:02x} "
+            f"(Latin-1, as some editors write?); save it as UTF-8"
+        ) from error
+    try:
+        return json.loads(text, object_pairs_hook=_without_twins)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
+            "JSON allows no comments, no single quotes and no comma after the last entry"
+        ) from error
+    except RecursionError:
+        raise ValueError(f"{file} is not usable: its JSON is nested too deeply") from None
+    except ValueError as error:  # a key given twice, a number of thousands of digits
+        raise ValueError(f"{file} is not usable: {error}") from error
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the dict of a JSON object, of which Python would keep only the last of equal keys."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"the key {key!r} occurs twice with different values; keep one")
+        found[key] = value
+    return found

@@ -4,6 +4,10 @@
     dice         SegFormer3D: 1 - Dice of one sigmoid per class
     dice_focal   Slim UNETR, Slim UNETR++: 1 - Dice + focal loss (gamma 2) of one sigmoid per class
 
+Voxels whose label is negative belong to nnU-Net's label "ignore" and are left out: a loss sees the
+others only, those of the whole batch together where Dice sums over the batch (dice_ce), else those
+of one volume after the other. Where there are none, the loss is 0.
+
 UNETR++ publishes CE - Dice; dice_ce is the same gradient with a value that cannot go below zero. As
 there, Dice sums over the batch: that of all processes together, where several train one model.
 
@@ -15,8 +19,9 @@ windows. In a single window that is the arg-max of the sigmoids; where windows o
 softmax and of sigmoids can differ in it.
 """
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import distributed
@@ -29,7 +34,10 @@ LOSSES = get_args(Loss)
 
 
 def deep_supervision_loss(
-    logits: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor, loss: str = "dice_ce"
+    logits: torch.Tensor | Sequence[torch.Tensor],
+    label: torch.Tensor,
+    loss: str = "dice_ce",
+    has_ignored: bool = False,
 ) -> torch.Tensor:
     """Weighted sum of a loss over the outputs: 4/7, 2/7, 1/7 for three.
 
@@ -37,6 +45,7 @@ def deep_supervision_loss(
         logits: per output (B, K, *size), the finest first; or those of the only output.
         label (B, 1, *patch): float32 class values; coarser outputs see it by nearest neighbour.
         loss: one of `LOSSES`.
+        has_ignored: whether labels may be negative, of voxels to leave out.
 
     Returns:
         The loss of the joint batch of all processes. Its gradient with respect to the logits of
@@ -45,6 +54,8 @@ def deep_supervision_loss(
     """
     outputs = [logits] if isinstance(logits, torch.Tensor) else logits
     function = _function(loss)
+    if has_ignored:
+        function = partial(_of_labelled, function)
     weights = [0.5**i for i in range(len(outputs))]
     total = torch.zeros((), device=label.device)
     label = _joint(label)
@@ -69,7 +80,20 @@ def _joint(batch: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _function(loss: str) -> torch.nn.Module:
+def _of_labelled(function: Any, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Return a loss of the voxels whose label is not negative, as one row of them."""
+    logits, label = logits.flatten(2), label.flatten(2)  # (B, K, voxels), (B, 1, voxels)
+    if getattr(function, "dice", function).batch:
+        logits, label = (each.movedim(1, 0).flatten(1)[None] for each in (logits, label))
+    values = []
+    for row, labels in zip(logits.split(1), label.split(1), strict=True):
+        labelled = labels[0, 0] >= 0
+        if labelled.any():
+            values.append(function(row[..., labelled], labels[..., labelled]))
+    return torch.stack(values).mean() if values else 0 * logits.sum()
+
+
+def _function(loss: str) -> Callable[..., torch.Tensor]:
     from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss
 
     if loss == "dice_ce":

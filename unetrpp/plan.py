@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from unetrpp.dataset import Case, DatasetInfo
+from unetrpp.dataset_json import IGNORE
 from unetrpp.models import MODELS, RECONSTRUCTION
 from unetrpp.models.network import (
     STAGES,
@@ -27,6 +28,7 @@ from unetrpp.models.network import (
 from unetrpp.preprocessing import (
     SAME_SPACING,
     Preprocessing,
+    check_foreground,
     foreground_intensity,
     volume_geometry,
 )
@@ -94,7 +96,7 @@ def propose(
 
     Raises:
         ValueError: a given patch size that the strides do not divide, with the legal multiples;
-            or three values are needed and not given.
+            or three values are needed and not given; or no labelled voxel in any case.
     """
     network = MODELS[model]
     geometry = [volume_geometry(case) for case in cases]
@@ -173,12 +175,19 @@ def propose(
         spacing=target,
         patch_size=patch,
         labels=info.labels,
+        ignore=info.ignore,
     )
     if "ct" in kinds:
         measured = foreground_intensity(cases, preprocessing)
         preprocessing.intensity = [
             values if kind == "ct" else None for values, kind in zip(measured, kinds, strict=True)
         ]
+    else:
+        check_foreground(cases, preprocessing)
+    if info.ignore is not None:
+        reasons.append(
+            f"voxels of label {info.ignore}, {IGNORE}: left out of loss, validation and scores"
+        )
     reasons.append(
         "normalisation "
         + ", ".join(

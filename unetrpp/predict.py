@@ -12,7 +12,6 @@ the sliding window and for undoing orientation and spacing.
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import numpy as np
 import torch
 
+from unetrpp.case_names import group_channels
 from unetrpp.dataset import Case
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
 from unetrpp.options import checked, choice, read_path, refusal
 from unetrpp.prediction_output import check_folder, check_kind, is_done
 from unetrpp.prediction_record import PredictionRecord
-from unetrpp.volumes import case_name, is_nifti, nifti_files, write_labels
+from unetrpp.volumes import is_nifti, nifti_files, write_labels
 
 if TYPE_CHECKING:
     from monai.transforms import Compose
@@ -170,8 +170,9 @@ def run_predict(
 
     A label map has the affine (both forms and their codes), spacing and shape of its input and
     the smallest integer type that holds the labels. Several channels are one 4-D file or files
-    named NAME_0000.nii.gz, NAME_0001.nii.gz, ...; the label map is then NAME.nii.gz. A file that
-    cannot be used is named with the reason, and the others are still done.
+    named NAME_0000.nii.gz, NAME_0001.nii.gz, ...; the label map is then NAME.nii.gz, see
+    `unetrpp.case_names.group_channels`. A file that cannot be used is named with the reason, and
+    the others are still done.
 
     Args:
         inputs: NIfTI files, or folders with such files.
@@ -206,7 +207,7 @@ def run_predict(
     paths = _paths(inputs)
     loaded = load_checkpoint(checkpoint)
     failures: dict[str, str] = {}
-    channels = len(_preprocessing("run_predict", checkpoint, loaded[1]).channels)
+    channels = _preprocessing("run_predict", checkpoint, loaded[1]).channels
     cases = _collect(paths, channels, failures)
     check_folder(output, paths)
     return predict_cases(
@@ -396,7 +397,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _collect(inputs: Sequence[Path], channels: int, failures: dict[str, str]) -> list[Case]:
+def _collect(
+    inputs: Sequence[Path], channels: Sequence[str], failures: dict[str, str]
+) -> list[Case]:
     """Group the files into cases; what is no usable input goes to failures."""
     files: dict[Path, None] = {}  # a dict keeps the order and drops a file that is given twice
     for path in inputs:
@@ -414,32 +417,9 @@ def _collect(inputs: Sequence[Path], channels: int, failures: dict[str, str]) ->
     if not files and not failures:
         raise FileNotFoundError("run_predict: no input was given")
 
-    groups: dict[tuple[Path, str], dict[int, Path]] = {}
-    for file in files:
-        name, channel = case_name(file), 0
-        number = re.search(r"_(\d{4})$", name)
-        # Only a number that the model has a channel for: "scan_2024.nii.gz" keeps its name.
-        if number and int(number[1]) < channels:
-            name, channel = name[: number.start()], int(number[1])
-        if channel in groups.setdefault((file.parent, name), {}):
-            raise ValueError(
-                f"run_predict: {groups[file.parent, name][channel]} and {file} are the same "
-                "channel of one case; give one of them"
-            )
-        groups[file.parent, name][channel] = file
-
-    cases = []
-    for (_, name), images in groups.items():
-        missing = [channel for channel in range(channels) if channel not in images]
-        # A single file may hold all channels in its fourth axis; reading it will tell.
-        if missing and set(images) != {0}:
-            failures[str(next(iter(images.values())))] = (
-                f"of its {channels} channels, number {', '.join(map(str, missing))} is missing: "
-                f"there is no {name}_{missing[0]:04d}.nii.gz"
-            )
-            continue
-        cases.append(Case(name, tuple(images[channel] for channel in sorted(images))))
-    return cases
+    grouped, problems = group_channels(files, channels)
+    failures.update((str(file), reason) for file, reason in problems.items())
+    return [Case(name, images) for (_, name), images in grouped.items()]
 
 
 def _targets(cases: Sequence[Case], output: Path) -> dict[str, Path]:

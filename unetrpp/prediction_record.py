@@ -58,11 +58,13 @@ class PredictionRecord:
         *,
         overwrite: bool,
     ) -> None:
+        from unetrpp.preprocessing import Preprocessing
+
         self.file = folder / FILE if folder is not None else None
         self.content: dict[str, Any] = {
             "checkpoint": str(checkpoint.absolute()),
             "weights": fingerprint(checkpoint),
-            "labels": preprocessing["labels"],
+            "labels": Preprocessing.from_dict(dict(preprocessing)).named_labels,
             "preprocessing": dict(preprocessing),
             "options": dict(options),
             **{key: {} for key in _BY_CASE},

@@ -24,6 +24,7 @@ from monai import transforms as mt
 from monai.data import MetaTensor
 
 from unetrpp.dataset import Case
+from unetrpp.dataset_json import IGNORE
 from unetrpp.memory import check_memory
 from unetrpp.volumes import (
     SAME_SPACING,
@@ -42,6 +43,7 @@ __all__ = [
     "InOrder",
     "Preprocessing",
     "UnreadableImage",
+    "check_foreground",
     "foreground_intensity",
     "inference_transforms",
     "load_case",
@@ -68,7 +70,8 @@ class Preprocessing:
         spacing: voxel size in mm to resample to, in SPL order; a volume within 1 % of it stays as
             it is, and with None every volume does.
         patch_size: network input in voxels, in SPL order.
-        labels: value by name, background included.
+        labels: value by class name, background included.
+        ignore: label value of the voxels that are left out of training and scoring, or None.
     """
 
     channels: list[str]
@@ -77,6 +80,12 @@ class Preprocessing:
     spacing: list[float] | None
     patch_size: list[int]
     labels: dict[str, int]
+    ignore: int | None = None
+
+    @property
+    def named_labels(self) -> dict[str, int]:
+        """Every label value by name, as dataset.json says it: the classes, and "ignore" if any."""
+        return self.labels if self.ignore is None else {**self.labels, IGNORE: self.ignore}
 
     def to_dict(self) -> dict:
         """Return plain lists and dicts that JSON can hold."""
@@ -86,10 +95,12 @@ class Preprocessing:
     def from_dict(cls, values: dict) -> Preprocessing:
         """Rebuild from `to_dict`; raises ValueError for a missing or unknown entry."""
         names = {field.name for field in fields(cls)}
-        if set(values) != names:
+        # Checkpoints from before there was an ignore label are complete without it.
+        missing, unknown = names - set(values) - {"ignore"}, set(values) - names
+        if missing or unknown:
             raise ValueError(
-                f"Preprocessing.from_dict: missing {sorted(names - set(values))}, unknown "
-                f"{sorted(set(values) - names)}; the checkpoint is of another version"
+                f"Preprocessing.from_dict: missing {sorted(missing)}, unknown {sorted(unknown)}; "
+                "the checkpoint is of another version"
             )
         return cls(**values)
 
@@ -113,7 +124,10 @@ def _in_network_order(grid: Grid) -> tuple[list[int], list[float]]:
 
 
 class _ReadCase:
-    """Case -> {"image" (C,S,P,L) float32, "label" (1,S,P,L), "name"}, checked, still unturned."""
+    """Case -> {"image" (C,S,P,L) float32, "label" (1,S,P,L), "name"}, checked, still unturned.
+
+    Labels are the classes 0, 1, ..., and -1 where the file has the value "ignore".
+    """
 
     def __init__(self, preprocessing: Preprocessing, check_affine: bool = False):
         self.preprocessing, self.check_affine = preprocessing, check_affine
@@ -165,14 +179,16 @@ class _ReadCase:
 
     def _read_label(self, file: Path, image: Volume) -> np.ndarray:
         label = placed(read_labels(file), image, self.check_affine).values
-        known = set(self.preprocessing.labels.values())
+        known = set(self.preprocessing.named_labels.values())
         unknown = sorted(set(np.unique(label).tolist()) - known)
         if unknown:
             raise ValueError(
                 f"{file} holds label value(s) {unknown[:5]} that dataset.json does not name; "
-                f"known: {self.preprocessing.labels}"
+                f"known: {self.preprocessing.named_labels}"
             )
-        return label
+        if self.preprocessing.ignore is None:
+            return label
+        return np.where(label == self.preprocessing.ignore, -1, label.astype(np.int32))
 
 
 class _Normalize:
@@ -236,8 +252,9 @@ def inference_transforms(preprocessing: Preprocessing, check_affine: bool = Fals
     """Return Case -> {"image" (C,S,P,L), "label" (1,S,P,L) if any, "name"}, nothing random.
 
     Steps: read and check, turn to SPL, resample to `preprocessing.spacing` (linear; labels
-    nearest) unless within 1 % of it, normalise. Images are MetaTensors that remember the turn and
-    the resampling, so `monai.transforms.Invertd` or `Compose.inverse` lead back to the file's grid.
+    nearest) unless within 1 % of it, normalise. Ignored labels are -1. Images are MetaTensors that
+    remember the turn and the resampling, so `monai.transforms.Invertd` or `Compose.inverse` lead
+    back to the file's grid.
 
     Args:
         check_affine: refuse channels and labels whose affine differs, see `unetrpp.volumes.placed`.
@@ -286,21 +303,50 @@ def foreground_intensity(
 
     At most `maximum_cases` cases, evenly spaced in the list, and 10000 voxels of each are read.
 
+    Voxels of the label "ignore" are not labelled. Where these cases have no labelled voxel, the
+    others are read as well.
+
     Raises:
-        ValueError: no labelled voxel in any of them; and whatever reading a case raises.
+        ValueError: no labelled voxel in any case; and whatever reading a case raises.
     """
     read, generator = _ReadCase(preprocessing), np.random.default_rng(0)
-    samples = []
-    for index in np.unique(np.linspace(0, len(cases) - 1, min(len(cases), maximum_cases)).round()):
-        item = read(cases[int(index)])
+    spaced = np.linspace(0, len(cases) - 1, min(len(cases), maximum_cases)).round()
+    first = [int(index) for index in np.unique(spaced)]
+    samples: list[np.ndarray] = []
+    for index in [*first, *sorted(set(range(len(cases))) - set(first))]:
+        if samples and index not in first:
+            break
+        item = read(cases[index])
         values = item["image"].as_tensor()[:, item["label"].as_tensor()[0] > 0].numpy()
         if values.shape[1]:
             samples.append(values[:, generator.integers(values.shape[1], size=10_000)])
     if not samples:
-        raise ValueError("no labelled voxel in the training cases, nothing to learn from")
+        raise _nothing_labelled(cases)
     values = np.concatenate(samples, axis=1).astype(np.float64)  # (C, voxels)
     lower, upper = np.percentile(values, [0.5, 99.5], axis=1)
     return [
         {"lower": float(a), "upper": float(b), "mean": float(c), "std": float(d)}
         for a, b, c, d in zip(lower, upper, values.mean(1), values.std(1), strict=True)
     ]
+
+
+def check_foreground(cases: Sequence[Case], preprocessing: Preprocessing) -> None:
+    """Read label maps until one has a labelled voxel.
+
+    Raises:
+        ValueError: none has one, so there is nothing to learn.
+    """
+    without = [0] if preprocessing.ignore is None else [0, preprocessing.ignore]
+    for case in cases:
+        assert case.label is not None  # `find_cases` refuses training cases without
+        if not np.isin(read_labels(case.label).values, without).all():
+            return
+    raise _nothing_labelled(cases)
+
+
+def _nothing_labelled(cases: Sequence[Case]) -> ValueError:
+    return ValueError(
+        f"no labelled voxel in the training cases, nothing to learn from: all {len(cases)} label "
+        f"maps, {cases[0].label} the first, hold background or ignored voxels only; check that "
+        "these are the right files"
+    )

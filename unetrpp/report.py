@@ -143,6 +143,7 @@ def score_validation(run: Path) -> Path | None:
     from unetrpp.dataset import find_cases
     from unetrpp.evaluate import evaluate_pairs
     from unetrpp.predict import predict_cases
+    from unetrpp.preprocessing import Preprocessing
 
     run = Path(run)
     folder, best = run / "validation", run / "best" / "model.safetensors"
@@ -160,7 +161,8 @@ def score_validation(run: Path) -> Path | None:
     )
     labels = {case.name: case.label for case in cases if case.label is not None}
     pairs = {name: (file, labels[name]) for name, file in predicted.outputs.items()}
-    named = read_json(run / "best" / "config.json")["preprocessing"]["labels"]
+    stored = read_json(run / "best" / "config.json")["preprocessing"]
+    named = Preprocessing.from_dict(stored).named_labels
     classes = {name: value for name, value in named.items() if value}
     evaluate_pairs(
         pairs,

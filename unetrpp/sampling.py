@@ -60,28 +60,41 @@ TURN_PROBABILITY = 0.36
 
 
 class _ForegroundVoxels:
-    """Add "voxels": per label present, up to FOREGROUND_VOXELS positions to centre patches on."""
+    """Add positions to centre patches on, up to FOREGROUND_VOXELS in each array.
+
+    "voxels" has an array per label present. "labelled" has one of all that is not ignored, the
+    background included, or is empty where nothing is ignored.
+    """
 
     def __call__(self, item: dict) -> dict:
         label = item["label"].as_tensor()[0]
         # The smallest type that holds its numbers: these stay in memory.
-        label = label.to(torch.uint8 if label.max() <= 255 else torch.int32)
+        small = 0 <= label.min() and label.max() <= 255
+        label = label.to(torch.uint8 if small else torch.int32)
         # A fixed seed: the same case always offers the same positions.
         generator = np.random.default_rng(0)
         item["voxels"] = []
         for value in torch.unique(label).tolist():
-            if value == 0:
+            if value <= 0:
                 continue
             positions = torch.nonzero(label == value).numpy()
             if len(positions) > FOREGROUND_VOXELS:
                 positions = generator.choice(positions, FOREGROUND_VOXELS, replace=False)
             item["voxels"].append(positions.astype(np.int32))
+        item["labelled"] = []
+        if label.min() < 0:
+            known = np.flatnonzero(label.numpy() >= 0)
+            known = generator.choice(known, min(len(known), FOREGROUND_VOXELS), replace=False)
+            item["labelled"] = np.stack(np.unravel_index(known, label.shape), 1).astype(np.int32)
         item["label"] = MetaTensor(label[None], affine=item["label"].affine)
         return item
 
 
 class _RandomWindow(mt.Randomizable, mt.Transform):
     """Cut patch plus margin at a random place, zero-padded; {"forced": True} centres on a label.
+
+    Where voxels are ignored, a window that is not forced is centred on one that is not (as
+    nnU-Net does), since most of a sparsely labelled volume teaches nothing.
 
     A volume shorter than the patch is padded equally on both sides, as sliding windows pad it.
     """
@@ -95,6 +108,8 @@ class _RandomWindow(mt.Randomizable, mt.Transform):
         if item.pop("forced", False) and item["voxels"]:
             positions = item["voxels"][self.R.randint(len(item["voxels"]))]
             center = positions[self.R.randint(len(positions))]
+        elif len(item["labelled"]):
+            center = item["labelled"][self.R.randint(len(item["labelled"]))]
         starts = []
         for axis, (size, patch) in enumerate(
             zip(item["image"].shape[1:], self.patch_size, strict=True)
@@ -134,6 +149,7 @@ def train_transforms(
 ) -> mt.Compose:
     """Return Case -> {"image" (C,*patch) float32, "label" (1,*patch) float32, "name"} at random.
 
+    Labels are -1 where they are ignored; what lies outside the volume is background, of value 0.
     The deterministic steps of `inference_transforms` come first (`TrainingPatches` keeps
     their result), then a random window and the augmentation.
 

@@ -118,7 +118,8 @@ def _train(
         remove_partial_files(settings.output)
     state = read_state(settings.output) if settings.resume else None
     data = load_data(settings, fabric, say)
-    trainee = Trainee(settings, data.plan.model, fabric)
+    has_ignored = data.plan.preprocessing.ignore is not None
+    trainee = Trainee(settings, data.plan.model, fabric, has_ignored=has_ignored)
     say(trainee.describe())
     if state is not None:
         _go_on(trainee, state, settings, say)
@@ -327,7 +328,7 @@ class Loop:
         )
         extra = {
             "preprocessing": preprocessing.to_dict(),
-            "labels": preprocessing.labels,
+            "labels": preprocessing.named_labels,
             "split": self.data.split,
             "step": step,
             "val_dice": mean,
@@ -383,6 +384,7 @@ def _score(
         )
         labels = probability[0].argmax(0).cpu().numpy()
         truth = item["label"].as_tensor()[0].numpy()
+        labels[truth < 0] = 0  # ignored voxels are none of a class in either
         scores[index] = torch.tensor(dice_per_class(labels, truth, values))
     return reduced(fabric, scores, "sum")
 

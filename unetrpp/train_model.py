@@ -89,6 +89,7 @@ class Trainee:
         config: options of the run.
         arguments: those of `unetrpp.create_model`.
         fabric: device, precision and processes.
+        has_ignored: whether labels may be negative, of voxels to leave out of the loss.
 
     Attributes:
         step: number of steps taken.
@@ -96,11 +97,16 @@ class Trainee:
     """
 
     def __init__(
-        self, config: ResolvedConfig, arguments: Mapping[str, Any], fabric: Fabric
+        self,
+        config: ResolvedConfig,
+        arguments: Mapping[str, Any],
+        fabric: Fabric,
+        *,
+        has_ignored: bool = False,
     ) -> None:
         from torch.optim.swa_utils import AveragedModel
 
-        self.config, self.fabric = config, fabric
+        self.config, self.fabric, self.has_ignored = config, fabric, has_ignored
         self.step = 0
         torch.manual_seed(config.seed)
         self.model = create_model(**arguments)
@@ -187,7 +193,7 @@ class Trainee:
             image = image.contiguous(memory_format=torch.channels_last_3d)
         label = batch["label"].to(device, non_blocking=True)  # (B, 1, *patch)
         self.network.train()
-        loss = deep_supervision_loss(self.network(image), label, config.loss)
+        loss = deep_supervision_loss(self.network(image), label, config.loss, self.has_ignored)
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(
             self.network,

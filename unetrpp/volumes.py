@@ -29,6 +29,7 @@ from unetrpp.files import replacing
 from unetrpp.memory import check_memory
 
 __all__ = [
+    "ENDINGS",
     "SAME_SPACING",
     "Grid",
     "UnreadableImage",
@@ -44,6 +45,8 @@ __all__ = [
     "write_labels",
 ]
 
+# How names of volumes end, the longer one first.
+ENDINGS = (".nii.gz", ".nii")
 # A voxel size that differs by less, relatively, is the same: nothing is interpolated.
 SAME_SPACING = 0.01
 # A grid whose corners lie within this share of a voxel of the other grid's is the same grid:
@@ -147,7 +150,7 @@ class Volume:
 
 def is_nifti(path: Path) -> bool:
     """Whether a file's name is that of a NIfTI volume, in small or large letters."""
-    return path.name.lower().endswith((".nii", ".nii.gz"))
+    return path.name.lower().endswith(ENDINGS)
 
 
 def nifti_files(folder: Path) -> list[Path]:
@@ -158,7 +161,7 @@ def nifti_files(folder: Path) -> list[Path]:
 
 def case_name(file: Path) -> str:
     """Return the name of a NIfTI file without its ending."""
-    for ending in (".nii.gz", ".nii"):
+    for ending in ENDINGS:
         if file.name.lower().endswith(ending):
             return file.name[: -len(ending)]
     return file.name
