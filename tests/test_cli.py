@@ -218,6 +218,7 @@ def test_no_option_at_all_is_explained(capsys):
         ("fold", "5"),
         ("seed", str(2**63)),
         ("model_args", "[1]"),
+        *(("model_args", f'{{"{name}": 7}}') for name in ("in_channels", "img_size", "strides")),
     ],
 )
 def test_option_out_of_range_is_refused_with_its_range(option, value, tmp_path, capsys):

@@ -126,9 +126,15 @@ def _spacing(value: Any) -> list[float]:
     return sizes
 
 
+# Arguments of a network that the data or an option of their own decide.
+_DECIDED = ("name", "preset", "in_channels", "out_channels", "img_size", "strides")
+
+
 def _arguments(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError
+    if any(name in value for name in _DECIDED):
+        raise ValueError
     return dict(value)
 
 
@@ -165,9 +171,10 @@ RULES = {
         "leave it out for the median of the data",
     ),
     "model_args": Rule(
-        'arguments of the network by name, such as {"dims": [16,32,64,128]}',
+        'arguments of the network by name, such as {"dims": [16,32,64,128]}, without '
+        f"{', '.join(_DECIDED)}",
         _arguments,
-        "leave it out for the preset's",
+        "the data say the channels and labels, --patch_size, --strides and --preset the rest",
     ),
     "batch_size": Rule("a whole number of at least 1", _whole(1), "2 is usual"),
     "betas": Rule(
