@@ -643,7 +643,9 @@ def test_short_recipe_decays_no_temperatures_and_the_published_one_all():
     others = [p for p in kept["params"] if id(p) not in temperatures]
     assert others and all(parameter.ndim <= 1 for parameter in others)
     for name in ("adamw", "sgd"):
-        published = TrainConfig(recipe="published", **{**options, "optimizer": name})
+        published = TrainConfig(
+            model="unetrpp", recipe="published", **{**options, "optimizer": name}
+        )
         (group,) = train_model.make_optimizer(model, published).param_groups
         assert group["weight_decay"] == 0.5 and len(group["params"]) == len(names)
         assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)

@@ -271,9 +271,10 @@ def test_data_inside_the_output_folder_are_never_removed(tmp_path):
     (tmp_path / "project" / "plan.json").write_text("{}", encoding="utf-8")
     options = {"steps": 1, "overwrite": True, **SMALL}
     inside = tmp_path / "project" / "data"
-    for folder in (tmp_path / "project", inside):
-        with pytest.raises(FileExistsError, match="which no run writes"):
-            run_train(TrainConfig(data=inside, output=folder, **options))
+    with pytest.raises(FileExistsError, match="which no run writes"):
+        run_train(TrainConfig(data=inside, output=tmp_path / "project", **options))
+    with pytest.raises(ValueError, match="--data and --output are both"):
+        run_train(TrainConfig(data=inside, output=inside, **options))
     assert len(list(inside.rglob("*.nii.gz"))) == 8
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unetrpp.files import read_json
-from unetrpp.run_folder import CONFIG, read_metrics
+from unetrpp.run_folder import CONFIG, METRICS, read_metrics, unread_lines
 
 __all__ = ["Sources", "number", "read_scores"]
 
@@ -108,19 +108,15 @@ class Sources:
 
     def _records(self, run: Path) -> list[dict[str, Any]]:
         try:
-            records = read_metrics(run)
-        except (OSError, ValueError) as error:
-            self.damaged.append(f"{run / 'metrics.jsonl'} cannot be read: {error}")
+            records, unread = read_metrics(run), unread_lines(run)
+        except OSError as error:
+            self.damaged.append(f"{run / METRICS} cannot be read: {error}")
             return []
-        whole = [
-            r for r in records if isinstance(r, dict) and not math.isnan(number(r.get("step")))
-        ]
-        if len(whole) < len(records):
-            count = len(records) - len(whole)
-            self.damaged.append(f"{run / 'metrics.jsonl'}: {count} record(s) name no step")
-        for record in whole:
+        if unread:
+            self.damaged.append(f"{run / METRICS}: {unread} line(s) are no records of a step")
+        for record in records:
             record["val_dice_per_class"] = _mapping(record.get("val_dice_per_class"))
-        return whole
+        return records
 
     def _record_of(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         """prediction.json from beside the predicted label maps, if it is there."""

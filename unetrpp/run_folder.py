@@ -30,6 +30,7 @@ __all__ = [
     "remove_partial_files",
     "save_state",
     "start_folder",
+    "unread_lines",
 ]
 
 METRICS = "metrics.jsonl"
@@ -58,17 +59,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     A line that is no record is left out: a killed run or a full disk may leave half a line.
     """
+    return [record for record in _lines(folder) if record is not None]
+
+
+def unread_lines(folder: Path) -> int:
+    """Return how many lines of the metrics are no records."""
+    return sum(record is None for record in _lines(folder))
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any] | None]:
     file = folder / METRICS
-    records = []
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     for line in text.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+            record = None
+        is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+        yield record if is_record else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
