@@ -150,6 +150,48 @@ def test_a_wrong_name_is_told_the_right_ones(names, message):
             call()
 
 
+class Named(torch.Tensor):
+    """A subclass that torch carries through its functions."""
+
+
+def meta_tensor(x):
+    return pytest.importorskip("monai.data").MetaTensor(x, meta={"filename": "a.nii.gz"})
+
+
+@every_model
+@pytest.mark.parametrize(
+    "kind", [meta_tensor, lambda x: x.as_subclass(Named)], ids=["monai", "own"]
+)
+def test_subclasses_of_tensors_are_taken(name, kind):
+    """Results are of the class that torch's own layers give."""
+    model, x = small_model(name), volume(2, 1)
+    expected_class = type(torch.nn.Conv3d(1, 2, 1)(kind(x)))
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, expected = model(kind(x)), model(x)
+        assert type(y) is expected_class
+        assert torch.equal(y.as_subclass(torch.Tensor), expected)
+    model(kind(x)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "segformer3d" else pytest.mark.exhaustive)
+        for name in MODELS
+    ],
+)
+def test_a_compiled_network_takes_meta_tensors(name):
+    model, x = small_model(name), volume(2, 1)
+    torch.compiler.reset()
+    y = torch.compile(model, backend="aot_eager")(meta_tensor(x))
+    assert type(y) is torch.Tensor
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 class Wider(SegFormer3D):
     """What a user derives: constructor arguments of its own, a hint for type checkers alone."""
 

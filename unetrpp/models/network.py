@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from unetrpp.models.layers import Triple
@@ -317,8 +318,15 @@ class Network(nn.Module):
         self.img_size, self.grids = img_size, grids
         return self
 
-    def check_input(self, x: Tensor) -> None:
-        """Raise a ValueError that names rule and remedy if forward cannot take x."""
+    def check_input(self, x: Tensor) -> Tensor:
+        """Return x as forward takes it; a ValueError names rule and remedy if it cannot.
+
+        While torch.compile traces, a subclass such as MONAI's MetaTensor becomes a plain tensor:
+        torch 2.13 cannot compile even nn.Conv3d for it. That breaks the graph once, before the
+        network. Otherwise x stays what it is.
+        """
+        if torch.compiler.is_compiling() and type(x) is not Tensor:
+            x = x.as_subclass(Tensor)
         size = tuple(x.shape[2:])
         caller = f"{type(self).__name__}.forward"
         if x.ndim != 5 or x.shape[1] != self.in_channels:
@@ -328,7 +336,7 @@ class Network(nn.Module):
                 f"{tuple(x.shape)}."
             )
         if size == self.img_size:
-            return
+            return x
         legal = nearest_legal_size(size, self.strides)
         if self.takes_any_size:
             if size != legal:
@@ -337,7 +345,7 @@ class Network(nn.Module):
                     f"{size_multiples(self.strides)}, the products of the strides; got {size}. "
                     f"Crop or pad x to {legal}."
                 )
-            return
+            return x
         if size == legal:
             got = _stage_grids(size, self.strides, caller)[0]
             found = f"{math.prod(got)} tokens {got}"

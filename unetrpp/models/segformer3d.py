@@ -180,7 +180,7 @@ class SegFormer3D(Network):
         Raises:
             ValueError: x has another number of axes or of channels, or an illegal size.
         """
-        self.check_input(x)
+        x = self.check_input(x)
         return upsample_linear(self.segformer_decoder(*self.segformer_encoder(x)), x.shape[2:])
 
 

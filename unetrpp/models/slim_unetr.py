@@ -162,7 +162,7 @@ class SlimUNETR(Network):
         Raises:
             ValueError: x has another number of axes, of channels, or another size.
         """
-        self.check_input(x)
+        x = self.check_input(x)
         tokens, skips = self.Encoder(x)
         return self.Decoder(tokens, skips, self.grids[-1])
 

@@ -203,7 +203,7 @@ class SlimUNETRPP(Network):
         Raises:
             ValueError: x has another number of axes, of channels, or another size.
         """
-        self.check_input(x)
+        x = self.check_input(x)
         tokens, skips = self.Encoder(x)
         for number, attention in self.SCA.items():
             skip = skips[int(number) - 1]

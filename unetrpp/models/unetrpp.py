@@ -286,7 +286,7 @@ class UNETRPP(Network):
         Raises:
             ValueError: x has another number of axes, of channels, or another size.
         """
-        self.check_input(x)
+        x = self.check_input(x)
         stages = self.unetr_pp_encoder(x)
         deep = self.decoder5(stages[3], stages[2])
         middle = self.decoder4(deep, stages[1])
