@@ -64,7 +64,7 @@ class Plan:
 
     def to_dict(self) -> dict:
         """Return plain lists and dicts that JSON can hold."""
-        return asdict(self)
+        return {**asdict(self), "preprocessing": self.preprocessing.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Plan:

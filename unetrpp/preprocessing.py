@@ -88,8 +88,12 @@ class Preprocessing:
         return self.labels if self.ignore is None else {**self.labels, IGNORE: self.ignore}
 
     def to_dict(self) -> dict:
-        """Return plain lists and dicts that JSON can hold."""
-        return asdict(self)
+        """Return plain lists and dicts that JSON can hold; "ignore" only where there is one."""
+        values = asdict(self)
+        if self.ignore is None:
+            # So that earlier versions, which know no such entry, read it as well.
+            del values["ignore"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> Preprocessing:
