@@ -119,12 +119,14 @@ class EfficientPairedAttention(nn.Module):
                 self.EF.uniform_(-bound, bound)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, as at construction; after `to_empty`, for example."""
+        """Draw every parameter anew, as at construction; after `to_empty`, for example.
+
+        Parts that are no plain nn.Linear, as one that FSDP shards, are left to themselves.
+        """
         self._reset_own_parameters()
         for part in self.children():
-            reset: Any = getattr(part, "reset_parameters", None)
-            if reset is not None:
-                reset()
+            if type(part) is nn.Linear:
+                part.reset_parameters()
 
     def arguments(self, x: Tensor) -> tuple[PairedInputs, PairedOptions]:
         """Inputs and options of `epa_kernels.paired_attention` that compute the layer on x.

@@ -264,6 +264,10 @@ def test_parameters_are_drawn_anew_as_at_construction(kind):
     for name, value in expected.state_dict().items():
         assert torch.equal(layer.state_dict()[name], value), name
     assert all(p.requires_grad for p in layer.parameters())
+    layer.qkvv = Adapter(layer.qkvv)
+    before = layer.qkvv.base.weight.detach().clone()
+    layer.reset_parameters()
+    assert torch.equal(layer.qkvv.base.weight, before)
 
 
 def test_a_saved_layer_loads_whole():
