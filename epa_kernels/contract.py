@@ -269,7 +269,7 @@ class Op:
         return Call(
             self.name, first.device, first.dtype,
             n["B"], n["N"], n["C"], n["H"], n["D"], n["P"],
-            *self._flags(options), inputs[: self._activations],
+            *self._flags(options), tuple(inputs)[: self._activations],
         )  # fmt: skip
 
     def schema(self) -> tuple[str, str]:
@@ -354,6 +354,11 @@ OPS = {
         ),
     )
 }  # fmt: skip
+
+
+def by_name(options: Any) -> dict[str, Any]:
+    """Options as arguments by name; torch.compile of torch 2.8 cannot trace their `_asdict`."""
+    return dict(zip(type(options)._fields, options, strict=True))
 
 
 def call_on(op: str, x: Tensor) -> Call:

@@ -22,6 +22,7 @@ from .contract import (
     PairedOptions,
     SpatialInputs,
     SpatialOptions,
+    by_name,
     shape_getter,
 )
 from .rng import draw_seed
@@ -199,10 +200,10 @@ def _run(
 ) -> Tensor:  # fmt: skip
     run = dispatch.BACKENDS[dispatch.select(call, backend)].functions[op.name]
     if autocast is None:
-        return run(*inputs, seed=seed, **options._asdict())
+        return run(*inputs, seed=seed, **by_name(options))
     # Inside, dtypes are chosen explicitly.
     with torch.autocast(call.device.type, enabled=False):
-        return run(*inputs, seed=seed, **options._asdict())
+        return run(*inputs, seed=seed, **by_name(options))
 
 
 def paired_attention(

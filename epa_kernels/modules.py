@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, functional, parts
-from .contract import KINDS, LAYOUTS, OPS, Call, PairedInputs, PairedOptions
+from .contract import KINDS, LAYOUTS, OPS, Call, PairedInputs, PairedOptions, by_name
 from .subclasses import foreign
 
 
@@ -160,9 +160,9 @@ class EfficientPairedAttention(nn.Module):
         """x (B, N, C) -> (B, N, C); x may have any strides."""
         if parts.are_plain(self):
             inputs, options = self.arguments(x)
-            if foreign(*inputs[1:]) is None and max(options[3:]) < 1:
+            if foreign(*tuple(inputs)[1:]) is None and max(tuple(options)[3:]) < 1:
                 return functional.paired_attention(
-                    *inputs, **options._asdict(), backend=self.backend
+                    *inputs, **by_name(options), backend=self.backend
                 )
         parts.warn(self)
         return parts.call(self, x)

@@ -33,7 +33,7 @@ LINEAR = {
 }
 DROPOUT = ("attn_drop", "attn_drop_2")
 _ALL = {kind: (*names, *DROPOUT) for kind, names in LINEAR.items()}
-_PLAIN = frozenset((nn.Linear, nn.Dropout, nn.Identity))
+_PLAIN = (nn.Linear, nn.Dropout, nn.Identity)
 
 
 def are_plain(layer: "EfficientPairedAttention") -> bool:

@@ -76,7 +76,8 @@ def in_transform() -> bool:
 
 
 # Classes of tensors that any code takes.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN_SET = frozenset(_PLAIN)  # faster, but torch.compile of torch 2.8 cannot trace one
 _NO_DISPATCH = Tensor.__torch_dispatch__
 _without_modes: Callable[[], AbstractContextManager] = find(WITHOUT_MODES) or nullcontext
 
@@ -88,12 +89,12 @@ def decides(cls: type) -> bool:
 
 def as_plain(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same numbers without the methods of subclasses, for the code around kernels."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if _PLAIN_SET.issuperset(map(type, tensors)):
         return tensors
     with _without_modes():  # those of a compiled graph refuse even this of a subclass
         # Not t.as_subclass: that is one of the methods.
         return tuple(
-            t if type(t) in _PLAIN or decides(type(t)) else Tensor.as_subclass(t, Tensor)
+            t if type(t) in _PLAIN_SET or decides(type(t)) else Tensor.as_subclass(t, Tensor)
             for t in tensors
         )
 

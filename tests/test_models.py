@@ -717,6 +717,8 @@ def exported_model(name):
 
     The graph is the network's at any batch size: it is made with a batch of two.
     """
+    if torch.__version__.startswith("2.8."):
+        pytest.skip("torch 2.8 loses track of the size of the batch")
     model = small_model(name)
     batch = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(model, (volume(2, 1),), dynamic_shapes=batch)
