@@ -160,7 +160,8 @@ class EfficientPairedAttention(nn.Module):
         """x (B, N, C) -> (B, N, C); x may have any strides."""
         if parts.are_plain(self):
             inputs, options = self.arguments(x)
-            if foreign(*tuple(inputs)[1:]) is None and max(tuple(options)[3:]) < 1:
+            rate = max(options.channel_dropout_p, options.spatial_dropout_p)
+            if foreign(*tuple(inputs)[1:]) is None and rate < 1:
                 return functional.paired_attention(
                     *inputs, **by_name(options), backend=self.backend
                 )
