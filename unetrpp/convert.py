@@ -184,6 +184,7 @@ def _check(source: str, values: Preprocessing, network: Network) -> None:
         and (network.takes_any_size or values.patch_size == size),
         f"{size}, the input size of the network",
     )
+    rule("ignore", values.ignore is None or _is_list([values.ignore], int, 1), "a value, or null")
     rule(
         "labels",
         isinstance(values.labels, dict)

@@ -325,7 +325,7 @@ class Network(nn.Module):
         torch 2.13 cannot compile even nn.Conv3d for it. That breaks the graph once, before the
         network. Otherwise x stays what it is.
         """
-        if torch.compiler.is_compiling() and type(x) is not Tensor:
+        if torch.compiler.is_dynamo_compiling() and type(x) is not Tensor:
             x = x.as_subclass(Tensor)
         size = tuple(x.shape[2:])
         caller = f"{type(self).__name__}.forward"
