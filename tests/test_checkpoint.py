@@ -715,3 +715,15 @@ def test_checkpoint_files_follow_the_umask(model, folder):
     usual.touch()
     for name in ("config.json", "model.safetensors"):
         assert (folder / name).stat().st_mode == usual.stat().st_mode
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_named(tmp_path):
+    folder = tmp_path / "r\udce4n"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no UTF-8, and safetensors opens no such path; rename"):
+        load_checkpoint(folder)

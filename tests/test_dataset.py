@@ -323,6 +323,26 @@ def test_a_gap_is_refused_by_name(tmp_path, images, channels, message):
         find_cases(tmp_path)
 
 
+@pytest.mark.parametrize("channels", ["0", "01", "10"])
+def test_channels_may_be_listed_one_by_one(tmp_path, channels):
+    training = [
+        {"image": f"imagesTr/a_000{channel}.nii.gz", "label": "labelsTr/a.nii.gz"}
+        for channel in channels
+    ]
+    of_files(tmp_path, ["a_0000", "a_0001"], ["a"], 2, training=training)
+    (case,) = find_cases(tmp_path)
+    assert case.name == "a"
+    assert [file.name for file in case.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "a"), (1, "a_0001")])
+def test_one_of_several_files_may_be_listed_as_the_only_channel(tmp_path, number, name):
+    entry = {"image": f"imagesTr/a_000{number}.nii.gz", "label": "labelsTr/a.nii.gz"}
+    of_files(tmp_path, ["a_0000", "a_0001"], ["a"], training=[entry])
+    (case,) = find_cases(tmp_path)
+    assert case.name == name and case.images == (tmp_path / entry["image"],)
+
+
 def test_one_channel_in_two_endings_is_refused(tmp_path):
     of_files(tmp_path, ["a_0000"], ["a"])
     volume(tmp_path / "imagesTr/a_0000.nii")

@@ -52,7 +52,7 @@ def group_channels(
     series: dict[Path, set[str]] = {}
     for file in files:
         name, number = split_number(case_name(file))
-        holds_all = len(channels) > 1 and _channels_in(file) > 1
+        holds_all = number is not None and len(channels) > 1 and _channels_in(file) > 1
         if number == 0 and holds_all and not label_beside(file) and label_beside(file, name):
             _add(cases, (file.parent, name), file)
             continue

@@ -219,6 +219,11 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
         raise ValueError(
             f"load_checkpoint: {folder / CONFIG} is truncated or no JSON ({error})."
         ) from error
+    if os.fsencode(folder).decode("utf-8", "ignore") != str(folder):
+        raise ValueError(
+            f"load_checkpoint: the name of {folder} is no UTF-8, and safetensors opens no such "
+            "path; rename the folder"
+        )
     try:
         with safe_open(folder / WEIGHTS, framework="pt", device=device) as stream:
             metadata = stream.metadata() or {}

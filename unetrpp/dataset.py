@@ -59,7 +59,7 @@ def find_cases(data_dir: str | Path, split: str = "train") -> list[Case]:
     info = read_dataset_info(data_dir)
     listed = info.training if split == "train" else info.test
     if listed:
-        cases = [_listed_case(entry, data_dir, info, split) for entry in listed]
+        cases = list(dict.fromkeys(_listed_case(e, data_dir, info, split) for e in listed))
     else:
         cases = _cases_by_name(data_dir, split, info)
     _check_files(data_dir, cases)
@@ -107,11 +107,13 @@ def _listed_case(entry: Entry, data_dir: Path, info: DatasetInfo, split: str) ->
     stem, number = split_number(name)
     if len(paths) == 1 and not _is_file(paths[0]):
         # nnU-Net v1 lists NAME.nii.gz for the files NAME_0000.nii.gz, NAME_0001.nii.gz, ...
-        grouped = list(_numbered_files(paths[0], name, info).values())
-        paths = list(grouped[0]) if len(grouped) == 1 else paths
-    elif number == 0 and (label is None or case_name(label) != name):
-        if len(paths) == 1:
-            paths = list(_numbered_files(paths[0], stem, info).get(stem, paths))
+        found = list(_numbered_files(paths[0], name, info).values())
+        paths = list(found[0]) if len(found) == 1 else paths
+    elif number is not None and (label is None or case_name(label) != name):
+        if len(paths) == 1 and len(info.channels) > 1:
+            # One channel stands for all, or each is listed as an entry of its own.
+            grouped = _numbered_files(paths[0], stem, info).get(stem, ())
+            paths = list(grouped) if paths[0] in grouped else paths
         if [split_number(case_name(p)) for p in paths] == [(stem, i) for i in range(len(paths))]:
             name = stem
     if split == "test":
