@@ -5,14 +5,17 @@ many again for each factor of a product that needs a gradient. So every backend 
 reference does.
 """
 
-from collections.abc import Callable
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .contract import OPS, Op
 
+COUNTER = "torch.utils.flop_counter"
 # A product: multiply-adds, and whether each of its two factors needs a gradient.
 Products = list[tuple[int, bool, bool]]
 
@@ -78,13 +81,52 @@ def _formula(count: Callable[..., int], op: Op) -> Callable[..., int]:
     return lambda *tensors, out_val=None, **options: count(op, tensors, options)
 
 
+def _register(packets: Sequence[tuple[Any, Callable[..., int]]]) -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for packet, formula in packets:
+        register_flop_formula(packet, get_raw=True)(formula)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Registers as soon as somebody imports the counter, which itself takes 0.2 s to import."""
+
+    def __init__(self) -> None:
+        self.packets: list[tuple[Any, Callable[..., int]]] = []
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != COUNTER or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: Any) -> None:
+            run(module)
+            _register(self.packets)
+
+        setattr(spec.loader, "exec_module", run_and_register)  # noqa: B010
+        return spec
+
+
+_after_import = _AfterImport()
+
+
 def register(namespace: Any) -> None:
-    """Let the counter know every op of a backend.
+    """Let the counter know every op of a backend, at once or when it is imported.
 
     Args:
         namespace: torch.ops.epa_kernels_<backend>.
     """
+    packets = []
     for name, op in OPS.items():
-        for packet, count in ((name, forward), (f"{name}_bwd", backward)):
-            formula = _formula(count, op)
-            register_flop_formula(getattr(namespace, packet), get_raw=True)(formula)
+        packets.append((getattr(namespace, name), _formula(forward, op)))
+        packets.append((getattr(namespace, f"{name}_bwd"), _formula(backward, op)))
+    if COUNTER in sys.modules:
+        _register(packets)
+        return
+    _after_import.packets += packets
+    if _after_import not in sys.meta_path:
+        sys.meta_path.insert(0, _after_import)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import dispatch, functional, parts
 from .contract import KINDS, LAYOUTS, OPS, Call, PairedInputs, PairedOptions, by_name
-from .subclasses import foreign
+from .subclasses import as_compiled, foreign
 
 
 class EfficientPairedAttention(nn.Module):
@@ -158,6 +158,8 @@ class EfficientPairedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C); x may have any strides."""
+        if torch.compiler.is_compiling():
+            x = as_compiled(x)
         if parts.are_plain(self):
             inputs, options = self.arguments(x)
             rate = max(options.channel_dropout_p, options.spatial_dropout_p)

@@ -6,7 +6,9 @@ subclass that decides by `__torch_dispatch__` what an operator does, as DTensor,
 operators and not ours.
 """
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .torch_private import decides
 
@@ -19,3 +21,16 @@ def foreign(*tensors: Tensor | None) -> str | None:
         if decides(type(t)) and not type(t).__module__.startswith(_TRACING):
             return type(t).__name__
     return None
+
+
+def as_compiled(x: Tensor) -> Tensor:
+    """x as a compiled graph of our ops can take it: plain, unless under torch.no_grad.
+
+    torch 2.13 can neither keep a subclass for backward, not of nn.LayerNorm either, nor show one to
+    our ops in inference mode. Making it plain breaks the graph once.
+    """
+    if type(x) in (Tensor, Parameter) or torch.compiler.is_exporting() or foreign(x) is not None:
+        return x
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return x.as_subclass(Tensor)
+    return x

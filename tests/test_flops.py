@@ -1,8 +1,11 @@
 """Every backend counts the floating-point operations that the reference counts."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from cases import FUSED_BACKENDS, KINDS, daily_if_interpreted
+from cases import CHILD_ENVIRONMENT, FUSED_BACKENDS, KINDS, daily_if_interpreted
 
 import epa_kernels
 from epa_kernels.testing import DEVICE, make_layer
@@ -54,3 +57,21 @@ def test_ops_on_heads_count_as_the_reference(backend):
             lambda: epa_kernels.spatial_attention(q, k_proj, k_proj, temperature, normalize=True),
         ):
             assert count(call, backend) == count(call, "reference")
+
+
+@pytest.mark.parametrize("ours_first", (True, False))
+def test_the_order_of_imports_does_not_matter(ours_first):
+    imports = ["import epa_kernels", "from torch.utils.flop_counter import FlopCounterMode"]
+    code = "\n".join(
+        (
+            "import sys, torch; finders = list(sys.meta_path)",
+            *(imports if ours_first else imports[::-1]),
+            "layer, x = epa_kernels.EPA(40, 16, 6), torch.randn(1, 40, 16)",
+            "with FlopCounterMode(display=False) as counter: layer(x)",
+            "print(counter.get_total_flops() > 0, sys.meta_path == finders)",
+        )
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=CHILD_ENVIRONMENT
+    )
+    assert run.stdout.split() == ["True", "True"], run.stderr
