@@ -87,7 +87,9 @@ def test_only_what_is_one_is_called_a_fault_of_the_program():
 
 
 WAIT = """
-import sys, time
+import signal, sys, time
+# A shell that starts the tests in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from unetrpp import cli
 def wait(parser):
     print("ready", flush=True)
