@@ -765,3 +765,33 @@ def test_import_is_lazy():
     modules = loaded("from unetrpp import UNETRPP, load_checkpoint")
     assert "torch" in modules
     assert not {"monai", "nibabel", "triton"} & set(modules)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_leaves_the_meta_device_as_a_new_one(name):
+    with torch.device("meta"):
+        model = create_model(name, "tiny")
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(9)  # what the memory held
+    model.reset_parameters()
+    new = create_model(name, "tiny")
+    for key, value in new.state_dict().items():
+        found, value = model.state_dict()[key].float(), value.float()
+        if (value == value.flatten()[0]).all():
+            assert torch.equal(found, value), key
+        elif value.numel() > 200:
+            assert float(found.std()) == pytest.approx(float(value.std()), rel=0.3), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_all_that_a_model_from_the_meta_device_needs(name):
+    new = create_model(name, "tiny").eval()
+    with torch.device("meta"):
+        model = create_model(name, "tiny").eval()
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(9)  # what the memory held
+    model.load_state_dict(new.state_dict())
+    x = torch.randn(1, new.in_channels, *new.img_size)
+    torch.testing.assert_close(model(x), new(x))

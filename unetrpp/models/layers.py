@@ -19,6 +19,7 @@ __all__ = [
     "TransformerBlock",
     "UpBlock",
     "UpsamplingConv3d",
+    "constant",
     "named_conv",
     "replace_parameter",
     "resample_grid",
@@ -152,8 +153,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.grid = grid
         tokens = math.prod(grid)
-        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, channels)) if has_pos_embed else None
+        self.gamma = nn.Parameter(torch.empty(channels))
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, channels)) if has_pos_embed else None
+        self.reset_parameters()
         self.norm = nn.LayerNorm(channels)
         self.epa_block = EfficientPairedAttention(
             tokens,
@@ -171,6 +173,12 @@ class TransformerBlock(nn.Module):
         if res_blocks == 2:
             self.conv52 = ResidualBlock(channels, channels, norm="batch")
         self.conv8 = nn.Sequential(nn.Dropout3d(conv_dropout), nn.Conv3d(channels, channels, 1))
+
+    def reset_parameters(self) -> None:
+        """Give the block's own parameters their first values; its parts have their own reset."""
+        nn.init.constant_(self.gamma, 1e-6)
+        if self.pos_embed is not None:
+            nn.init.zeros_(self.pos_embed)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *grid) -> (B, C, *grid)."""
@@ -312,6 +320,15 @@ def _apply_along_grid(x: Tensor, axis: int, grid: Sequence[int], matrices: list[
         # Contract the first remaining grid axis; its result goes last, so the order is kept.
         out = torch.tensordot(out, matrix.to(x.device), ([-len(grid)], [1]))
     return out.flatten(-len(grid)).movedim(-1, axis).to(x.dtype).contiguous()
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    """Return a tensor of one number, on the device of `like`, for an op that takes a tensor.
+
+    Not a buffer: one that no state dict has is lost when a model leaves the meta device.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.full((1,), value, dtype=dtype, device=like.device)
 
 
 def replace_parameter(parameter: Tensor, value: Tensor) -> None:

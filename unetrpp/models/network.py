@@ -238,6 +238,17 @@ class Network(nn.Module):
             self.deep_supervision = False
         return self
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter and statistic anew, as at construction; after `to_empty`, say."""
+        for module in self.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
+        self.draw_own_way()
+
+    def draw_own_way(self) -> None:
+        """Draw what this network draws in another way than torch's layers; nothing in most."""
+
     @property
     def config(self) -> dict[str, Any]:
         """Name and constructor arguments, as plain JSON.

@@ -23,12 +23,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from epa_kernels import spatial_attention
-from unetrpp.models.layers import Triple, to_tokens, to_volume, upsample_linear
+from unetrpp.models.layers import Triple, constant, to_tokens, to_volume, upsample_linear
 from unetrpp.models.network import STAGES, Network, Widths, register
 
 __all__ = ["SegFormer3D"]
@@ -151,6 +150,10 @@ class SegFormer3D(Network):
             in_channels, self.strides, dims, depths, num_heads, mlp_ratio, attention_scale
         )
         self.segformer_decoder = Decoder(dims, decoder_dim, out_channels)
+        self.draw_own_way()
+
+    def draw_own_way(self) -> None:
+        """See `Network`."""
         self.apply(_init)
 
     @classmethod
@@ -273,8 +276,6 @@ class SelfAttention(nn.Module):
     Shapes: x (B, N, C) -> (B, N, C); P = N / prod(reduction) keys.
     """
 
-    scale: Tensor
-
     def __init__(
         self, channels: int, num_heads: int, reduction: Triple, attention_scale: str
     ) -> None:
@@ -288,8 +289,7 @@ class SelfAttention(nn.Module):
             self.sr = nn.Conv3d(channels, channels, reduction, reduction)
             self.sr_norm = nn.LayerNorm(channels)
         divisor = num_heads if attention_scale == "num_heads" else channels // num_heads
-        scale = torch.tensor([divisor**-0.5])
-        self.register_buffer("scale", scale, persistent=False)
+        self.scale = divisor**-0.5
 
     def forward(self, x: Tensor, grid: Triple) -> Tensor:
         """x (B, N, C), N the product of grid -> (B, N, C)."""
@@ -297,7 +297,7 @@ class SelfAttention(nn.Module):
         if self.has_reduction:
             x = self.sr_norm(to_tokens(self.sr(to_volume(x, grid))))  # (B, P, C)
         k, v = self.key_value(x).unflatten(2, (2, self.num_heads, -1)).unbind(2)
-        return self.proj(spatial_attention(q, k, v, self.scale).flatten(2))
+        return self.proj(spatial_attention(q, k, v, constant(self.scale, q)).flatten(2))
 
 
 class MixFFN(nn.Module):

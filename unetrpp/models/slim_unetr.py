@@ -33,6 +33,7 @@ from epa_kernels import spatial_attention
 from unetrpp.models.layers import (
     Triple,
     UpsamplingConv3d,
+    constant,
     replace_parameter,
     resample_grid,
     to_tokens,
@@ -205,12 +206,17 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(grid), dims[-1]))
+        self.position_embeddings = nn.Parameter(torch.empty(1, math.prod(grid), dims[-1]))
+        self.reset_parameters()
         for level, (before, after) in enumerate(pairwise((in_channels, *dims))):
             self.add_module(f"DWconv{level + 1}", Downsample(before, after, strides[level]))
         for level in range(STAGES):
             self.add_module(f"block{level + 1}", stage(level))
         self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Set the position embeddings to zero, as in a new model."""
+        nn.init.zeros_(self.position_embeddings)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (B, in_channels, *size) -> tokens (B, N, dims[3]), volumes of the other stages."""
@@ -382,14 +388,11 @@ class GlobalSparseTransformer(nn.Module):
     Shapes: (B, C, *grid) -> (B, C, *grid / step).
     """
 
-    scale: Tensor
-
     def __init__(self, channels: int, num_heads: int, step: Triple) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.step = step
         self.qkv = nn.Conv3d(channels, 3 * channels, 1, bias=False)
-        self.register_buffer("scale", torch.ones(1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *grid) -> (B, C, *grid / step)."""
@@ -398,7 +401,7 @@ class GlobalSparseTransformer(nn.Module):
         # Head after head, each with its queries, keys and values.
         qkv = to_tokens(self.qkv(x)).unflatten(2, (self.num_heads, 3, -1))  # (B, N, H, 3, D)
         q, k, v = qkv.unbind(3)  # (B, N, H, D)
-        out = spatial_attention(q, k, v, self.scale)  # (B, N, H, D)
+        out = spatial_attention(q, k, v, constant(1.0, q))  # (B, N, H, D)
         return out.flatten(2).transpose(1, 2).reshape(x.shape)
 
 

@@ -254,14 +254,20 @@ class MedNeXtBlock(nn.Module):
     def __init__(self, channels: int, *, expansion: int = 4, kernel_size: int = 7) -> None:
         super().__init__()
         hidden = expansion * channels
-        self.grn_beta = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1))
-        self.grn_gamma = nn.Parameter(torch.zeros(1, hidden, 1, 1, 1))
+        self.grn_beta = nn.Parameter(torch.empty(1, hidden, 1, 1, 1))
+        self.grn_gamma = nn.Parameter(torch.empty(1, hidden, 1, 1, 1))
+        self.reset_parameters()
         self.conv1 = nn.Conv3d(
             channels, channels, kernel_size, padding=kernel_size // 2, groups=channels
         )
         self.norm = nn.GroupNorm(channels, channels)
         self.conv2 = nn.Conv3d(channels, hidden, 1)
         self.conv3 = nn.Conv3d(hidden, channels, 1)
+
+    def reset_parameters(self) -> None:
+        """Set the block's own parameters to zero; its parts have their own reset."""
+        nn.init.zeros_(self.grn_beta)
+        nn.init.zeros_(self.grn_gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, *grid) -> the same shape."""
@@ -310,12 +316,19 @@ class SpatialAttention(nn.Module):
         self.grid = grid
         self.num_heads = num_heads
         # In the published state dict, and never read there either.
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1), requires_grad=False)
-        self.temperature2 = nn.Parameter(torch.ones(num_heads, 1, 1))
-        bound = proj_size**-0.5
-        self.EF = nn.Parameter(torch.empty(math.prod(grid), proj_size).uniform_(-bound, bound))
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1), requires_grad=False)
+        self.temperature2 = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.EF = nn.Parameter(torch.empty(math.prod(grid), proj_size))
+        self.reset_parameters()
         self.qkvv = nn.Linear(channels, 4 * channels, bias=False)
         self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Draw the branch's own parameters anew; its parts have their own reset."""
+        nn.init.ones_(self.temperature)
+        nn.init.ones_(self.temperature2)
+        bound = self.EF.shape[1] ** -0.5
+        nn.init.uniform_(self.EF, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
@@ -347,9 +360,14 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1))
+        self.reset_parameters()
         self.qkvv = nn.Linear(channels, 4 * channels, bias=False)
         self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Set the temperature to one; the projection has its own reset."""
+        nn.init.ones_(self.temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""

@@ -259,8 +259,12 @@ class UNETRPP(Network):
         self.out1 = _head(feature_size, out_channels)
         self.out2 = _head(dims[0], out_channels)
         self.out3 = _head(dims[1], out_channels)
-        self.unetr_pp_encoder.apply(_init_encoder)
+        self.draw_own_way()
         self.deep_supervision = deep_supervision
+
+    def draw_own_way(self) -> None:
+        """See `Network`."""
+        self.unetr_pp_encoder.apply(_init_encoder)
 
     @property
     def output_strides(self) -> tuple[Triple, Triple, Triple]:
