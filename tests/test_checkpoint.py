@@ -646,6 +646,15 @@ def test_numbers_that_are_no_floats_are_refused(model, tmp_path):
         load_published(tmp_path / "weights.pt", "tiny")
 
 
+@pytest.mark.parametrize("form", (lambda t: t.to("meta"), torch.Tensor.to_sparse))
+def test_tensors_that_are_not_dense_are_refused(model, tmp_path, form):
+    state = dict(model.state_dict())
+    state["out1.conv.conv.bias"] = form(state["out1.conv.conv.bias"])
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="weights.pt holds out1.conv.conv.bias .* save dense"):
+        load_published(tmp_path / "weights.pt", "tiny")
+
+
 def test_what_is_no_checkpoint_is_named(model, tmp_path):
     file = tmp_path / "weights.pt"
     optimizer = torch.optim.AdamW(model.parameters())

@@ -162,6 +162,12 @@ def read_tensors(file: Path, caller: str) -> dict[str, Tensor]:
                 "state_dict()."
             )
         )
+    for name, value in tensors.items():
+        if value.is_meta or value.layout != torch.strided:
+            kind = "without numbers, on the meta device" if value.is_meta else f"{value.layout}"
+            raise ValueError(
+                f"{caller}: {file} holds {name} {kind}; save dense tensors of the trained model."
+            )
     return tensors
 
 
