@@ -39,7 +39,10 @@ class _Unknown(Exception):
 
 def _kind_of(layer: nn.Module) -> str | None:
     """The kind of a published EPA layer, by its attributes; None if it is no such layer."""
-    if not all(hasattr(layer, name) for name in ("qkvv", "temperature", "temperature2")):
+    # A wrapper, as of torch.compile or peft, hands out the names of the layer that it holds.
+    if "qkvv" not in layer._modules:
+        return None
+    if not (hasattr(layer, "temperature") and hasattr(layer, "temperature2")):
         return None
     if hasattr(layer, "EF"):
         return "sum"
@@ -145,6 +148,19 @@ def _with_parts(layer: nn.Module, parts: dict[str, Any]) -> nn.Module:
     return twin
 
 
+def _tried(layer: nn.Module, parts: dict[str, Any], x: Tensor, *, training: bool) -> Tensor:
+    """What the layer's forward makes of tokens, with other parts that drop nothing."""
+    try:
+        result = _with_parts(layer, parts).train(training).forward(x.clone())
+    except Exception as error:  # of any kind: it is not our code
+        raise _Unknown(
+            f"its forward failed on tokens {tuple(x.shape)}: {type(error).__name__}: {error}"
+        ) from None
+    if not isinstance(result, Tensor) or result.shape != x.shape:
+        raise _Unknown(f"its forward does not turn tokens {tuple(x.shape)} into such tokens")
+    return result
+
+
 def _layout_of(layer: nn.Module, kind: str, sizes: tuple[int, int, int, int]) -> str:
     """The layout with which ours computes what the layer does."""
     if type(layer).forward is nn.Module.forward:  # it has none: there is nothing to keep
@@ -155,14 +171,7 @@ def _layout_of(layer: nn.Module, kind: str, sizes: tuple[int, int, int, int]) ->
     x.normal_(generator=torch.Generator("cpu").manual_seed(1))
     # Its forward may draw numbers, too.
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        try:
-            theirs = _with_parts(layer, parts).forward(x.clone())
-        except Exception as error:  # of any kind: it is not our code
-            raise _Unknown(
-                f"its forward failed on tokens (2, {N}, {C}): {type(error).__name__}: {error}"
-            ) from None
-        if not isinstance(theirs, Tensor) or theirs.shape != x.shape:
-            raise _Unknown(f"its forward does not turn tokens (2, {N}, {C}) into such tokens")
+        theirs = _tried(layer, parts, x, training=False)
         differences = {}
         for layout in LAYOUTS:
             ours = _build(parts, kind, sizes, layout).eval()
@@ -170,6 +179,10 @@ def _layout_of(layer: nn.Module, kind: str, sizes: tuple[int, int, int, int]) ->
             expected = ours(x)
             differences[layout] = float((theirs.float() - expected).norm() / expected.norm())
             if differences[layout] <= TOLERANCE:
+                # Nothing is dropped, so a published layer computes the same when it trains.
+                trained = _tried(layer, parts, x, training=True)
+                if float((trained - theirs).norm() / expected.norm()) > TOLERANCE:
+                    raise _Unknown("its forward computes something else in training mode")
                 return layout
     told = ", ".join(f"{value:.2g} from layout {name!r}" for name, value in differences.items())
     raise _Unknown(f"its forward computes something else (relative difference {told})")
@@ -203,8 +216,9 @@ def patch_model(model: nn.Module) -> Patched:
     A layer counts if it has `qkvv`, `temperature`, `temperature2` and either `E` and `F` or `EF`.
     Its kind follows from them. Both layers are tried first, in eval mode and on the CPU, on random
     tokens and with random weights of the same shapes. If the results are equal, ours takes the
-    place, with the layout that the trial found. If not, the layer is left alone, and one warning
-    names it with the reason.
+    place, with the layout that the trial found. If not, or if the old layer computes something
+    else in training mode without dropout, it is left alone, and one warning names it with the
+    reason.
 
     Parts are shared, not copied, and hooks on the layer are kept. Outputs, optimizers, state-dict
     keys and checkpoints stay valid. The model's mode, gradients and torch's generator do not

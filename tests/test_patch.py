@@ -174,3 +174,31 @@ def test_what_hangs_on_parts_keeps_its_effect():
 def test_the_backend_that_is_forced_does_not_matter_to_the_trial():
     with epa_kernels.use_backend("two_pass"):
         assert patch_model(nn.Sequential(Published())) == 1
+
+
+class DropsItsResult(Published):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_a_fork_that_trains_another_way_is_left_alone():
+    model = nn.Sequential(DropsItsResult())
+    with pytest.warns(UserWarning, match="something else in training mode"):
+        assert patch_model(model) == 0
+
+
+def test_a_wrapper_that_hands_out_attributes_is_no_layer():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    model = nn.Sequential(Wrapper(Published()))
+    patched = patch_model(model)
+    assert patched == 1 and patched.left == {} and type(model[0].inner) is EPA
