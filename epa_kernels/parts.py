@@ -34,6 +34,7 @@ LINEAR = {
 DROPOUT = ("attn_drop", "attn_drop_2")
 _ALL = {kind: (*names, *DROPOUT) for kind, names in LINEAR.items()}
 _PLAIN = (nn.Linear, nn.Dropout, nn.Identity)
+_FORWARD = nn.Linear.forward  # some programs replace it for every Linear, to add adapters
 
 
 def are_plain(layer: "EfficientPairedAttention") -> bool:
@@ -51,7 +52,7 @@ def are_plain(layer: "EfficientPairedAttention") -> bool:
             or "forward" in part.__dict__
         ):
             return False
-    return not global_hooks() or not _foreign_hooks()
+    return nn.Linear.forward is _FORWARD and (not global_hooks() or not _foreign_hooks())
 
 
 def _foreign_hooks() -> list[str]:
@@ -97,6 +98,8 @@ def reasons(layer: "EfficientPairedAttention") -> list[str]:
             why = ["drops everything"]
         if why:
             found.append(f"{name} {' and '.join(why)}")
+    if nn.Linear.forward is not _FORWARD:
+        found.append("nn.Linear.forward was replaced")
     if homes := _foreign_hooks():
         found.append(f"every module has a hook of {', '.join(homes)}")
     if cls := foreign(*layer._parameters.values()):

@@ -276,3 +276,14 @@ def test_a_saved_layer_loads_whole():
     torch.save(layer, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(X), layer(X))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_that_was_replaced_on_nn_linear_counts(kind, monkeypatch):
+    layer = make(kind)
+    plain, forward = layer(X), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda part, t: 2 * forward(part, t))
+    with pytest.warns(UserWarning, match="nn.Linear.forward was replaced"):
+        assert not torch.allclose(layer(X), plain, atol=0.1)
+    monkeypatch.undo()
+    torch.testing.assert_close(layer(X), plain)
