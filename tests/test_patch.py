@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import KINDS, LAYOUTS
 from torch import nn
+from torch.nn.utils import prune
 
 import epa_kernels
 from epa_kernels import EPA, patch_model
@@ -163,7 +164,7 @@ def test_hooks_are_carried_over_and_none_fires_in_the_trial():
 @pytest.mark.filterwarnings("ignore")
 def test_what_hangs_on_parts_keeps_its_effect():
     model = nn.Sequential(Published()).eval()
-    nn.utils.prune.l1_unstructured(model[0].qkvv, "weight", 0.5)
+    prune.l1_unstructured(model[0].qkvv, "weight", 0.5)
     nn.utils.parametrizations.weight_norm(model[0].E)
     model[0].last_map = model(X) * 1  # a map kept for a picture cannot be copied
     before = model(X)
