@@ -10,6 +10,8 @@ counts only if its module is called. Then the layer runs
                    has to be called, in plain PyTorch, because it needs the map
 """
 
+from __future__ import annotations
+
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ _PLAIN = (nn.Linear, nn.Dropout, nn.Identity)
 _FORWARD = nn.Linear.forward  # some programs replace it for every Linear, to add adapters
 
 
-def are_plain(layer: "EfficientPairedAttention") -> bool:
+def are_plain(layer: EfficientPairedAttention) -> bool:
     """Whether weights and rates are all there is to every part; asked at each call."""
     modules = layer._modules
     for name in _ALL[layer.kind]:
@@ -82,13 +84,13 @@ def _rate(dropout: Any) -> float:
     return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
 
 
-def rates(layer: "EfficientPairedAttention") -> tuple[float, float]:
+def rates(layer: EfficientPairedAttention) -> tuple[float, float]:
     """Dropout of the channel map and of the spatial map, of plain modules."""
     modules = layer._modules
     return _rate(modules["attn_drop"]), _rate(modules["attn_drop_2"])
 
 
-def reasons(layer: "EfficientPairedAttention") -> list[str]:
+def reasons(layer: EfficientPairedAttention) -> list[str]:
     """Why the layer calls its modules, a clause each; empty if it is fused."""
     found = []
     for name in _ALL[layer.kind]:
@@ -107,7 +109,7 @@ def reasons(layer: "EfficientPairedAttention") -> list[str]:
     return found
 
 
-def warn(layer: "EfficientPairedAttention") -> None:
+def warn(layer: EfficientPairedAttention) -> None:
     """Say once a layer that it is not fused, and why."""
     if layer._told or torch.compiler.is_compiling():
         return
@@ -119,7 +121,7 @@ def warn(layer: "EfficientPairedAttention") -> None:
     )
 
 
-def calls(layer: "EfficientPairedAttention", x: Tensor) -> list[Call]:
+def calls(layer: EfficientPairedAttention, x: Tensor) -> list[Call]:
     """The calls of ops that the layer makes on x when it calls its modules, for `explain`."""
     (B, N, C), H = x.shape, layer.num_heads
     P = layer.EF.shape[1] if layer.kind == "sum" else getattr(layer.E, "out_features", 0)
@@ -145,7 +147,7 @@ def calls(layer: "EfficientPairedAttention", x: Tensor) -> list[Call]:
     return found
 
 
-def call(layer: "EfficientPairedAttention", x: Tensor) -> Tensor:
+def call(layer: EfficientPairedAttention, x: Tensor) -> Tensor:
     """The layer on x (B, N, C), by calls of its modules."""
     functional.check_tokens(OPS["paired_attention"], x)
     (B, N, C), H, backend = x.shape, layer.num_heads, layer.backend

@@ -78,7 +78,7 @@ def wrong_usage(
         if name in RULES:
             return WrongUsage(refusal(option, RULES[name], value))
         return WrongUsage(f"{option} must be {_kind(types.get(name))}, got {value!r}")
-    if unknown := re.match(r"unrecognized arguments: (.*)", text, re.S):
+    if unknown := re.match(r"unrecognized arguments: (.*)", text, re.S | re.I):
         given = unknown[1].split()
         if given[0].startswith("-"):
             return WrongUsage(_unknown(given[0].partition("=")[0], types))

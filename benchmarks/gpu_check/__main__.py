@@ -177,7 +177,8 @@ class _Run:
                 arguments = (
                     "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-q",
                     "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.pytest_plugin",
-                    "--continue-on-collection-errors", "--device", self.kind, *place, *most, *files,
+                    "--continue-on-collection-errors", f"--device={self.kind}",
+                    *place, *most, *files,
                 )  # fmt: skip
             else:
                 arguments = (
