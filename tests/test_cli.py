@@ -200,6 +200,7 @@ def test_no_option_at_all_is_explained(capsys):
     "option, value",
     [
         *((name, "0") for name in ("steps", "batch_size", "validate_every", "devices", "minutes")),
+        *((name, "1000000") for name in ("batch_size", "devices", "workers")),
         *((name, "-1") for name in ("cache", "workers", "warm_up", "fold", "seed", "save_minutes")),
         *(("learning_rate", value) for value in ("-0.1", "0", "nan", "inf", "fast")),
         *(("ema", value) for value in ("1", "1.5", "-0.1", "nan")),

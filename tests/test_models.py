@@ -506,7 +506,12 @@ def test_wrong_argument_names_the_rule(name):
         ("unetrpp", {"epa_kind": 1}, "epa_kind must be a word; got 1"),
         ("segformer3d", {"num_heads": 4}, "num_heads must be integers, each at least 1; got 4"),
         ("segformer3d", {"num_heads": (1, 0, 3, 4)}, "num_heads must be integers, each at least 1"),
-        ("slim_unetr", {"dropout": "0.3"}, "dropout must be a number; got '0.3'"),
+        ("slim_unetr", {"dropout": "0.3"}, "dropout must be a share from 0 to 1; got '0.3'"),
+        (
+            "unetrpp",
+            {"attention_dropout": 2},
+            "attention_dropout must be a share .* 1; got 2",
+        ),
         ("slim_unetrpp", {"has_epa": "no"}, "has_epa must be true or false; got 'no'"),
         ("slim_unetrpp", {"sca_stages": 2}, "sca_stages must be integers, each at least 1; got 2"),
     ],

@@ -12,7 +12,7 @@ import torch
 nib = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
-from unetrpp import predict  # noqa: E402
+from unetrpp import memory, predict  # noqa: E402
 from unetrpp.predict import predict_volume, run_predict  # noqa: E402
 from unetrpp.preprocessing import Preprocessing  # noqa: E402
 
@@ -546,10 +546,24 @@ def test_memory_that_runs_out_is_said_for_each_volume(tmp_path, checkpoint):
     assert said.startswith("memory ran out") and "--batch_size of 1" in said
 
 
+def test_probabilities_that_memory_cannot_hold_are_refused(tmp_path, checkpoint, monkeypatch):
+    files = [save(tmp_path / f"{n}.nii.gz", smooth((8, 8, n))) for n in (8, 16)]
+
+    def check(needed, what, remedy):
+        if needed == 2 * 8 * 8 * 16 * 4:
+            raise memory.NotEnoughMemory(f"{what} would take {needed}; {remedy}")
+
+    monkeypatch.setattr(predict, "check_memory", check)
+    result = run_predict(files, tmp_path / "out", checkpoint(Thresholds(0.0)), quiet=True)
+    assert list(result.outputs) == ["8"]
+    (said,) = result.failures.values()
+    assert "16.nii.gz: the probabilities of 2 classes for 16 x 8 x 8 voxels would take" in said
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"batch_size": 0}, "run_predict: batch_size must be a whole number of at least 1, got 0"),
+        ({"batch_size": 0}, "run_predict: batch_size must be a whole number from 1 to 1024, got 0"),
         ({"batch_size": 1.5}, "run_predict: batch_size must be"),
         ({"overlap": float("nan")}, "run_predict: overlap must be at least 0 and below 1, got nan"),
         ({"overlap": -0.1}, "run_predict: overlap must be"),

@@ -29,8 +29,9 @@ from test_train import (  # noqa: E402
     wait_for_steps,
 )
 
-from unetrpp import create_model, processes  # noqa: E402
+from unetrpp import create_model, predict, processes, train_data  # noqa: E402
 from unetrpp.losses import deep_supervision_loss  # noqa: E402
+from unetrpp.memory import NotEnoughMemory  # noqa: E402
 from unetrpp.processes import Signals, joint_batch_norm, launch, same_everywhere  # noqa: E402
 from unetrpp.train import Interrupted, TrainConfig, run_train  # noqa: E402
 
@@ -364,12 +365,29 @@ def test_another_machine_is_said_and_another_number_of_devices_refused(stopped, 
         run_train(TrainConfig(resume=run, devices=2))
 
 
-# -- the cache
+# -- memory
+
+
+@pytest.mark.parametrize(
+    ("module", "needed", "said"),
+    [
+        (train_data, 2 * 16**3 * (4 + 2), r"--batch_size 2: patches of \[16, 16, 16\] voxels"),
+        (predict, 2 * 20 * 18 * 17 * 4, "nii.gz: the probabilities of 2 classes for 17 x 18 x 20"),
+    ],
+)
+def test_what_memory_cannot_hold_later_is_named_at_once(
+    data, tmp_path, monkeypatch, module, needed, said
+):
+    def check(size, what, remedy):
+        if size == needed:
+            raise NotEnoughMemory(what)
+
+    monkeypatch.setattr(module, "check_memory", check)
+    with pytest.raises(NotEnoughMemory, match=said):
+        run_train(TrainConfig(output=tmp_path / "run", data=data, steps=3, **SMALL))
 
 
 def test_the_cache_says_its_size_and_keeps_what_fits(data, tmp_path, monkeypatch, capsys):
-    from unetrpp import train_data
-
     # 20 x 18 x 17 voxels of 4 + 2 bytes: a case takes 36.7 kB, and half of this holds two.
     monkeypatch.setattr(train_data, "free_memory", lambda: 160_000)
     options = {"data": data, "steps": 3, **SMALL}

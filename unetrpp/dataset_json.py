@@ -31,6 +31,7 @@ __all__ = [
 
 # The name that nnU-Net reserves for voxels that nobody has labelled.
 IGNORE = "ignore"
+BACKGROUND = "background"
 # nnU-Net allows as many; a label map of more classes is a mistake.
 MOST_CLASSES = 65_536
 DATASET_JSON_HINT = (
@@ -42,6 +43,9 @@ _ENTRY_HINT = (
     'an entry is {"image": "imagesTr/NAME.nii.gz", "label": "labelsTr/NAME.nii.gz"}, with paths '
     "from the folder of dataset.json"
 )
+# How people call the two.
+_IMAGE_KEYS = ("image", "images")
+_LABEL_KEYS = ("label", "labels", "mask", "masks", "seg", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ def _classes(given: Any) -> tuple[dict[str, int], int | None]:
             )
         labels[name] = value
     if 0 not in labels.values():
-        labels = {"background": 0, **labels}
+        labels = {BACKGROUND: 0, **labels}
     labels = dict(sorted(labels.items(), key=lambda item: item[1]))
     if list(labels.values()) != list(range(len(labels))) or len(labels) < 2:
         raise _Unclear(
@@ -220,11 +224,7 @@ def _label_values(labels: Any) -> dict[str, int | list[int]]:
         '"labels" must be {"background": 0, "lesion": 1} or {"0": "background", "1": "lesion"}'
     )
     if isinstance(labels, list):
-        if (
-            not labels
-            or not isinstance(labels[0], str)
-            or labels[0].strip().lower() != "background"
-        ):
+        if not labels or not isinstance(labels[0], str) or not _is(BACKGROUND, labels[0]):
             raise _Unclear(f'{expected}; a list must begin with "background", got {_short(labels)}')
         labels = {str(value): name for value, name in enumerate(labels)}
     if not isinstance(labels, dict) or not labels:
@@ -241,6 +241,16 @@ def _label_values(labels: Any) -> dict[str, int | list[int]]:
         if name in values:
             raise _Unclear(f"{expected}; two labels are called {name!r}, rename one of them")
         numbers = [part for part in parts if part is not None]
+        if _is(BACKGROUND, name) and numbers != [0]:
+            raise _Unclear(
+                f"the background must have the value 0, got {name!r}: {_short(value)}; give it 0 "
+                "in dataset.json and in the label maps, or rename the class"
+            )
+        if _is(IGNORE, name) and name != IGNORE:
+            raise _Unclear(
+                f'{name!r} may be a class or voxels to leave out; write "ignore" for those, or '
+                "rename the class"
+            )
         values[name] = numbers if isinstance(value, list) else numbers[0]
     return values
 
@@ -280,7 +290,7 @@ def _entries(content: Mapping[str, Any], key: str) -> list[Entry]:
 def _entry(place: str, item: Any) -> Entry:
     if isinstance(item, str):
         item = {"image": item}
-    images = item.get("image", item.get("images")) if isinstance(item, dict) else None
+    images = _one_of(place, item, _IMAGE_KEYS) if isinstance(item, dict) else None
     images = [images] if isinstance(images, str) else images
     if (
         not isinstance(images, list)
@@ -288,10 +298,26 @@ def _entry(place: str, item: Any) -> Entry:
         or not all(isinstance(image, str) and image.strip() for image in images)
     ):
         raise _Unclear(f"{place} names no image, got {_short(item)}; {_ENTRY_HINT}")
-    label = item.get("label")
+    label = _one_of(place, item, _LABEL_KEYS)
+    if label is None and (others := [key for key in item if _is_volume(item[key], key)]):
+        raise _Unclear(f"{place} has no label, but {others[0]!r}: {item[others[0]]}; {_ENTRY_HINT}")
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise _Unclear(f"the label of {place} is {_short(label)}, not a path; {_ENTRY_HINT}")
     return Entry(place, tuple(images), label)
+
+
+def _is_volume(value: Any, key: str) -> bool:
+    """Whether an entry's value is a path of a volume that no key of an image announces."""
+    is_image = key.strip().lower() in _IMAGE_KEYS
+    return not is_image and isinstance(value, str) and value.strip().lower().endswith(ENDINGS)
+
+
+def _one_of(place: str, item: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """Return the value of the only one of the keys that is there, or None."""
+    given = [key for key in item if key.strip().lower() in keys and item[key] is not None]
+    if len(given) > 1:
+        raise _Unclear(f"{place} has {' and '.join(given)}, which are one thing; {_ENTRY_HINT}")
+    return item[given[0]] if given else None
 
 
 def _whole(value: Any) -> int | None:
@@ -301,6 +327,11 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return int(value) if abs(value) < 2**53 and value == int(value) else None
+
+
+def _is(reserved: str, name: str) -> bool:
+    """Whether a name is a reserved one, however it is spelled."""
+    return name.strip().lower() == reserved
 
 
 def _parts(value: int | Sequence[int]) -> Sequence[int]:

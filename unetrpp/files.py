@@ -25,6 +25,8 @@ __all__ = ["PARTIAL", "naming", "read_json", "replacing", "write_json", "write_t
 PARTIAL = ".partial."
 # What a write beyond the end of a failed file asks for, bytes: more than a last block has left.
 PROBE = 1 << 20
+# Digits of a number in a JSON file.
+LONGEST_NUMBER = 400
 
 
 @contextmanager
@@ -165,15 +167,18 @@ def read_json(file: Path) -> Any:
     content = Path(file).read_bytes()
     if not content.strip():
         raise ValueError(f"{file} is empty; it must hold JSON, a text that begins with {{ or [")
+    if not content.strip(b"\0"):
+        raise ValueError(f"{file} holds zero bytes only, as after a failed write; restore it")
     try:
         text = content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
+        guess = " (Latin-1, as some editors write?)" if error.encoding == "utf-8" else ""
         raise ValueError(
-            f"{file} is not in UTF-8: byte {error.start + 1} of it is 0x{content[error.start]:02x} "
-            f"(Latin-1, as some editors write?); save it as UTF-8"
+            f"{file} is not in {error.encoding.upper()}, as its first bytes say: byte "
+            f"{error.start + 1} of it is 0x{content[error.start]:02x}{guess}; save it as UTF-8"
         ) from error
     try:
-        return json.loads(text, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=_without_twins, parse_int=_of_digits)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
@@ -181,8 +186,15 @@ def read_json(file: Path) -> Any:
         ) from error
     except RecursionError:
         raise ValueError(f"{file} is not usable: its JSON is nested too deeply") from None
-    except ValueError as error:  # a key given twice, a number of thousands of digits
+    except ValueError as error:  # of the two below
         raise ValueError(f"{file} is not usable: {error}") from error
+
+
+def _of_digits(text: str) -> int:
+    """Make an integer, of which Python refuses those of thousands of digits in its own words."""
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"it holds a number of {len(text)} digits; correct it")
+    return int(text)
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

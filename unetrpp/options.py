@@ -140,6 +140,8 @@ def _arguments(value: Any) -> dict[str, Any]:
 
 _AXES = "(superior, posterior, left)"
 _LEFT_OUT = "leave it out for the recipe's"
+# No machine has as many devices or cores, and no memory as many patches.
+_MANY = 1024
 _PATH = Rule("the path of a file or folder", read_path, "give a path that is not empty")
 
 RULES = {
@@ -176,7 +178,7 @@ RULES = {
         _arguments,
         "the data say the channels and labels, --patch_size, --strides and --preset the rest",
     ),
-    "batch_size": Rule("a whole number of at least 1", _whole(1), "2 is usual"),
+    "batch_size": Rule(f"a whole number from 1 to {_MANY}", _whole(1, _MANY), "2 is usual"),
     "betas": Rule(
         "two numbers of at least 0 and below 1", _listed(2, _real(0, 1)), "[0.9,0.999] is usual"
     ),
@@ -194,9 +196,13 @@ RULES = {
         "a number of minutes of at least 0", _real(0), "5 is usual, and 0 saves after each step"
     ),
     "seed": Rule("a whole number from 0 to 2^63 - 1", _whole(0, 2**63 - 1), "1 is usual"),
-    "devices": Rule("a whole number of at least 1", _whole(1), "1 trains in one process"),
+    "devices": Rule(
+        f"a whole number from 1 to {_MANY}", _whole(1, _MANY), "1 trains in one process"
+    ),
     "workers": Rule(
-        "a whole number of at least 0", _whole(0), "leave it out, or give 0 for no processes"
+        f"a whole number from 0 to {_MANY}",
+        _whole(0, _MANY),
+        "leave it out, or give 0 for no processes",
     ),
     "cache": Rule("a whole number of at least 0", _whole(0), "leave it out to keep all cases"),
     "overlap": Rule("at least 0 and below 1", _real(0, 1), "0.5 is usual"),

@@ -12,6 +12,7 @@ the sliding window and for undoing orientation and spacing.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from unetrpp.case_names import group_channels
 from unetrpp.dataset import Case
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
+from unetrpp.memory import check_memory
 from unetrpp.options import checked, choice, read_path, refusal
 from unetrpp.prediction_output import check_folder, check_kind, is_done
 from unetrpp.prediction_record import PredictionRecord
@@ -464,12 +466,12 @@ def _predict_case(
     for step in transforms.transforms:
         item = step(item)
     image = item["image"]  # (C, S, P, L)
-    voxels = image[0].numel() * len(preprocessing.labels)
+    check_probabilities(case.images[0], image.shape[1:], len(preprocessing.labels))
     probabilities = predict_volume(
         model,
         image[None],
         preprocessing.patch_size,
-        stitch_device=_stitch_device(model, voxels),
+        stitch_device=_stitch_device(model, image[0].numel() * len(preprocessing.labels)),
         **options,
     )[0].cpu()  # (K, S, P, L)
     if not torch.isfinite(probabilities).all():
@@ -488,6 +490,23 @@ def _predict_case(
         labels[restored > best] = value
         best = torch.maximum(best, restored)
     return labels.numpy().astype(np.min_scalar_type(len(probabilities) - 1))
+
+
+def check_probabilities(file: Path, shape: Sequence[int], classes: int) -> None:
+    """Refuse a volume whose class probabilities would take too much memory, see `unetrpp.memory`.
+
+    Args:
+        file: it is named. shape: of the volume as the network sees it. classes: with background.
+
+    Raises:
+        NotEnoughMemory: with the size, and what to do.
+    """
+    size = " x ".join(map(str, shape))
+    check_memory(
+        4 * classes * math.prod(shape),
+        f"{file}: the probabilities of {classes} classes for {size} voxels",
+        "crop it, free memory, or train on larger voxels (--spacing)",
+    )
 
 
 def _like(values: torch.Tensor, image: Any) -> Any:

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from unetrpp.dataset import Case, find_cases, read_dataset_info, split_cases
-from unetrpp.memory import SHARE, free_memory, size_in_words
+from unetrpp.memory import SHARE, check_memory, free_memory, size_in_words
 from unetrpp.plan import Plan, propose
+from unetrpp.predict import check_probabilities
 from unetrpp.preprocessing import (
     Preprocessing,
     inference_transforms,
@@ -85,6 +86,7 @@ def load_data(config: ResolvedConfig, fabric: Fabric, say: Callable[[str], None]
         )
         for reason in plan.reasons:
             say(f"  {reason}")
+    _check_batch(plan)
     say(f"{len(training)} cases to train on, {len(held_out)} held out for validation")
     progress = fabric.is_global_zero and sys.stderr.isatty()
     _check(
@@ -143,13 +145,27 @@ def _kept(
     return kept
 
 
+def _check_batch(plan: Plan) -> None:
+    """Refuse a batch whose patches alone take too much memory; the network takes far more."""
+    patch = plan.preprocessing.patch_size
+    check_memory(
+        plan.batch_size * math.prod(patch) * _voxel_bytes(plan.preprocessing),
+        f"--batch_size {plan.batch_size}: patches of {patch} voxels",
+        "lower --batch_size or --patch_size",
+    )
+
+
 def _preprocessed_bytes(case: Case, preprocessing: Preprocessing) -> int:
     shape, spacing = volume_geometry(case)
     voxels = float(math.prod(shape))
     if preprocessing.spacing is not None:
         voxels *= math.prod(spacing) / math.prod(preprocessing.spacing)
-    # Channels in float32, and a label of two bytes at most.
-    return math.ceil(voxels * (4 * len(preprocessing.channels) + 2))
+    return math.ceil(voxels * _voxel_bytes(preprocessing))
+
+
+def _voxel_bytes(preprocessing: Preprocessing) -> int:
+    """Channels in float32, and a label of two bytes at most."""
+    return 4 * len(preprocessing.channels) + 2
 
 
 def _check(
@@ -160,7 +176,8 @@ def _check(
     transforms = inference_transforms(preprocessing, check_affine)
 
     def check(case: Case) -> None:
-        load_case(case, preprocessing, transforms)
+        image = load_case(case, preprocessing, transforms)["image"]
+        check_probabilities(case.images[0], image.shape[1:], len(preprocessing.labels))
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         read = pool.map(check, cases)

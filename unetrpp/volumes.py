@@ -240,8 +240,8 @@ def _refuse_labels(file: Path, values: np.ndarray, wrong: np.ndarray, why: str) 
     if wrong.any():
         raise UnusableVolume(
             file,
-            f"holds the label value {values[wrong][0]:g}, which {why}; a label map holds whole "
-            f"numbers only, 0 to {LARGEST_LABEL:,}",
+            f"holds the label value {values[wrong][0]:.10g}, which {why}; a label map holds "
+            f"whole numbers only, 0 to {LARGEST_LABEL:,}: correct it, or save it as integers",
         )
 
 
@@ -423,7 +423,9 @@ def _kind(file: Path, stream: io.BufferedIOBase) -> Any:
                 )
             return kind
     raise UnreadableImage(
-        file, f"cannot be read: it is no NIfTI file, it begins with the bytes {start[:4]!r}"
+        file,
+        f"cannot be read: it is no NIfTI file, it begins with the bytes {start[:4]!r}; "
+        "convert it to .nii.gz, with SimpleITK or dcm2niix for example",
     )
 
 
@@ -437,11 +439,16 @@ def _grid(file: Path, image: Any) -> Grid:
             "(X, Y, 1)",
         )
     if min(shape) < 1:
-        raise UnusableVolume(file, f"has shape {shape}: an axis of length {min(shape)} is empty")
+        raise UnusableVolume(
+            file,
+            f"has shape {shape}: an axis of length {min(shape)} is empty; export it "
+            "anew from where it came from",
+        )
     if sum(length > 1 for length in shape[3:]) > 1:
         raise UnusableVolume(
             file,
-            f"has shape {shape}; a volume has three axes and at most one more, for its channels",
+            f"has shape {shape}; a volume has three axes and at most one more, for its channels; "
+            "save one volume for each time or direction",
         )
     dtype = image.get_data_dtype()
     if dtype.fields:
@@ -477,7 +484,8 @@ def _check_size(file: Path, image: Any, is_compressed: bool) -> None:
             file,
             f"cannot be read: its header says shape {image.shape} of {image.get_data_dtype()}, "
             f"{claimed:,} bytes from byte {image.dataobj.offset:,} on, but the file of {there:,} "
-            "bytes cannot hold them; it is truncated or its header is damaged",
+            "bytes cannot hold them; it is truncated or its header is damaged: copy it again from "
+            "where it came from",
         )
 
 
@@ -499,7 +507,8 @@ def _read(file: Path) -> tuple[np.ndarray, Grid]:
                 raise UnreadableImage(
                     file,
                     f"cannot be read: bytes follow the {claimed:,} that its header says from byte "
-                    f"{image.dataobj.offset:,} on; it is two files, or its header is damaged",
+                    f"{image.dataobj.offset:,} on; it is two files, or its header is damaged: "
+                    "copy it again from where it came from",
                 )
     dropped = tuple(axis for axis in range(3, values.ndim) if values.shape[axis] == 1)
     return values.squeeze(dropped), grid

@@ -29,7 +29,6 @@ __all__ = [
 _TOKEN_AXES = {"pos_embed": 1, "position_embeddings": 1, "E.weight": 1, "F.weight": 1, "EF": 0}
 _PROJECTED_AXES = {"E.weight": 0, "F.weight": 0, "E.bias": 0, "F.bias": 0, "EF": 1}
 
-
 # What is put around a network leaves these in the names of its tensors, at any depth.
 _WRAPPERS = {
     "module",

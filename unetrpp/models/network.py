@@ -385,15 +385,17 @@ class Network(nn.Module):
     def check_types(cls, **arguments: Any) -> None:
         """Raise a ValueError that names the argument which is not what its type hint says.
 
-        Integers are numbers of something: at least 1, depths at least 0.
+        Integers are numbers of something: at least 1, depths at least 0. Dropout is a share.
         """
         hints = cls._type_hints()
         for name, value in arguments.items():
             least = 0 if name.endswith("depths") else 1
+            is_share = name.endswith("dropout")
+            is_number = isinstance(value, Real) and (not is_share or 0 <= float(value) <= 1)
             rules = {
                 int: (f"an integer, at least {least}", _are_integers([value], least)),
                 Sequence[int]: (f"integers, each at least {least}", _are_integers(value, least)),
-                float: ("a number", isinstance(value, Real)),
+                float: ("a share from 0 to 1" if is_share else "a number", is_number),
                 bool: ("true or false", isinstance(value, bool)),
                 str: ("a word", isinstance(value, str)),
             }
