@@ -156,11 +156,15 @@ def undocumented(tree: ast.AST) -> str:
 
 
 def fingerprint() -> str:
-    """A hash of the sources of kernels and launches and of this file: a cheap `check`."""
+    """A hash of the sources of kernels and launches and of this file: a cheap `check`.
+
+    Python 3.12 writes other quotes inside f-strings than 3.11.
+    """
     others = ("__init__.py", "interpreter.py")
     files = [file for file in sorted(KERNELS.glob("*.py")) if file.name not in others]
     files.append(Path(__file__))
-    return digest(undocumented(ast.parse(file.read_text(encoding="utf-8"))) for file in files)
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in files)
+    return digest(undocumented(tree).replace('"', "'") for tree in trees)
 
 
 def _specialized(value: Any) -> str:
