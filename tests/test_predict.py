@@ -13,8 +13,9 @@ nib = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
 from unetrpp import predict  # noqa: E402
+from unetrpp.dataset import Case  # noqa: E402
 from unetrpp.predict import predict_volume, run_predict  # noqa: E402
-from unetrpp.preprocessing import Preprocessing  # noqa: E402
+from unetrpp.preprocessing import Preprocessing, load_case, volume_geometry  # noqa: E402
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -190,6 +191,23 @@ def test_label_map_lies_on_the_grid_of_its_input(tmp_path, checkpoint, codes):
         assert written.header[entry].tobytes() == original.header[entry].tobytes(), entry
     np.testing.assert_array_equal(written.affine, original.affine)
     assert written.header.get_zooms() == original.header.get_zooms()
+
+
+def test_axes_half_way_between_two_directions_lead_back(tmp_path, checkpoint):
+    """At 45 degrees an axis belongs to either: plan, reading and writing must choose alike."""
+    values = smooth((21, 18, 9))
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    affine[np.ix_([0, 2], [0, 2])] = [[0.7, -2.1], [0.7, 2.1]]
+    source = save(tmp_path / "case.nii.gz", values, affine)
+    shape, spacing = volume_geometry(Case("case", (source,)))
+    folder = checkpoint(Thresholds(0.0), spacing=spacing)
+    stored = Preprocessing(["T1"], ["zscore"], [None], spacing, [16] * 3, {"a": 0, "b": 1})
+    item = load_case(Case("case", (source,)), stored)
+    assert list(item["image"].shape[1:]) == shape
+    np.testing.assert_allclose(item["image"].pixdim, spacing)
+    assert not run_predict(source, tmp_path / "out", folder, quiet=True).failures
+    found = np.asarray(nib.load(tmp_path / "out" / "case.nii.gz").dataobj)
+    np.testing.assert_array_equal(found, values > 0)
 
 
 @pytest.mark.parametrize("codes", ["RAS", "SLA"])
@@ -381,6 +399,38 @@ def test_saved_network_labels_an_oblique_anisotropic_file_on_its_grid(tmp_path, 
     assert written.header.get_zooms() == original.header.get_zooms()
     found = np.asarray(written.dataobj)
     assert set(np.unique(found)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (None, "holds model, preprocessing and no preprocessing"),
+        ("ct", "holds no JSON object with the entries of a Preprocessing"),
+        ({"spacing": [0, 0, 0]}, "spacing must be three positive numbers in mm, or null"),
+        ({"patch_size": None}, "patch_size must be .16, 16, 16., the input size of the network"),
+        ({"normalization": ["ct"]}, 'intensity must be .* for each channel with "ct"'),
+        ({"labels": {"background": 0, "a": 1}}, "labels must be the values 0 to 2 by name"),
+    ],
+)
+def test_an_illegal_preprocessing_of_a_checkpoint_is_named(tmp_path, changed, message):
+    """By the file and the entry, before a volume is read; some ran, and gave a wrong label map."""
+    from unetrpp.checkpoint import save_checkpoint
+    from unetrpp.models import create_model
+
+    preprocessing = Preprocessing(
+        ["MRI"], ["zscore"], [None], [1.0] * 3, [16] * 3, {"background": 0, "a": 1, "b": 2}
+    )
+    values = changed
+    if isinstance(changed, dict):
+        values = {**preprocessing.to_dict(), **changed}
+    model = create_model(
+        "unetrpp", "tiny", img_size=[16] * 3, out_channels=3, strides=[[2] * 3] * 3 + [[1] * 3]
+    )
+    folder = save_checkpoint(tmp_path / "ck", model, {"preprocessing": values})
+    source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))
+    with pytest.raises(ValueError, match=message) as refusal:
+        run_predict(source, tmp_path / "out", folder)
+    assert str(folder) in str(refusal.value) and not (tmp_path / "out").exists()
 
 
 def test_checkpoint_without_preprocessing_is_explained(tmp_path, capsys):

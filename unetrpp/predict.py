@@ -207,7 +207,7 @@ def run_predict(
     paths = _paths(inputs)
     loaded = load_checkpoint(checkpoint)
     failures: dict[str, str] = {}
-    channels = _preprocessing("run_predict", checkpoint, loaded[1]).channels
+    channels = _preprocessing("run_predict", checkpoint, *loaded).channels
     cases = _collect(paths, channels, failures)
     check_folder(output, paths)
     return predict_cases(
@@ -282,7 +282,7 @@ def predict_cases(
     result = Prediction(failures=dict(failures or {}))
     torch_device = _device(device)
     model, config = loaded or load_checkpoint(checkpoint)
-    preprocessing = _preprocessing("predict_cases", checkpoint, config)
+    preprocessing = _preprocessing("predict_cases", checkpoint, model, config)
     cases = [
         replace(case, images=tuple(Path(image).absolute() for image in case.images), label=None)
         for case in cases
@@ -367,10 +367,13 @@ def _paths(inputs: Sequence[Path | str] | Path | str) -> list[Path]:
         ) from None
 
 
-def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(
+    function: str, checkpoint: Path, model: torch.nn.Module, config: Mapping[str, Any]
+) -> Preprocessing:
+    from unetrpp.models import Network
     from unetrpp.preprocessing import Preprocessing
 
-    if "preprocessing" not in config:
+    if config.get("preprocessing") is None:
         raise ValueError(
             f"{function}: a checkpoint must say how its network's input is prepared, but "
             f"config.json of {checkpoint} holds {', '.join(config)} and no preprocessing; add it "
@@ -379,7 +382,9 @@ def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -
             f'"preprocessing": unetrpp.preprocessing.Preprocessing(...).to_dict()}}); or take a '
             f"checkpoint of unetrpp train"
         )
-    return Preprocessing.from_dict(config["preprocessing"])
+    if not isinstance(model, Network):  # given as `loaded`, and its sizes are not known
+        return Preprocessing.from_dict(config["preprocessing"])
+    return Preprocessing.of_network(config["preprocessing"], model, str(checkpoint / "config.json"))
 
 
 def _device(name: str) -> torch.device:

@@ -313,10 +313,10 @@ def write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
     import nibabel
 
     with _opened(Path(source)) as (original, _, grid):
-        if labels.shape != grid.shape:
-            raise RuntimeError(f"label map {labels.shape} does not fit the input {grid.shape}")
         header = original.header.copy()
         affine, kind = original.affine, type(original)
+    if labels.shape != grid.shape:
+        raise RuntimeError(f"label map {labels.shape} does not fit {source} of shape {grid.shape}")
     header.set_data_dtype(labels.dtype)
     header.set_data_shape(labels.shape)
     header.set_slope_inter(1, 0)
