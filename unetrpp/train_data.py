@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from unetrpp.dataset import Case, find_cases, read_dataset_info, split_cases
+from unetrpp.evaluate import check_labelled
 from unetrpp.memory import SHARE, free_memory, size_in_words
 from unetrpp.plan import Plan, propose
 from unetrpp.preprocessing import (
@@ -160,7 +161,9 @@ def _check(
     transforms = inference_transforms(preprocessing, check_affine)
 
     def check(case: Case) -> None:
-        load_case(case, preprocessing, transforms)
+        label = load_case(case, preprocessing, transforms)["label"].as_tensor()
+        assert case.label is not None  # `find_cases` refuses training cases without
+        check_labelled(case.label, label.numpy() < 0)
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         read = pool.map(check, cases)
