@@ -342,6 +342,27 @@ def test_missing_channel_is_named(tmp_path, checkpoint):
     reasons = {Path(name).name: why for name, why in result.failures.items()}
     assert "a_0000.nii.gz" in reasons["a_0001.nii.gz"]
     assert "1 channel" in reasons["b_0000.nii.gz"] and "T1c" in reasons["b_0000.nii.gz"]
+    # It is there, and was not given.
+    save(tmp_path / "in" / "b_0001.nii.gz", smooth((8, 8, 8)))
+    result = run_predict(tmp_path / "in" / "b_0000.nii.gz", tmp_path / "out", folder, quiet=True)
+    assert "b_0001.nii.gz lies beside it: name that as well" in next(iter(result.failures.values()))
+
+
+def test_what_is_no_file_is_named_for_what_it_is(tmp_path, checkpoint):
+    """git-annex and datalad leave links, some unpackers make a folder of the file's name."""
+    folder = checkpoint(Thresholds(0.0))
+    source = tmp_path / "in"
+    save(source / "good.nii.gz", smooth((8, 8, 8)))
+    (source / "folder.nii.gz").mkdir()
+    (source / "link.nii.gz").symlink_to(".git/annex/objects/x")
+    os.mkfifo(source / "pipe.nii.gz")
+    for inputs in ([source], sorted(source.iterdir())):
+        result = run_predict(inputs, tmp_path / "out", folder, quiet=True, overwrite=True)
+        reasons = {Path(name).name: why for name, why in result.failures.items()}
+        assert list(result.outputs) == ["good"] or len(inputs) > 1
+        link = "is a link to .git/annex/objects/x, which does not exist; fetch the file behind it"
+        assert link in reasons["link.nii.gz"]
+    assert "is a pipe or device, and must be a file" in reasons["pipe.nii.gz"]
 
 
 def test_nothing_is_overwritten(tmp_path, checkpoint):

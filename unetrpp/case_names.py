@@ -165,6 +165,9 @@ def _gap(name: str, images: Mapping[int, Path], channels: Sequence[str]) -> str:
         f"({', '.join(channels)})"
     )
     missing = [f"{name}_{number:04d}{ending}" for number in range(count) if number not in images]
+    beside = [file for file in missing if first.with_name(file).is_file()]
+    if missing and beside == missing:
+        return f"{text}; {', '.join(beside)} lies beside it: name that as well, or the folder"
     beyond = [images[number].name for number in sorted(images) if number >= count]
     if missing:
         text += f", there is no {', '.join(missing)}"

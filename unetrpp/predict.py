@@ -29,7 +29,7 @@ from unetrpp.faults import in_words
 from unetrpp.options import checked, choice, read_path, refusal
 from unetrpp.prediction_output import check_folder, check_kind, is_done
 from unetrpp.prediction_record import PredictionRecord
-from unetrpp.volumes import is_nifti, nifti_files, write_labels
+from unetrpp.volumes import is_nifti, nifti_files, why_no_file, write_labels
 
 if TYPE_CHECKING:
     from monai.transforms import Compose
@@ -414,7 +414,7 @@ def _collect(
                 failures[str(path)] = "the folder holds no .nii or .nii.gz file"
             files.update(dict.fromkeys(file.absolute() for file in found))
         elif not path.exists():
-            failures[str(path)] = "does not exist"
+            failures[str(path)] = why_no_file(path)
         elif not is_nifti(path):
             failures[str(path)] = "only .nii and .nii.gz files are read"
         else:

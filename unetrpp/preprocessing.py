@@ -57,6 +57,9 @@ __all__ = [
 ORIENTATION = "SPL"
 # A voxel size so many times that of the model, or less, is a wrong unit.
 WRONG_UNIT = 100
+# Sums of squares of larger intensities do not fit into float32. Programs mark what lies outside the
+# scan with the lowest number there is, -3.4e38.
+LARGEST_INTENSITY = 1e12
 # Bytes that resampling takes a voxel of its result, and more a channel: measured, 54 to 64.
 RESAMPLED_VOXEL, RESAMPLED_VALUE = 48, 8
 
@@ -272,6 +275,7 @@ class _ReadCase:
                 f"{case.images[0]} has {image.shape[0]} channel(s), need {len(expected)}: "
                 f"{', '.join(expected)}"
             )
+        self._check_intensities(case, image)
         affine = torch.from_numpy(first.grid.affine)
         item = {"image": MetaTensor(torch.from_numpy(image), affine=affine), "name": case.name}
         if case.label is not None:
@@ -300,6 +304,18 @@ class _ReadCase:
             f"{image.file}: resampled to {voxels:,} voxels of {target} mm, it",
             "correct the voxel size in its header, or crop it",
         )
+
+    def _check_intensities(self, case: Case, image: np.ndarray) -> None:
+        """Refuse what a z-score cannot scale; "ct" clips it."""
+        for number, kind in enumerate(self.preprocessing.normalization):
+            low, high = float(image[number].min()), float(image[number].max())
+            if kind == "zscore" and max(-low, high) > LARGEST_INTENSITY:
+                raise UnusableVolume(
+                    case.images[number if len(case.images) > 1 else 0],
+                    f"holds intensities from {low:.3g} to {high:.3g}, and only numbers up to "
+                    f"{LARGEST_INTENSITY:g} can be scaled by their mean and deviation; give voxels "
+                    "outside the scan the value of the background, or correct the scale factor",
+                )
 
     def _read_label(self, file: Path, image: Volume) -> np.ndarray:
         label = placed(read_labels(file), image, self.check_affine).values
