@@ -14,6 +14,7 @@ pytest.importorskip("monai", reason="needs the extra 'train'")
 from unetrpp import dataset, dataset_json, memory  # noqa: E402
 from unetrpp import preprocessing as volumes  # noqa: E402
 from unetrpp.dataset import Case  # noqa: E402
+from unetrpp.plan import _spacing  # noqa: E402
 from unetrpp.preprocessing import Preprocessing  # noqa: E402
 from unetrpp.sampling import AUGMENTATIONS, TrainingPatches, train_transforms  # noqa: E402
 
@@ -568,5 +569,5 @@ def test_checkpoints_from_before_the_ignore_label_are_read():
 
 
 def test_voxel_sizes_of_a_microscope_are_said(tmp_path):
-    _, reason = plan_module._spacing(np.full((3, 3), 0.0005), None)
+    _, reason = _spacing(np.full((3, 3), 0.0005), None)
     assert "0.0005x0.0005x0.0005 mm" in reason

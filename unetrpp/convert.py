@@ -6,12 +6,12 @@ that says so, or from the data set that it was trained on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unetrpp.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
+from unetrpp.files import read_json
 from unetrpp.models import Network
 from unetrpp.published import load_published
 
@@ -95,7 +95,7 @@ def read_preprocessing(file: Path, network: Network) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"--preprocessing {file} is no file; name a JSON file")
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
     except ValueError as error:
         raise ValueError(f"{file} is truncated or no JSON ({error})") from error
     for entry in ("plan", "preprocessing"):
