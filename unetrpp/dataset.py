@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unetrpp.case_names import group_channels, label_beside, split_number
+from unetrpp.case_names import group_channels, label_beside, spellings, split_number
 from unetrpp.dataset_json import DATASET_JSON_HINT, DatasetInfo, Entry, read_dataset_json
 from unetrpp.volumes import ENDINGS, case_name, is_nifti, nifti_files, why_no_file
 
@@ -129,9 +129,10 @@ def _listed_case(entry: Entry, data_dir: Path, info: DatasetInfo, split: str) ->
 
 
 def _listed_path(data_dir: Path, text: str) -> Path:
-    path = data_dir / text
     # Windows writes backslashes.
-    return path if "\\" not in text or _is_file(path) else data_dir / text.replace("\\", "/")
+    slashed = text.replace("\\", "/")
+    paths = [data_dir / each for each in (text, *spellings(slashed))]
+    return next(filter(_is_file, paths), data_dir / slashed)
 
 
 def _numbered_files(file: Path, name: str, info: DatasetInfo) -> dict[str, tuple[Path, ...]]:
