@@ -717,6 +717,13 @@ def test_damaged_or_newer_configurations_are_named(folder):
     file.write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match="config.json is truncated or no JSON"):
         load_checkpoint(folder)
+    file.write_bytes(b'{"model": "\xe9"}')
+    with pytest.raises(ValueError, match="config.json is truncated or no JSON .*Latin-1"):
+        load_checkpoint(folder)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match="config.json is no file; copy the checkpoint again"):
+        load_checkpoint(folder)
 
 
 def test_checkpoint_files_follow_the_umask(model, folder):

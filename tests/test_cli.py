@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -412,3 +413,12 @@ def test_throughput_is_a_markdown_table_of_figures_that_agree(capsys):
     assert "Slim UNETR" in note and f"{torch.get_num_threads()} threads" in note
     assert cli.main(["info", "nothing", "--throughput"]) == 1
     assert "'nothing' is no preset" in capsys.readouterr().err
+
+
+def test_own_warnings_are_printed_as_sentences():
+    """Python would add a place in the program and a line of its code."""
+    with cli._warning_in_sentences("evaluate"):
+        own = warnings.formatwarning("a.nii lies 3 mm away", UserWarning, cli.__file__, 7)
+        other = warnings.formatwarning("old", UserWarning, "other.py", 7, line="x = 1")
+    assert own == "unetrpp evaluate: warning: a.nii lies 3 mm away\n"
+    assert other == warnings.formatwarning("old", UserWarning, "other.py", 7, line="x = 1")

@@ -14,6 +14,7 @@ pytest.importorskip("monai", reason="needs the extra 'train'")
 from unetrpp import dataset, dataset_json, memory  # noqa: E402
 from unetrpp import preprocessing as volumes  # noqa: E402
 from unetrpp.dataset import Case  # noqa: E402
+from unetrpp.plan import _spacing  # noqa: E402
 from unetrpp.preprocessing import Preprocessing  # noqa: E402
 from unetrpp.sampling import AUGMENTATIONS, TrainingPatches, train_transforms  # noqa: E402
 
@@ -186,12 +187,18 @@ def test_unusable_files_are_named_with_the_reason(case, tmp_path):
     broken[0, 0, 0] = np.nan
     nan = save(tmp_path / "nan.nii.gz", broken)
     two = save(tmp_path / "two.nii.gz", np.stack([image_of((11, 12, 13))] * 2, -1))
+    lowest = image_of((11, 12, 13))
+    lowest[0] = np.finfo(np.float32).min
+    lowest = save(tmp_path / "lowest.nii.gz", lowest)
+    large = save(tmp_path / "large.nii.gz", image_of((11, 12, 13)).astype(np.float64) * 1e300)
     short = save(tmp_path / "short.nii.gz", np.zeros((11, 12, 12), np.uint8))
     seven = save(tmp_path / "seven.nii.gz", np.full((11, 12, 13), 7, np.uint8))
     good = case.images[0]
     for images, label, error, message in [
         (truncated, None, volumes.UnreadableImage, "truncated.nii.gz cannot be read"),
         (nan, None, ValueError, "nan.nii.gz holds 1 NaN"),
+        (lowest, None, ValueError, "lowest.nii.gz holds intensities from -3.4e.38 to"),
+        (large, None, ValueError, "large.nii.gz holds .* voxels beyond 3.4e38, too large"),
         (two, None, ValueError, r"two.nii.gz has 2 channel\(s\), need 1: MRI"),
         (tmp_path / "none.nii.gz", None, FileNotFoundError, "none.nii.gz does not exist"),
         (good, short, ValueError, "short.nii.gz has shape"),
@@ -559,3 +566,8 @@ def test_checkpoints_from_before_the_ignore_label_are_read():
     values = preprocessing().to_dict()
     assert "ignore" not in values
     assert Preprocessing.from_dict(values) == preprocessing()
+
+
+def test_voxel_sizes_of_a_microscope_are_said(tmp_path):
+    _, reason = _spacing(np.full((3, 3), 0.0005), None)
+    assert "0.0005x0.0005x0.0005 mm" in reason

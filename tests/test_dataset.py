@@ -255,6 +255,17 @@ def test_endings_are_the_same_in_upper_case(tmp_path, ending):
     assert case_name(Path("b.Nii")) == "b"
 
 
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_accents_are_read_in_either_spelling(tmp_path, is_listed):
+    """macOS writes u and the two dots apart, dataset.json and other systems one letter."""
+    apart, joined = "Mu\u0308ller", "M\u00fcller"
+    entry = {"image": f"imagesTr/{joined}.nii.gz", "label": f"labelsTr/{apart}.nii.gz"}
+    changes = {"training": [entry]} if is_listed else {}
+    of_files(tmp_path, [apart], [joined], **changes)
+    (case,) = find_cases(tmp_path)
+    assert case.images[0].is_file() and case.label.is_file()
+
+
 NAMES = [
     # images ("*2": two channels in one file), labels, channels, expected cases
     (["STS24_Tr_0001", "STS24_Tr_0002"], None, 1, {"STS24_Tr_0001": 1, "STS24_Tr_0002": 1}),
@@ -374,6 +385,8 @@ def test_one_channel_in_two_endings_is_refused(tmp_path):
         (["P_0000", "P_0001"], ["P_0000", "P_0001"], {"P_0000": "P_0000", "P_0001": "P_0001"}),
         (["P_0000", "P"], ["P"], {"P": "P"}),
         (["STS_0001"], ["STS"], {}),
+        (["Mu\u0308ller"], ["M\u00fcller"], {"Mu\u0308ller": "M\u00fcller"}),
+        (["M\u00fcller_0000"], ["Mu\u0308ller"], {"M\u00fcller_0000": "Mu\u0308ller"}),
     ],
 )
 def test_label_maps_are_paired_by_name(predictions, references, pairs):

@@ -327,3 +327,17 @@ def test_ignored_voxels_are_out_of_every_score(tmp_path):
     save(tmp_path / "pred", "a.nii.gz", reference)
     failed = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
     assert "[3]" in next(iter(failed.failures.values()))
+    assert '3 is "ignore", which only a reference may hold' in str(failed.failures)
+
+
+def test_reference_with_ignored_voxels_alone_is_named(tmp_path):
+    """Nothing is in both maps then, which would score as a Dice of 1."""
+    for name, value in (("a", 1), ("b", 2)):
+        save(tmp_path / "labels", f"{name}.nii.gz", np.full((5, 5, 5), value, np.uint8))
+        save(tmp_path / "pred", f"{name}.nii.gz", np.ones((5, 5, 5), np.uint8))
+    labels = {"background": 0, "one": 1, "ignore": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}), encoding="utf-8")
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", quiet=True)
+    assert [row["case"] for row in result.rows] == ["a"]
+    ((file, reason),) = result.failures.items()
+    assert file.endswith("b.nii.gz") and 'has the label "ignore" in every voxel' in reason

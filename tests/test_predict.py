@@ -13,8 +13,9 @@ nib = pytest.importorskip("nibabel")
 pytest.importorskip("monai")
 
 from unetrpp import memory, predict  # noqa: E402
+from unetrpp.dataset import Case  # noqa: E402
 from unetrpp.predict import predict_volume, run_predict  # noqa: E402
-from unetrpp.preprocessing import Preprocessing  # noqa: E402
+from unetrpp.preprocessing import Preprocessing, load_case, volume_geometry  # noqa: E402
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -192,6 +193,23 @@ def test_label_map_lies_on_the_grid_of_its_input(tmp_path, checkpoint, codes):
     assert written.header.get_zooms() == original.header.get_zooms()
 
 
+def test_axes_half_way_between_two_directions_lead_back(tmp_path, checkpoint):
+    """At 45 degrees an axis belongs to either: plan, reading and writing must choose alike."""
+    values = smooth((21, 18, 9))
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    affine[np.ix_([0, 2], [0, 2])] = [[0.7, -2.1], [0.7, 2.1]]
+    source = save(tmp_path / "case.nii.gz", values, affine)
+    shape, spacing = volume_geometry(Case("case", (source,)))
+    folder = checkpoint(Thresholds(0.0), spacing=spacing)
+    stored = Preprocessing(["T1"], ["zscore"], [None], spacing, [16] * 3, {"a": 0, "b": 1})
+    item = load_case(Case("case", (source,)), stored)
+    assert list(item["image"].shape[1:]) == shape
+    np.testing.assert_allclose(item["image"].pixdim, spacing)
+    assert not run_predict(source, tmp_path / "out", folder, quiet=True).failures
+    found = np.asarray(nib.load(tmp_path / "out" / "case.nii.gz").dataobj)
+    np.testing.assert_array_equal(found, values > 0)
+
+
 @pytest.mark.parametrize("codes", ["RAS", "SLA"])
 def test_resampled_probabilities_come_back_to_the_original_grid(tmp_path, checkpoint, codes):
     """Boundaries of a smooth field survive resampling there and back to half a fine voxel."""
@@ -324,6 +342,27 @@ def test_missing_channel_is_named(tmp_path, checkpoint):
     reasons = {Path(name).name: why for name, why in result.failures.items()}
     assert "a_0000.nii.gz" in reasons["a_0001.nii.gz"]
     assert "1 channel" in reasons["b_0000.nii.gz"] and "T1c" in reasons["b_0000.nii.gz"]
+    # It is there, and was not given.
+    save(tmp_path / "in" / "b_0001.nii.gz", smooth((8, 8, 8)))
+    result = run_predict(tmp_path / "in" / "b_0000.nii.gz", tmp_path / "out", folder, quiet=True)
+    assert "b_0001.nii.gz lies beside it: name that as well" in next(iter(result.failures.values()))
+
+
+def test_what_is_no_file_is_named_for_what_it_is(tmp_path, checkpoint):
+    """git-annex and datalad leave links, some unpackers make a folder of the file's name."""
+    folder = checkpoint(Thresholds(0.0))
+    source = tmp_path / "in"
+    save(source / "good.nii.gz", smooth((8, 8, 8)))
+    (source / "folder.nii.gz").mkdir()
+    (source / "link.nii.gz").symlink_to(".git/annex/objects/x")
+    os.mkfifo(source / "pipe.nii.gz")
+    for inputs in ([source], sorted(source.iterdir())):
+        result = run_predict(inputs, tmp_path / "out", folder, quiet=True, overwrite=True)
+        reasons = {Path(name).name: why for name, why in result.failures.items()}
+        assert list(result.outputs) == ["good"] or len(inputs) > 1
+        link = "is a link to .git/annex/objects/x, which does not exist; fetch the file behind it"
+        assert link in reasons["link.nii.gz"]
+    assert "is a pipe or device, and must be a file" in reasons["pipe.nii.gz"]
 
 
 def test_nothing_is_overwritten(tmp_path, checkpoint):
@@ -381,6 +420,38 @@ def test_saved_network_labels_an_oblique_anisotropic_file_on_its_grid(tmp_path, 
     assert written.header.get_zooms() == original.header.get_zooms()
     found = np.asarray(written.dataobj)
     assert set(np.unique(found)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (None, "holds model, preprocessing and no preprocessing"),
+        ("ct", "holds no JSON object with the entries of a Preprocessing"),
+        ({"spacing": [0, 0, 0]}, "spacing must be three positive numbers in mm, or null"),
+        ({"patch_size": None}, "patch_size must be .16, 16, 16., the input size of the network"),
+        ({"normalization": ["ct"]}, 'intensity must be .* for each channel with "ct"'),
+        ({"labels": {"background": 0, "a": 1}}, "labels must be the values 0 to 2 by name"),
+    ],
+)
+def test_an_illegal_preprocessing_of_a_checkpoint_is_named(tmp_path, changed, message):
+    """By the file and the entry, before a volume is read; some ran, and gave a wrong label map."""
+    from unetrpp.checkpoint import save_checkpoint
+    from unetrpp.models import create_model
+
+    preprocessing = Preprocessing(
+        ["MRI"], ["zscore"], [None], [1.0] * 3, [16] * 3, {"background": 0, "a": 1, "b": 2}
+    )
+    values = changed
+    if isinstance(changed, dict):
+        values = {**preprocessing.to_dict(), **changed}
+    model = create_model(
+        "unetrpp", "tiny", img_size=[16] * 3, out_channels=3, strides=[[2] * 3] * 3 + [[1] * 3]
+    )
+    folder = save_checkpoint(tmp_path / "ck", model, {"preprocessing": values})
+    source = save(tmp_path / "case.nii.gz", smooth((8, 8, 8)))
+    with pytest.raises(ValueError, match=message) as refusal:
+        run_predict(source, tmp_path / "out", folder)
+    assert str(folder) in str(refusal.value) and not (tmp_path / "out").exists()
 
 
 def test_checkpoint_without_preprocessing_is_explained(tmp_path, capsys):

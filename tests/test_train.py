@@ -24,7 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from unetrpp import train as training  # noqa: E402
 from unetrpp import train_model  # noqa: E402
-from unetrpp.dataset import find_cases, read_dataset_info  # noqa: E402
+from unetrpp.dataset import find_cases, read_dataset_info, split_cases  # noqa: E402
 from unetrpp.files import read_json  # noqa: E402
 from unetrpp.models import MODELS  # noqa: E402
 from unetrpp.plan import propose  # noqa: E402
@@ -204,6 +204,20 @@ def test_ignored_voxels_go_through_all_commands(tmp_path, capsys):
     (data / "dataset.json").unlink()
     assert cli.main(["evaluate", str(out), str(data / "labelsTr")]) == 0
     assert "4 cases scored, 0 failed" in capsys.readouterr().out
+
+
+def test_held_out_volume_with_ignored_voxels_alone_is_named_before_the_first_step(tmp_path):
+    """Its Dice would be 1 whatever is predicted, and choose the best checkpoint."""
+    data, run = make_data(tmp_path / "data"), tmp_path / "run"
+    content = read_json(data / "dataset.json")
+    content["labels"]["2"] = "ignore"
+    (data / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    _, held_out = split_cases(find_cases(data), 0, SMALL["folds"])
+    file = held_out[0].label
+    nibabel.save(nibabel.Nifti1Image(np.full((20, 18, 17), 2, np.uint8), np.eye(4)), file)
+    with pytest.raises(ValueError, match=f'{file.name} has the label "ignore" in every voxel'):
+        run_train(TrainConfig(data=data, output=run, steps=1, **SMALL))
+    assert not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("recipe", ["short", "published"])

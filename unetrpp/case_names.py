@@ -10,6 +10,7 @@ same (STS24_0001, scan_2019), so what a number means depends on the files beside
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "group_channels",
     "label_beside",
     "pair_names",
+    "spellings",
     "split_number",
 ]
 
@@ -93,15 +95,16 @@ def label_beside(file: Path, name: str | None = None) -> Path | None:
     folder = file.parent.parent / file.parent.name.replace("images", "labels", 1)
     name = case_name(file) if name is None else name
     ending = file.name[len(case_name(file)) :]
-    candidates = (folder / f"{name}{end}" for end in dict.fromkeys((ending, *ENDINGS)))
+    endings = dict.fromkeys((ending, *ENDINGS))
+    candidates = (folder / f"{each}{end}" for each in spellings(name) for end in endings)
     return next((label for label in candidates if label.is_file()), None)
 
 
 def pair_names(predictions: Collection[str], references: Collection[str]) -> Mapping[str, str]:
     """Return the reference of each prediction that has one, by name.
 
-    Equal names are a pair. Of the rest, NAME and NAME_0000 are: the label map of an image NAME_0000
-    is called by either name.
+    Equal names are a pair, in either spelling of accents. Of the rest, NAME and NAME_0000 are: the
+    label map of an image NAME_0000 is called by either name.
     """
     pairs = {name: name for name in predictions if name in references}
     taken = set(pairs.values())
@@ -110,10 +113,21 @@ def pair_names(predictions: Collection[str], references: Collection[str]) -> Map
             continue
         stem, number = split_number(name)
         other = stem if number == 0 else f"{name}_0000"
-        if other in references and other not in taken:
-            pairs[name] = other
-            taken.add(other)
+        for each in (*spellings(name), *spellings(other)):
+            if each in references and each not in taken:
+                pairs[name] = each
+                taken.add(each)
+                break
     return pairs
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Return a name as it is, then with letters and accents joined (NFC) and apart (NFD).
+
+    macOS writes file names in one form, editors and other systems in the other; they look alike.
+    """
+    forms = (unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+    return tuple(dict.fromkeys((name, *forms)))
 
 
 def split_number(name: str) -> tuple[str, int | None]:
@@ -165,6 +179,9 @@ def _gap(name: str, images: Mapping[int, Path], channels: Sequence[str]) -> str:
         f"({', '.join(channels)})"
     )
     missing = [f"{name}_{number:04d}{ending}" for number in range(count) if number not in images]
+    beside = [file for file in missing if first.with_name(file).is_file()]
+    if missing and beside == missing:
+        return f"{text}; {', '.join(beside)} lies beside it: name that as well, or the folder"
     beyond = [images[number].name for number in sorted(images) if number >= count]
     if missing:
         text += f", there is no {', '.join(missing)}"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unetrpp.files import replacing
+from unetrpp.files import read_json, replacing
 from unetrpp.models import MODELS, Network, create_model
 from unetrpp.weights import aliases_of, load_state, unwrapped
 
@@ -203,7 +203,7 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
     if folder.is_file():
         raise ValueError(
             f"load_checkpoint: {folder} is a file; a checkpoint is a folder with {WEIGHTS} and "
-            f"{CONFIG}. load_published reads files of the published code."
+            f"{CONFIG}. unetrpp convert or load_published reads files of other training code."
         )
     for file in (folder, folder / CONFIG, folder / WEIGHTS):
         if not file.exists():
@@ -213,11 +213,15 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
                 f"load_checkpoint: {file} is missing; a checkpoint is a folder with {WEIGHTS} and "
                 f"{CONFIG}.{hint}"
             )
+    for file in (folder / CONFIG, folder / WEIGHTS):
+        if not file.is_file():
+            raise ValueError(f"load_checkpoint: {file} is no file; copy the checkpoint again")
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = read_json(folder / CONFIG)
     except ValueError as error:
         raise ValueError(
-            f"load_checkpoint: {folder / CONFIG} is truncated or no JSON ({error})."
+            f"load_checkpoint: {folder / CONFIG} is truncated or no JSON ({error}); copy the "
+            "checkpoint again"
         ) from error
     if os.fsencode(folder).decode("utf-8", "ignore") != str(folder):
         raise ValueError(
@@ -230,7 +234,8 @@ def _read_folder(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, T
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"load_checkpoint: {folder / WEIGHTS} is truncated or no safetensors file ({error})."
+            f"load_checkpoint: {folder / WEIGHTS} is truncated or no safetensors file ({error}); "
+            "copy the checkpoint again."
         ) from error
     if not _is_described(config):
         raise ValueError(

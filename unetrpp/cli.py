@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unetrpp: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        with _ended_by_sigterm():
+        with _ended_by_sigterm(), _warning_in_sentences(name):
             return _run(name, arguments[1:])
     except BrokenPipeError:
         return 1
@@ -268,6 +269,23 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _warning_in_sentences(name: str) -> Iterator[None]:
+    """Print the package's own warnings without the line of code that Python adds."""
+    usual, package = warnings.formatwarning, str(Path(__file__).parent)
+
+    def in_a_sentence(message: Any, category: Any, file: str, *place: Any, **line: Any) -> str:
+        if not file.startswith(package):
+            return usual(message, category, file, *place, **line)
+        return f"unetrpp {name}: warning: {message}\n"
+
+    warnings.formatwarning = in_a_sentence  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _run(name: str, arguments: list[str]) -> int:

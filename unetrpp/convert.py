@@ -6,17 +6,14 @@ that says so, or from the data set that it was trained on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unetrpp.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
+from unetrpp.files import read_json
 from unetrpp.models import Network
 from unetrpp.published import load_published
-
-if TYPE_CHECKING:
-    from unetrpp.preprocessing import Preprocessing
 
 __all__ = ["run_convert"]
 
@@ -98,25 +95,19 @@ def read_preprocessing(file: Path, network: Network) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"--preprocessing {file} is no file; name a JSON file")
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
     except ValueError as error:
         raise ValueError(f"{file} is truncated or no JSON ({error})") from error
     for entry in ("plan", "preprocessing"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object with the entries of a Preprocessing")
-    try:
-        values = Preprocessing.from_dict(content)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    _check(str(file), values, network)
-    return values.to_dict()
+    return Preprocessing.of_network(content, network, str(file)).to_dict()
 
 
 def _of_data(folder: Path, network: Network, spacing: list[float] | None) -> dict[str, Any]:
     from unetrpp.dataset import find_cases, read_dataset_info
     from unetrpp.plan import propose
+    from unetrpp.preprocessing import check_fit
 
     plan = propose(
         find_cases(folder),
@@ -127,85 +118,5 @@ def _of_data(folder: Path, network: Network, spacing: list[float] | None) -> dic
         strides=network.strides,
         spacing=spacing,
     )
-    _check(str(folder), plan.preprocessing, network)
+    check_fit(plan.preprocessing, network, str(folder))
     return plan.preprocessing.to_dict()
-
-
-def _check(source: str, values: Preprocessing, network: Network) -> None:
-    """Raise a ValueError that names the entry which is illegal or does not fit the network."""
-
-    def rule(entry: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"{source}: {entry} must be {expected}; got {getattr(values, entry)!r}"
-            )
-
-    args = network.config["args"]
-    channels, classes = args["in_channels"], args["out_channels"]
-    rule(
-        "channels",
-        _is_list(values.channels, str, channels),
-        f"{channels} names, one for each input channel of the network",
-    )
-    rule(
-        "normalization",
-        _is_list(values.normalization, str, channels)
-        and set(values.normalization) <= {"ct", "zscore"},
-        f'"ct" or "zscore" for each of {channels} channels',
-    )
-    numbers = {"lower", "upper", "mean", "std"}
-    rule(
-        "intensity",
-        isinstance(values.intensity, list)
-        and len(values.intensity) == channels
-        and all(
-            (isinstance(each, dict) and set(each) == numbers and _are_numbers(each.values()))
-            if kind == "ct"
-            else each is None
-            for each, kind in zip(values.intensity, values.normalization, strict=True)
-        ),
-        f'{sorted(numbers)} for each channel with "ct" and null for each with "zscore"',
-    )
-    rule(
-        "spacing",
-        values.spacing is None
-        or (
-            isinstance(values.spacing, list)
-            and len(values.spacing) == 3
-            and _are_numbers(values.spacing)
-            and min(values.spacing) > 0
-        ),
-        "three positive numbers in mm, or null",
-    )
-    size = list(network.img_size)
-    rule(
-        "patch_size",
-        _is_list(values.patch_size, int, 3)
-        and (network.takes_any_size or values.patch_size == size),
-        f"{size}, the input size of the network",
-    )
-    rule("ignore", values.ignore is None or _is_list([values.ignore], int, 1), "a value, or null")
-    rule(
-        "labels",
-        isinstance(values.labels, dict)
-        and _is_list(list(values.labels.values()), int, classes)
-        and sorted(values.labels.values()) == list(range(classes)),
-        f"the values 0 to {classes - 1} by name, one for each output of the network",
-    )
-    rule(
-        "ignore",
-        values.ignore is None or (_is_list([values.ignore], int, 1) and values.ignore >= classes),
-        f"null, or the label value of voxels to leave out, {classes} or more",
-    )
-
-
-def _is_list(values: Any, kind: type, length: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == length
-        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
-    )
-
-
-def _are_numbers(values: Any) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

@@ -7,16 +7,15 @@ read_dataset_info   what DATA/dataset.json says of channels and labels
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from unetrpp.case_names import group_channels, label_beside, split_number
+from unetrpp.case_names import group_channels, label_beside, spellings, split_number
 from unetrpp.dataset_json import DATASET_JSON_HINT, DatasetInfo, Entry, read_dataset_json
-from unetrpp.volumes import ENDINGS, case_name, is_nifti, nifti_files
+from unetrpp.volumes import ENDINGS, case_name, is_nifti, nifti_files, why_no_file
 
 __all__ = [
     "Case",
@@ -130,9 +129,10 @@ def _listed_case(entry: Entry, data_dir: Path, info: DatasetInfo, split: str) ->
 
 
 def _listed_path(data_dir: Path, text: str) -> Path:
-    path = data_dir / text
     # Windows writes backslashes.
-    return path if "\\" not in text or _is_file(path) else data_dir / text.replace("\\", "/")
+    slashed = text.replace("\\", "/")
+    paths = [data_dir / each for each in (text, *spellings(slashed))]
+    return next(filter(_is_file, paths), data_dir / slashed)
 
 
 def _numbered_files(file: Path, name: str, info: DatasetInfo) -> dict[str, tuple[Path, ...]]:
@@ -182,11 +182,11 @@ def _check_files(data_dir: Path, cases: Sequence[Case]) -> None:
             )
     missing = [path for path in files if not _is_file(path)]
     if missing:
-        kind = "is a folder" if os.path.isdir(missing[0]) else "does not exist"
+        first = missing[0]
         raise FileNotFoundError(
-            f"{len(missing)} file(s) missing, the first: {missing[0]} {kind}; every image needs a "
-            f"label map, and {data_dir / 'dataset.json'} must list files by their paths from its "
-            "own folder"
+            f"{len(missing)} file(s) missing, the first: {first} {why_no_file(first)}; every image "
+            f"needs a label map, and {data_dir / 'dataset.json'} must list files by their paths "
+            "from its own folder"
         )
 
 

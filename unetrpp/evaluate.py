@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from unetrpp.case_names import pair_names
-from unetrpp.dataset_json import class_names, split_ignore
+from unetrpp.dataset_json import IGNORE, class_names, split_ignore
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
 from unetrpp.files import write_json, write_text
@@ -32,6 +32,7 @@ from unetrpp.volumes import UnusableVolume, case_name, is_nifti, nifti_files, pl
 
 __all__ = [
     "Evaluation",
+    "check_labelled",
     "dice_per_class",
     "evaluate_pairs",
     "format_table",
@@ -395,6 +396,12 @@ def _score(
         unknown = sorted(set(np.unique(labels).tolist()) - listed)
         if labels is reference and ignore in unknown:
             unknown.remove(ignore)
+        if ignore in unknown:
+            raise UnusableVolume(
+                file,
+                f'has the labels {unknown}, and {ignore} is "{IGNORE}", which only a reference '
+                f"may hold; give those voxels one of the classes {dict(classes)} or 0",
+            )
         if unknown:
             raise UnusableVolume(
                 file,
@@ -402,9 +409,9 @@ def _score(
                 "give the dataset.json that names them with --names",
             )
     if ignore is not None:
-        prediction, reference = (
-            np.where(reference == ignore, 0, labels) for labels in (prediction, reference)
-        )
+        ignored = reference == ignore
+        check_labelled(reference_file, ignored)
+        prediction, reference = (np.where(ignored, 0, each) for each in (prediction, reference))
     isotropic = max(spacing) - min(spacing) <= 1e-6 * max(spacing)
     rows = []
     for name, value in classes.items():
@@ -425,6 +432,21 @@ def _score(
             }
         )
     return rows
+
+
+def check_labelled(file: Path, ignored: np.ndarray) -> None:
+    """Refuse a reference whose voxels are all ignored: an empty one would score as perfect.
+
+    Args:
+        file: the reference.
+        ignored (any shape): which of its voxels are.
+    """
+    if ignored.all():
+        raise UnusableVolume(
+            file,
+            f'has the label "{IGNORE}" in every voxel, so nothing can be scored; label some of '
+            "them, or leave its case out",
+        )
 
 
 def _check_shapes(function: str, prediction: np.ndarray, label: np.ndarray) -> None:

@@ -215,7 +215,7 @@ def propose(
 
 def _spacing(spacings: np.ndarray, given: Sequence[float] | None) -> tuple[list | None, str]:
     median = np.median(spacings, axis=0)
-    listed = f"{size_text(median.round(3))} mm"
+    listed = f"{'x'.join(f'{size:.4g}' for size in median)} mm"
     if given is not None:
         given = [float(value) for value in given]
         if len(given) != 3 or not (all(v > 0 for v in given) or given == [0.0, 0.0, 0.0]):

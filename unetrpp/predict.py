@@ -31,7 +31,7 @@ from unetrpp.memory import check_memory
 from unetrpp.options import checked, choice, read_path, refusal
 from unetrpp.prediction_output import check_folder, check_kind, is_done
 from unetrpp.prediction_record import PredictionRecord
-from unetrpp.volumes import is_nifti, nifti_files, write_labels
+from unetrpp.volumes import is_nifti, nifti_files, why_no_file, write_labels
 
 if TYPE_CHECKING:
     from monai.transforms import Compose
@@ -209,7 +209,7 @@ def run_predict(
     paths = _paths(inputs)
     loaded = load_checkpoint(checkpoint)
     failures: dict[str, str] = {}
-    channels = _preprocessing("run_predict", checkpoint, loaded[1]).channels
+    channels = _preprocessing("run_predict", checkpoint, *loaded).channels
     cases = _collect(paths, channels, failures)
     check_folder(output, paths)
     return predict_cases(
@@ -284,7 +284,7 @@ def predict_cases(
     result = Prediction(failures=dict(failures or {}))
     torch_device = _device(device)
     model, config = loaded or load_checkpoint(checkpoint)
-    preprocessing = _preprocessing("predict_cases", checkpoint, config)
+    preprocessing = _preprocessing("predict_cases", checkpoint, model, config)
     cases = [
         replace(case, images=tuple(Path(image).absolute() for image in case.images), label=None)
         for case in cases
@@ -369,10 +369,13 @@ def _paths(inputs: Sequence[Path | str] | Path | str) -> list[Path]:
         ) from None
 
 
-def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(
+    function: str, checkpoint: Path, model: torch.nn.Module, config: Mapping[str, Any]
+) -> Preprocessing:
+    from unetrpp.models import Network
     from unetrpp.preprocessing import Preprocessing
 
-    if "preprocessing" not in config:
+    if config.get("preprocessing") is None:
         raise ValueError(
             f"{function}: a checkpoint must say how its network's input is prepared, but "
             f"config.json of {checkpoint} holds {', '.join(config)} and no preprocessing; add it "
@@ -381,7 +384,9 @@ def _preprocessing(function: str, checkpoint: Path, config: Mapping[str, Any]) -
             f'"preprocessing": unetrpp.preprocessing.Preprocessing(...).to_dict()}}); or take a '
             f"checkpoint of unetrpp train"
         )
-    return Preprocessing.from_dict(config["preprocessing"])
+    if not isinstance(model, Network):  # given as `loaded`, and its sizes are not known
+        return Preprocessing.from_dict(config["preprocessing"])
+    return Preprocessing.of_network(config["preprocessing"], model, str(checkpoint / "config.json"))
 
 
 def _device(name: str) -> torch.device:
@@ -411,7 +416,7 @@ def _collect(
                 failures[str(path)] = "the folder holds no .nii or .nii.gz file"
             files.update(dict.fromkeys(file.absolute() for file in found))
         elif not path.exists():
-            failures[str(path)] = "does not exist"
+            failures[str(path)] = why_no_file(path)
         elif not is_nifti(path):
             failures[str(path)] = "only .nii and .nii.gz files are read"
         else:

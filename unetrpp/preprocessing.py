@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,11 +38,15 @@ from unetrpp.volumes import (
     read_labels,
 )
 
+if TYPE_CHECKING:
+    from unetrpp.models import Network
+
 __all__ = [
     "SAME_SPACING",
     "InOrder",
     "Preprocessing",
     "UnreadableImage",
+    "check_fit",
     "check_foreground",
     "foreground_intensity",
     "inference_transforms",
@@ -53,6 +57,9 @@ __all__ = [
 ORIENTATION = "SPL"
 # A voxel size so many times that of the model, or less, is a wrong unit.
 WRONG_UNIT = 100
+# Sums of squares of larger intensities do not fit into float32. Programs mark what lies outside the
+# scan with the lowest number there is, -3.4e38.
+LARGEST_INTENSITY = 1e12
 # Bytes that resampling takes a voxel of its result, and more a channel: measured, 54 to 64.
 RESAMPLED_VOXEL, RESAMPLED_VALUE = 48, 8
 
@@ -108,6 +115,114 @@ class Preprocessing:
             )
         return cls(**values)
 
+    @classmethod
+    def of_network(cls, values: Any, network: Network, source: str) -> Preprocessing:
+        """Rebuild from what a file says, checked against the network that it belongs to.
+
+        Args:
+            values: what `to_dict` returned, or anything that stands in its place.
+            network: the network.
+            source: where the values come from, for messages.
+
+        Raises:
+            ValueError: an entry is missing, unknown or illegal, or does not fit the network.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{source} holds no JSON object with the entries of a Preprocessing, "
+                f"{', '.join(field.name for field in fields(cls))}; got {values!r}"
+            )
+        try:
+            found = cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        check_fit(found, network, source)
+        return found
+
+
+def check_fit(values: Preprocessing, network: Network, source: str) -> None:
+    """Raise a ValueError that names the entry which is illegal or does not fit the network.
+
+    Args:
+        source: where the values come from, for the message.
+    """
+
+    def rule(entry: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"{source}: {entry} must be {expected}; got {getattr(values, entry)!r}"
+            )
+
+    args = network.config["args"]
+    channels, classes = args["in_channels"], args["out_channels"]
+    rule(
+        "channels",
+        _is_list(values.channels, str, channels),
+        f"{channels} names, one for each input channel of the network",
+    )
+    rule(
+        "normalization",
+        _is_list(values.normalization, str, channels)
+        and set(values.normalization) <= {"ct", "zscore"},
+        f'"ct" or "zscore" for each of {channels} channels',
+    )
+    numbers = {"lower", "upper", "mean", "std"}
+    rule(
+        "intensity",
+        isinstance(values.intensity, list)
+        and len(values.intensity) == channels
+        and all(
+            (isinstance(each, dict) and set(each) == numbers and _are_numbers(each.values()))
+            if kind == "ct"
+            else each is None
+            for each, kind in zip(values.intensity, values.normalization, strict=True)
+        ),
+        f'{sorted(numbers)} for each channel with "ct" and null for each with "zscore"',
+    )
+    rule(
+        "spacing",
+        values.spacing is None
+        or (
+            isinstance(values.spacing, list)
+            and len(values.spacing) == 3
+            and _are_numbers(values.spacing)
+            and min(values.spacing) > 0
+        ),
+        "three positive numbers in mm, or null",
+    )
+    size = list(network.img_size)
+    rule(
+        "patch_size",
+        _is_list(values.patch_size, int, 3)
+        and (network.takes_any_size or values.patch_size == size),
+        f"{size}, the input size of the network",
+    )
+    rule("ignore", values.ignore is None or _is_list([values.ignore], int, 1), "a value, or null")
+    rule(
+        "labels",
+        isinstance(values.labels, dict)
+        and _is_list(list(values.labels.values()), int, classes)
+        and sorted(values.labels.values()) == list(range(classes)),
+        f"the values 0 to {classes - 1} by name, one for each output of the network",
+    )
+    rule(
+        "ignore",
+        values.ignore is None or (_is_list([values.ignore], int, 1) and values.ignore >= classes),
+        f"null, or the label value of voxels to leave out, {classes} or more",
+    )
+
+
+def _is_list(values: Any, kind: type, length: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+    )
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
 
 def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
     """Return (shape in voxels, spacing in mm) in SPL order, from the header of the first image.
@@ -120,11 +235,19 @@ def volume_geometry(case: Case) -> tuple[list[int], list[float]]:
 
 def _in_network_order(grid: Grid) -> tuple[list[int], list[float]]:
     """Shape and spacing of a grid in SPL order."""
+    turned = grid.turned(_network_turn(grid))
+    return list(turned.shape), list(turned.spacing)
+
+
+def _network_turn(grid: Grid) -> np.ndarray:
+    """The turn of a grid to SPL order: the one place where it is decided.
+
+    Axes that lie 45 degrees between two directions belong to either, so nothing else may decide.
+    """
     from nibabel.orientations import axcodes2ornt, inv_ornt_aff
 
-    # An affine whose axes run to superior, posterior and left.
-    turned = grid.turned(grid.turn_to(inv_ornt_aff(axcodes2ornt(ORIENTATION), (1, 1, 1))))
-    return list(turned.shape), list(turned.spacing)
+    # The inverse leads from SPL to nibabel's directions, as an affine does.
+    return grid.turn_to(np.linalg.inv(inv_ornt_aff(axcodes2ornt(ORIENTATION), (1, 1, 1))))
 
 
 class _ReadCase:
@@ -152,6 +275,7 @@ class _ReadCase:
                 f"{case.images[0]} has {image.shape[0]} channel(s), need {len(expected)}: "
                 f"{', '.join(expected)}"
             )
+        self._check_intensities(case, image)
         affine = torch.from_numpy(first.grid.affine)
         item = {"image": MetaTensor(torch.from_numpy(image), affine=affine), "name": case.name}
         if case.label is not None:
@@ -181,6 +305,18 @@ class _ReadCase:
             "correct the voxel size in its header, or crop it",
         )
 
+    def _check_intensities(self, case: Case, image: np.ndarray) -> None:
+        """Refuse what a z-score cannot scale; "ct" clips it."""
+        for number, kind in enumerate(self.preprocessing.normalization):
+            low, high = float(image[number].min()), float(image[number].max())
+            if kind == "zscore" and max(-low, high) > LARGEST_INTENSITY:
+                raise UnusableVolume(
+                    case.images[number if len(case.images) > 1 else 0],
+                    f"holds intensities from {low:.3g} to {high:.3g}, and only numbers up to "
+                    f"{LARGEST_INTENSITY:g} can be scaled by their mean and deviation; give voxels "
+                    "outside the scan the value of the background, or correct the scale factor",
+                )
+
     def _read_label(self, file: Path, image: Volume) -> np.ndarray:
         label = placed(read_labels(file), image, self.check_affine).values
         known = set(self.preprocessing.named_labels.values())
@@ -193,6 +329,35 @@ class _ReadCase:
         if self.preprocessing.ignore is None:
             return label
         return np.where(label == self.preprocessing.ignore, -1, label.astype(np.int32))
+
+
+class _Turn(mt.InvertibleTransform):
+    """Permute and flip the axes to SPL order; the inverse undoes what was done."""
+
+    def __call__(self, item: dict) -> dict:
+        image = item["image"]
+        x, y, z = image.shape[1:]
+        grid = Grid((x, y, z), image.affine.numpy())
+        turn = _network_turn(grid)
+        affine = torch.from_numpy(grid.turned(turn).affine)
+        for key in ("image", "label"):
+            if key in item:
+                values = item[key].as_tensor().flip(self._flipped(turn))
+                order = [0, *(1 + np.argsort(turn[:, 0])).tolist()]
+                item[key] = MetaTensor(values.permute(order).contiguous(), affine=affine)
+        extra = {"turn": turn.tolist(), "affine": image.affine}
+        self.push_transform(item["image"], extra_info=extra)
+        return item
+
+    def inverse(self, item: dict) -> dict:
+        done = self.pop_transform(item["image"])["extra_info"]
+        turn = np.array(done["turn"])
+        values = item["image"].as_tensor().permute(0, *(1 + turn[:, 0]).tolist())
+        return {**item, "image": MetaTensor(values.flip(self._flipped(turn)), done["affine"])}
+
+    @staticmethod
+    def _flipped(turn: np.ndarray) -> list[int]:
+        return [1 + axis for axis in range(3) if turn[axis, 1] < 0]
 
 
 class _Normalize:
@@ -266,8 +431,7 @@ def inference_transforms(preprocessing: Preprocessing, check_affine: bool = Fals
     keys = ["image", "label"]
     steps: list = [
         _ReadCase(preprocessing, check_affine),
-        # labels=None takes left and right from each file's affine alone.
-        mt.Orientationd(keys, axcodes=ORIENTATION, allow_missing_keys=True, labels=None),
+        _Turn(),
     ]
     if preprocessing.spacing is not None:
         steps.append(

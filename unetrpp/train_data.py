@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from unetrpp.dataset import Case, find_cases, read_dataset_info, split_cases
+from unetrpp.evaluate import check_labelled
 from unetrpp.memory import SHARE, check_memory, free_memory, size_in_words
 from unetrpp.plan import Plan, propose
 from unetrpp.predict import check_probabilities
@@ -176,8 +177,11 @@ def _check(
     transforms = inference_transforms(preprocessing, check_affine)
 
     def check(case: Case) -> None:
-        image = load_case(case, preprocessing, transforms)["image"]
-        check_probabilities(case.images[0], image.shape[1:], len(preprocessing.labels))
+        item = load_case(case, preprocessing, transforms)
+        shape, label = item["image"].shape[1:], item["label"].as_tensor()
+        check_probabilities(case.images[0], shape, len(preprocessing.labels))
+        assert case.label is not None  # `find_cases` refuses training cases without
+        check_labelled(case.label, label.numpy() < 0)
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         read = pool.map(check, cases)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ __all__ = [
     "read_grid",
     "read_image",
     "read_labels",
+    "why_no_file",
     "write_labels",
 ]
 
@@ -167,6 +169,20 @@ def case_name(file: Path) -> str:
     return file.name
 
 
+def why_no_file(path: Path) -> str:
+    """Say what is in the place of a file that cannot be opened."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return (
+            f"is a link to {os.readlink(path)}, which does not exist; fetch the file behind it "
+            "(datalad get, git annex get), or copy the file itself"
+        )
+    if os.path.isdir(path):
+        return "is a folder, and must be a file; move the volume out of it, or rename the folder"
+    if os.path.exists(path):
+        return "is a pipe or device, and must be a file; save the volume as one"
+    return "does not exist"
+
+
 def read_grid(file: str | Path) -> Grid:
     """Return the grid of a file from its header; no voxel is read.
 
@@ -195,11 +211,13 @@ def read_image(file: str | Path) -> Volume:
     stored, grid = _read(file)
     if stored.ndim == 3:
         stored = stored[..., None]
-    with np.errstate(over="ignore"):  # named as infinite below
+    with np.errstate(over="ignore"):  # named as too large below
         values = stored.astype(np.float32, copy=False)
-    if not np.isfinite(values).all():
-        count = int((~np.isfinite(values)).sum())
-        raise UnusableVolume(file, f"holds {count} NaN or infinite voxels; repair it first")
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        count, too_large = int(wrong.sum()), np.isfinite(stored[wrong]).all()
+        found = "voxels beyond 3.4e38, too large" if too_large else "NaN or infinite voxels"
+        raise UnusableVolume(file, f"holds {count} {found}; repair it first")
     return Volume(file, values, grid)
 
 
@@ -313,10 +331,10 @@ def write_labels(target: Path, labels: np.ndarray, source: Path) -> None:
     import nibabel
 
     with _opened(Path(source)) as (original, _, grid):
-        if labels.shape != grid.shape:
-            raise RuntimeError(f"label map {labels.shape} does not fit the input {grid.shape}")
         header = original.header.copy()
         affine, kind = original.affine, type(original)
+    if labels.shape != grid.shape:
+        raise RuntimeError(f"label map {labels.shape} does not fit {source} of shape {grid.shape}")
     header.set_data_dtype(labels.dtype)
     header.set_data_shape(labels.shape)
     header.set_slope_inter(1, 0)
@@ -384,7 +402,7 @@ class _Gzip(gzip.GzipFile):
 def _opened(file: Path) -> Iterator[tuple[Any, io.BufferedIOBase, Grid]]:
     """Yield (nibabel image, stream, grid); every error of the file is an `UnusableVolume`."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
+        raise FileNotFoundError(f"{file} {why_no_file(file)}")
     try:
         with open(file, "rb") as plain:
             is_compressed = plain.read(2) == b"\x1f\x8b"
