@@ -129,7 +129,7 @@ def test_a_checkpoint_without_preprocessing_is_completed(tmp_path, capsys):
         ({"labels": {"background": 0}}, "labels must be the values 0 to 1"),
         ({"labels": {"background": 0, "ball": 3}}, "labels must be the values 0 to 1"),
         ({"labels": ["background", "ball"]}, "labels must be the values 0 to 1"),
-        ({"ignore": "2"}, "ignore must be a value, or null"),
+        ({"ignore": "2"}, "ignore must be null, or the label value"),
         ({"window": 3}, "unknown .'window'"),
     ],
 )

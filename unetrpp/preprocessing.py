@@ -197,7 +197,6 @@ def check_fit(values: Preprocessing, network: Network, source: str) -> None:
         and (network.takes_any_size or values.patch_size == size),
         f"{size}, the input size of the network",
     )
-    rule("ignore", values.ignore is None or _is_list([values.ignore], int, 1), "a value, or null")
     rule(
         "labels",
         isinstance(values.labels, dict)
