@@ -412,3 +412,17 @@ def test_throughput_is_a_markdown_table_of_figures_that_agree(capsys):
     assert "Slim UNETR" in note and f"{torch.get_num_threads()} threads" in note
     assert cli.main(["info", "nothing", "--throughput"]) == 1
     assert "'nothing' is no preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_says_what_a_stop_leaves_and_what_needs_less(name, monkeypatch, capsys):
+    errors = iter([KeyboardInterrupt(), MemoryError()])
+
+    def fail(parser):
+        raise next(errors)
+
+    monkeypatch.setitem(cli.COMMANDS, name, ("", fail))
+    assert cli.main([name]) == 130
+    assert f"unetrpp {name}: stopped by Ctrl-C; " in capsys.readouterr().err
+    assert cli.main([name]) == 1
+    assert "memory ran out" in capsys.readouterr().err

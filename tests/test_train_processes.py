@@ -29,10 +29,11 @@ from test_train import (  # noqa: E402
     wait_for_steps,
 )
 
-from unetrpp import create_model, predict, processes, train_data  # noqa: E402
+from unetrpp import create_model, predict, processes, train, train_data  # noqa: E402
 from unetrpp.losses import deep_supervision_loss  # noqa: E402
 from unetrpp.memory import NotEnoughMemory  # noqa: E402
 from unetrpp.processes import Signals, joint_batch_norm, launch, same_everywhere  # noqa: E402
+from unetrpp.signals import Stopped, ended_by_signals  # noqa: E402
 from unetrpp.train import Interrupted, TrainConfig, run_train  # noqa: E402
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -199,9 +200,69 @@ def test_a_first_signal_is_noted_and_a_second_one_ends_at_once(number, end, capf
     assert signal.getsignal(number) is before
 
 
-def test_a_validation_that_is_ended_at_once_is_made_up_for(data, tmp_path, monkeypatch):
-    from unetrpp import train
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_a_closed_terminal_is_a_first_signal_however_often_it_comes(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "__stderr__", os.fdopen(write, "w"))  # nobody reads it any more
+    with Signals(True, "unetrpp train --resume RUN") as signals:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+    assert signals.number == signal.SIGHUP
 
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals(True, "unetrpp train --resume RUN") as signals, ended_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.number == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_a_closed_terminal_ends_other_commands_once_and_they_tidy_up():
+    tidied = False
+    with pytest.raises(Stopped, match="SIGHUP"), ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            tidied = True
+    assert tidied
+
+
+def test_words_that_nobody_reads_end_no_run(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        train._say("a line")
+        train._say("another one")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+def test_a_run_whose_terminal_is_closed_is_saved(data, tmp_path):
+    import pty
+
+    run = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        arguments = command("--data", data, "-o", run, "--steps", 100000, *small_options())
+        os.execve(sys.executable, arguments, ONE_THREAD)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert torch.load(run / "resume.pt", weights_only=True)["step"] > 0
+    assert not list(run.rglob(".*"))
+
+
+def test_a_validation_that_is_ended_at_once_is_made_up_for(data, tmp_path, monkeypatch):
     options = {"data": data, "steps": 4, "validate_every": 2, **SMALL}
     run_train(TrainConfig(output=tmp_path / "whole", **options))
     score = train._score
@@ -222,7 +283,6 @@ def test_a_validation_that_is_ended_at_once_is_made_up_for(data, tmp_path, monke
 
 
 def test_a_failing_validation_loses_no_step(data, tmp_path, monkeypatch):
-    from unetrpp import train
 
     def broken(*arguments):
         raise OSError("the data have gone")

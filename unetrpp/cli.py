@@ -14,15 +14,15 @@ import io
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from unetrpp import _is_of_an_extra, _remedy
 from unetrpp.faults import in_words, is_expected
 from unetrpp.options import read_path
+from unetrpp.signals import Stopped, ended_by_signals
 from unetrpp.usage import WrongUsage, check_config_file, wrong_usage
 
 __all__ = ["main"]
@@ -200,17 +200,15 @@ COMMANDS = {
 
 # What a stopped command leaves, and how to go on.
 _AFTER_STOP = {
-    "train": "no step was taken since the last saving; unetrpp train --resume RUN goes on from it",
+    "train": "unetrpp train --resume RUN goes on from the last saving; where there is none, start "
+    "again",
     "predict": "finished label maps stay; the same command with --skip_existing does the others",
     "evaluate": "no scores were written, and earlier ones stay",
     "report": "no report was written, and an earlier one stays",
+    "convert": "no checkpoint was written, and an earlier one stays",
     "info": "nothing was written",
     "demo": "start again with --overwrite",
 }
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which then ends a command as Ctrl-C does: files that are half written go."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,17 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unetrpp: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        with _ended_by_sigterm():
+        with ended_by_signals():
             return _run(name, arguments[1:])
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt as stop:
-        by_term = isinstance(stop, _Terminated)
-        what = "SIGTERM" if by_term else "Ctrl-C"
-        print(f"unetrpp {name}: stopped by {what}; {_AFTER_STOP[name]}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if by_term else signal.SIGINT)
+        by_signal = isinstance(stop, Stopped)
+        _tell(f"{name}: stopped by {stop if by_signal else 'Ctrl-C'}; {_AFTER_STOP[name]}")
+        return 128 + (stop.number if by_signal else signal.SIGINT)
     except WrongUsage as error:
-        print(f"unetrpp {name}: {error}; unetrpp {name} --help lists all", file=sys.stderr)
+        _tell(f"{name}: {error}; unetrpp {name} --help lists all")
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         if debug:
@@ -248,26 +245,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError) and _is_of_an_extra(error):
             print(f"unetrpp: {_remedy(error, f'unetrpp {name}')}", file=sys.stderr)
             return 1
-        print(f"unetrpp {name}: {_sentence(error, name)}", file=sys.stderr)
+        _tell(f"{name}: {_sentence(error, name)}")
         return getattr(error, "exit_code", 1)
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what runs inside as Ctrl-C does; `unetrpp train` has its own way in a run."""
-
-    def stop(number: int, frame: object) -> None:
-        raise _Terminated
-
-    # Only the main thread may set handlers.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _tell(text: str) -> None:
+    with suppress(OSError):  # of a terminal that is gone; the exit code still counts
+        print(f"unetrpp {text}", file=sys.stderr)
 
 
 def _run(name: str, arguments: list[str]) -> int:

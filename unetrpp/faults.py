@@ -38,6 +38,7 @@ NEEDS_LESS = {
     "predict": "a --batch_size of 1, --device cpu instead of a GPU, or a cropped volume",
     "evaluate": "fewer programs beside this one, or cropped label maps",
     "report": "unetrpp evaluate first, and then unetrpp report RUN SCORES",
+    "convert": "fewer programs beside this one",
     "info": "a smaller preset",
     "demo": "fewer programs beside this one",
 }

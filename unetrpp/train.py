@@ -15,6 +15,8 @@ and signals need from processes.py; here is the loop.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +89,7 @@ def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None 
         FileExistsError: output holds something and neither resume nor overwrite was given; it holds
             more than a run writes; or another run is at work in it.
         NonFiniteLoss: the loss or gradient became NaN or infinite; checkpoints stay as they were.
-        Interrupted: SIGINT or SIGTERM, after resume.pt was written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP, after resume.pt was written.
         OSError: a file could not be written; resume.pt and the checkpoints stay as they were.
         ValueError, FileNotFoundError, UnreadableImage: data, options or files of the run that do
             not fit.
@@ -355,11 +357,16 @@ class Loop:
 
 
 def _say(text: str) -> None:
-    """Print around a progress bar."""
+    """Print around a progress bar; a terminal, pipe or log that takes no words ends no run."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            # Nobody reads it any more; what is left in the buffer would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _score(
