@@ -283,7 +283,6 @@ def test_a_validation_that_is_ended_at_once_is_made_up_for(data, tmp_path, monke
 
 
 def test_a_failing_validation_loses_no_step(data, tmp_path, monkeypatch):
-
     def broken(*arguments):
         raise OSError("the data have gone")
 
@@ -396,6 +395,12 @@ def test_a_state_of_another_run_is_refused_by_name(stopped, tmp_path, change):
         ("loss: dice_ce", "loss: null", "lacks loss"),
         ("loss: dice_ce", "loss: cubic", "loss"),
         ("data: ", "dat: ", "no option dat"),
+        ("ema: 0.99", "ema: 1.5", "--ema must be at least 0 and below 1, got 1.5"),
+        ("steps: 4", "steps: null", "lacks steps or minutes"),
+        ("precision: 32-true", "precision: auto", "lacks precision"),
+        ("model: unetrpp", "model: nnunet", "--model must be one of"),
+        ("steps: 4", "steps: 9", "steps is 9, and resume.pt is of a run with 4"),
+        ("optimizer: adamw", "optimizer: sgd\nbetas: null", "optimizer is sgd"),
     ],
 )
 def test_a_configuration_of_another_version_is_named(stopped, tmp_path, old, new, message):
@@ -414,6 +419,33 @@ def test_a_plan_of_another_version_is_named(stopped, tmp_path):
     (run / "plan.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"plan\.json is no plan of this version.*curvature"):
         run_train(TrainConfig(resume=run))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.update(batch_size="two"),
+        lambda plan: plan.update(model=None),
+        lambda plan: plan.update(preprocessing=[1]),
+        lambda plan: plan["model"].update(img_size=[8, 8]),
+        lambda plan: plan["model"].update(depth=3),
+        lambda plan: plan["model"].pop("in_channels"),
+        lambda plan: plan["preprocessing"].update(spacing=[0, 1, 1]),
+        lambda plan: plan["preprocessing"].update(patch_size=[8, 8]),
+        lambda plan: plan["preprocessing"].update(labels=["box"]),
+        lambda plan: plan["preprocessing"].update(normalization=["robust"]),
+    ],
+)
+def test_a_plan_of_which_nothing_can_be_made_is_named(stopped, tmp_path, change):
+    from unetrpp.train_data import _stored_plan
+
+    shutil.copy(stopped / "plan.json", tmp_path)
+    _stored_plan(tmp_path)
+    content = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    change(content["plan"])
+    (tmp_path / "plan.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"plan\.json is no plan of this version"):
+        _stored_plan(tmp_path)
 
 
 def test_another_machine_is_said_and_another_number_of_devices_refused(stopped, tmp_path, capsys):

@@ -233,9 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt as stop:
-        by_signal = isinstance(stop, Stopped)
-        _tell(f"{name}: stopped by {stop if by_signal else 'Ctrl-C'}; {_AFTER_STOP[name]}")
-        return 128 + (stop.number if by_signal else signal.SIGINT)
+        what, number = "Ctrl-C", int(signal.SIGINT)
+        if isinstance(stop, Stopped):
+            what, number = str(stop), stop.number
+        _tell(f"{name}: stopped by {what}; {_AFTER_STOP[name]}")
+        return 128 + number
     except WrongUsage as error:
         _tell(f"{name}: {error}; unetrpp {name} --help lists all")
         raise SystemExit(error.exit_code) from None

@@ -31,6 +31,7 @@ from unetrpp.extras import names_extra
 from unetrpp.folder_lock import held
 from unetrpp.processes import Signals, agreed, launch, reduced
 from unetrpp.run_folder import (
+    CONFIG,
     STATE,
     Metrics,
     check_folder,
@@ -39,7 +40,13 @@ from unetrpp.run_folder import (
     save_state,
     start_folder,
 )
-from unetrpp.train_config import ResolvedConfig, TrainConfig, resolved, resumed
+from unetrpp.train_config import (
+    ResolvedConfig,
+    TrainConfig,
+    fixed_options,
+    resolved,
+    resumed,
+)
 from unetrpp.train_model import NonFiniteLoss, Trainee
 
 if TYPE_CHECKING:
@@ -147,6 +154,14 @@ def _train(
 def _go_on(
     trainee: Trainee, state: Mapping[str, Any], settings: ResolvedConfig, say: Callable[[str], None]
 ) -> None:
+    now_fixed, before_fixed = fixed_options(settings), state.get("options") or {}
+    for name, value in before_fixed.items():
+        if now_fixed.get(name, value) != value:
+            raise ValueError(
+                f"{settings.output / CONFIG}: {name} is {now_fixed[name]}, and {STATE} is of a run "
+                f"with {value}; the settings of a run cannot change: put {value} back, or start a "
+                "new run"
+            )
     try:
         trainee.load_state_dict(state)
     except ValueError as error:
@@ -351,6 +366,7 @@ class Loop:
             "elapsed": self.elapsed,
             "due": self.due,
             "machine": self.trainee.machine(),
+            "options": fixed_options(self.config),
             **self.trainee.state_dict(),
         }
         save_state(self.config.output / STATE, state)
