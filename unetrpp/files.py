@@ -3,6 +3,7 @@
 with replacing(file) as partial: ...   write to `partial`, which then takes the file's place
 naming(file)                           a failed write names its file and the system's cause
 write_text, write_json                 on top of it
+make_folder                            a folder that can be written, or the cause why not
 read_json                              JSON in any of its encodings; an error names the file
 read_yaml                              YAML of plain values; an error names file and line
 """
@@ -20,7 +21,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTIAL", "naming", "read_json", "read_yaml", "replacing", "write_json", "write_text"]
+__all__ = [
+    "PARTIAL",
+    "make_folder",
+    "naming",
+    "read_json",
+    "read_yaml",
+    "replacing",
+    "write_json",
+    "write_text",
+]
 
 # How the names of unfinished files begin.
 PARTIAL = ".partial."
@@ -142,6 +152,22 @@ def _is_alive(pid: int) -> bool:
     except OSError:  # of another user
         return True
     return True
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and refuse one that takes no files before there is work to lose.
+
+    Raises:
+        OSError: with the folder and the system's cause.
+    """
+    probe = folder / f"{PARTIAL}{_host()}.{os.getpid()}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def write_text(file: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from unetrpp.files import PARTIAL, naming, read_json, read_yaml, replacing, write_json, write_text
 from unetrpp.folder_lock import LOCK
+from unetrpp.prediction_record import LOCK as RECORD_LOCK
 
 __all__ = [
     "Metrics",
@@ -49,7 +50,7 @@ WRITTEN = {
     ".best.partial": CHECKPOINT,
     ".last.partial": CHECKPOINT,
     "tensorboard": ("events.out.tfevents.*",),
-    "validation": ("scores.csv", "scores.json", "prediction.json"),
+    "validation": ("scores.csv", "scores.json", "prediction.json", RECORD_LOCK),
 }
 # What resume.pt holds; a missing entry means that another program wrote it.
 STATE_ENTRIES = {"step", "total", "best", "elapsed", "model", "optimizer", "average"}

@@ -382,7 +382,8 @@ def _say(text: str) -> None:
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.EIO):
             # Nobody reads it any more; what is left in the buffer would fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with open(os.devnull, "w", encoding="utf-8") as nothing:
+                os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _score(
