@@ -414,6 +414,17 @@ def test_throughput_is_a_markdown_table_of_figures_that_agree(capsys):
     assert "'nothing' is no preset" in capsys.readouterr().err
 
 
+def test_a_command_whose_output_is_closed_runs(monkeypatch):
+    def report(parser):
+        print("a line")
+        return lambda options: print("a line", file=sys.stderr) or 0
+
+    monkeypatch.setitem(cli.COMMANDS, "info", ("", report))
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["info"]) == 0
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_says_what_a_stop_leaves_and_what_needs_less(name, monkeypatch, capsys):
     errors = iter([KeyboardInterrupt(), MemoryError()])

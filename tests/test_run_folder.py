@@ -195,6 +195,13 @@ def test_overwriting_spares_what_no_run_wrote(tmp_path, name):
     assert content(run) == before
 
 
+def test_a_folder_with_a_log_of_the_queue_takes_no_run_and_says_why(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "slurm-12.out").touch()
+    with pytest.raises(FileExistsError, match=r"holds slurm-12\.out, and a run starts"):
+        check_folder(tmp_path, overwrite=False)
+
+
 @pytest.mark.parametrize("name", ["best", "resume.pt", "validation/b.nii.gz"])
 def test_overwriting_follows_no_links(tmp_path, name):
     run = make_run(tmp_path / "run")

@@ -239,8 +239,8 @@ def test_words_that_nobody_reads_end_no_run(monkeypatch):
     os.close(read)
     with os.fdopen(write, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        train._say("a line")
-        train._say("another one")
+        train.say("a line")
+        train.say("another one")
 
 
 @pytest.mark.exhaustive

@@ -32,7 +32,7 @@ _EPILOG = "Options of a command: unetrpp COMMAND --help"
 
 def _train(parser) -> Callable[[dict], int]:
     from unetrpp.models import MODELS, model_label
-    from unetrpp.train import Interrupted, TrainConfig, run_train
+    from unetrpp.train import Interrupted, TrainConfig, run_train, say
 
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
     parser.add_argument(
@@ -61,7 +61,7 @@ def _train(parser) -> Callable[[dict], int]:
             return 0  # one process speaks for all; an error of another would end it at once
         if not result["is_main"]:
             return 0
-        print(
+        say(
             f"done: best validation Dice {result['best_dice']:.4f} in {result['steps']} steps, "
             f"{result['seconds'] / 60:.1f} minutes\n"
             f"predict with: unetrpp predict IMAGE.nii.gz -o OUT --checkpoint "
@@ -214,6 +214,9 @@ _AFTER_STOP = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv if not given); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A file name that is no UTF-8, or that the terminal cannot show, is printed with escapes.
         if isinstance(stream, io.TextIOWrapper):

@@ -212,16 +212,22 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         FileExistsError: see above; or the folder holds more than a run writes.
     """
     own, others = _content(folder)
-    if not others and all(path.name == LOCK or path.name.startswith(PARTIAL) for path in own):
+    is_run = any(path.name != LOCK and not path.name.startswith(PARTIAL) for path in own)
+    if not others and not is_run:
         return
+    listed = ", ".join(path.relative_to(folder).as_posix() for path in others[:3])
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    if not is_run:
+        raise FileExistsError(
+            f"{folder} is not an earlier run: it holds {listed}{more}, and a run starts in a new "
+            "or empty folder; move that away, or name another folder"
+        )
     if not overwrite:
         raise FileExistsError(
             f"{folder} is not empty; continue that run with --resume {folder}, replace it "
             "with --overwrite, or name another folder"
         )
     if others:
-        listed = ", ".join(path.relative_to(folder).as_posix() for path in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise FileExistsError(
             f"{folder} is not an earlier run alone: it holds {listed}{more}, which no run writes, "
             "so --overwrite leaves it as it is; move that away, or name another folder"

@@ -15,7 +15,6 @@ and signals need from processes.py; here is the loop.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
     from unetrpp.train_data import TrainingData
 
-__all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train"]
+__all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train", "say"]
 
 # Steps after which the time of a step is known well enough to turn minutes into steps; the first
 # ones, slower than the rest, do not count.
@@ -104,12 +103,12 @@ def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None 
     settings = resumed(config) if config.resume else resolved(config)
     fabric = launch(settings)
 
-    def say(text: str) -> None:
+    def say_once(text: str) -> None:
         if fabric.is_global_zero:
-            _say(text)
+            say(text)
 
-    with held(settings.output, say) if fabric.is_global_zero else nullcontext():
-        return _train(settings, fabric, say, before_step)
+    with held(settings.output, say_once) if fabric.is_global_zero else nullcontext():
+        return _train(settings, fabric, say_once, before_step)
 
 
 def _train(
@@ -372,18 +371,17 @@ class Loop:
         save_state(self.config.output / STATE, state)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print around a progress bar; a terminal, pipe or log that takes no words ends no run."""
     from tqdm import tqdm
 
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-    except OSError as error:
-        if error.errno in (errno.EPIPE, errno.EIO):
-            # Nobody reads it any more; what is left in the buffer would fail again.
-            with open(os.devnull, "w", encoding="utf-8") as nothing:
-                os.dup2(nothing.fileno(), sys.stdout.fileno())
+    except OSError:
+        # What is left in the buffer would fail again, here and at the end of the program.
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _score(
