@@ -422,3 +422,28 @@ def test_own_warnings_are_printed_as_sentences():
         other = warnings.formatwarning("old", UserWarning, "other.py", 7, line="x = 1")
     assert own == "unetrpp evaluate: warning: a.nii lies 3 mm away\n"
     assert other == warnings.formatwarning("old", UserWarning, "other.py", 7, line="x = 1")
+
+
+def test_a_command_whose_output_is_closed_runs(monkeypatch):
+    def report(parser):
+        print("a line")
+        return lambda options: print("a line", file=sys.stderr) or 0
+
+    monkeypatch.setitem(cli.COMMANDS, "info", ("", report))
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["info"]) == 0
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_says_what_a_stop_leaves_and_what_needs_less(name, monkeypatch, capsys):
+    errors = iter([KeyboardInterrupt(), MemoryError()])
+
+    def fail(parser):
+        raise next(errors)
+
+    monkeypatch.setitem(cli.COMMANDS, name, ("", fail))
+    assert cli.main([name]) == 130
+    assert f"unetrpp {name}: stopped by Ctrl-C; " in capsys.readouterr().err
+    assert cli.main([name]) == 1
+    assert "memory ran out" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Sliding window and the predict command, on constructed files and on real ones where present."""
 
+import errno
 import json
 import os
+import shutil
 import types
 from pathlib import Path
 
@@ -541,6 +543,38 @@ def test_half_done_folder_is_finished_and_its_record_kept(tmp_path, checkpoint, 
     assert list(result.outputs) == ["b"] and "(8, 8, 9)" in result.failures[str(files[2])]
     with pytest.raises(ValueError, match="--overwrite or --skip_existing, not both"):
         run_predict(files, out, folder, skip_existing=True, overwrite=True, quiet=True)
+
+
+def test_commands_that_write_into_one_folder_at_a_time_share_its_record(tmp_path, checkpoint):
+    """As the jobs of an array do: each adds its cases, and replaces none of the others'."""
+    from unetrpp.prediction_record import PredictionRecord
+
+    out, options = tmp_path / "out", {"overlap": 0.5}
+    files = [save(tmp_path / "in" / f"{n}.nii.gz", smooth((8, 8, 8))) for n in "abc"]
+    run_predict(files[:1], out, checkpoint(Thresholds(0.0)), quiet=True)
+    stored = record_of(out)
+    parts = (tmp_path / "checkpoint", stored["preprocessing"], {**stored["options"], **options})
+    one, two = (PredictionRecord(out, *parts, overwrite=True) for _ in range(2))
+    for record, name in ((one, "a"), (two, "b")):
+        record.forget(name)
+        target = shutil.copy(files[0], out / f"{name}.nii.gz")
+        record.add(name, [tmp_path / f"{name}.nii.gz"], target, 1.0)
+    assert one.save({}) is None and two.save({}) is None and one.save({}) is None
+    assert set(record_of(out)["outputs"]) == {"a", "b"}
+    two.forget("b")
+    assert one.save({}) is None and set(record_of(out)["outputs"]) == {"a"}
+    assert not (out / ".prediction.lock").exists()
+
+
+def test_a_folder_that_takes_no_files_is_named_before_the_work(tmp_path, checkpoint, monkeypatch):
+    def read_only(path, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    source = save(tmp_path / "a.nii.gz", smooth((8, 8, 8)))
+    monkeypatch.setattr(Path, "touch", read_only)
+    monkeypatch.setattr(predict, "_predict_case", lambda *_, **__: pytest.fail("worked in vain"))
+    with pytest.raises(OSError, match=r"Read-only file system: '.*out'"):
+        run_predict([source], tmp_path / "out", checkpoint(Thresholds(0.0)), quiet=True)
 
 
 def test_record_of_another_checkpoint_or_option_is_not_mixed_in(tmp_path, checkpoint):

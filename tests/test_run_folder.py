@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -194,6 +195,13 @@ def test_overwriting_spares_what_no_run_wrote(tmp_path, name):
     assert content(run) == before
 
 
+def test_a_folder_with_a_log_of_the_queue_takes_no_run_and_says_why(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "slurm-12.out").touch()
+    with pytest.raises(FileExistsError, match=r"holds slurm-12\.out, and a run starts"):
+        check_folder(tmp_path, overwrite=False)
+
+
 @pytest.mark.parametrize("name", ["best", "resume.pt", "validation/b.nii.gz"])
 def test_overwriting_follows_no_links(tmp_path, name):
     run = make_run(tmp_path / "run")
@@ -348,6 +356,12 @@ def evil(path: Path) -> object:
     return Evil()
 
 
+def with_flipped_bit(content: bytes) -> bytes:
+    """One of a weight: the zeros of STATE's model are the longest run of equal bytes."""
+    place = content.index(bytes(2000)) + 1000
+    return content[:place] + b"\x40" + content[place + 1 :]
+
+
 def state_with(**entries: object) -> dict:
     return {**STATE, **entries}
 
@@ -368,6 +382,12 @@ def state_with(**entries: object) -> dict:
         lambda file: torch.save(state_with(step=-3), file),
         lambda file: torch.save(state_with(total=2.5), file),
         lambda file: torch.save(state_with(best=None), file),
+        lambda file: torch.save(state_with(best=math.nan), file),
+        lambda file: torch.save(state_with(step=True), file),
+        lambda file: torch.save(state_with(step=3), file),
+        lambda file: torch.save(state_with(total=0), file),
+        lambda file: file.write_bytes(with_flipped_bit(file.read_bytes())),
+        lambda file: (file.unlink(), file.symlink_to(file.with_name("nowhere"))),
         lambda file: torch.save({**STATE, "step": evil(file.with_name("ran"))}, file),
         lambda file: torch.save(evil(file.with_name("ran")), file),
         lambda file: torch.save(
@@ -389,12 +409,20 @@ def test_a_state_of_the_version_before_is_read(tmp_path):
     assert read_state(tmp_path)["due"] is False
 
 
-@pytest.mark.parametrize("text", ["data: [", "- 1", "3", "", "\x00", "1: 2", b"\xff\xfe\x00d"])
+@pytest.mark.parametrize(
+    "text",
+    ["data: [", "- 1", "3", "", "\x00", "1: 2", b"\xff\xfe\x00d", b"a: \xe9", "a: " + 5000 * "["],
+)
 def test_a_damaged_configuration_is_named(tmp_path, text):
     content = text if isinstance(text, bytes) else text.encode()
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.yaml.*restore it from a copy"):
         read_config(tmp_path)
+
+
+def test_a_configuration_that_an_editor_has_saved_with_a_bom_is_read(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\xef\xbb\xbfsteps: 3\r\n")
+    assert read_config(tmp_path) == {"steps": 3}
 
 
 @pytest.mark.parametrize(
@@ -408,6 +436,7 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
         '{"plan": 1, "split": 2}',
         '{"plan": {}, "split": {"training": []}}',
         '{"plan": {}, "split": {"training": [1], "validation": []}}',
+        '{"plan": {}, "split": {"training": ["a"], "validation": []}}',
         b"\xff\xfe\x00d",
     ],
 )

@@ -29,10 +29,11 @@ from test_train import (  # noqa: E402
     wait_for_steps,
 )
 
-from unetrpp import create_model, predict, processes, train_data  # noqa: E402
+from unetrpp import create_model, predict, processes, train, train_data  # noqa: E402
 from unetrpp.losses import deep_supervision_loss  # noqa: E402
 from unetrpp.memory import NotEnoughMemory  # noqa: E402
 from unetrpp.processes import Signals, joint_batch_norm, launch, same_everywhere  # noqa: E402
+from unetrpp.signals import Stopped, ended_by_signals  # noqa: E402
 from unetrpp.train import Interrupted, TrainConfig, run_train  # noqa: E402
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -199,9 +200,69 @@ def test_a_first_signal_is_noted_and_a_second_one_ends_at_once(number, end, capf
     assert signal.getsignal(number) is before
 
 
-def test_a_validation_that_is_ended_at_once_is_made_up_for(data, tmp_path, monkeypatch):
-    from unetrpp import train
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_a_closed_terminal_is_a_first_signal_however_often_it_comes(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "__stderr__", os.fdopen(write, "w"))  # nobody reads it any more
+    with Signals(True, "unetrpp train --resume RUN") as signals:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+    assert signals.number == signal.SIGHUP
 
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals(True, "unetrpp train --resume RUN") as signals, ended_by_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.number == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_a_closed_terminal_ends_other_commands_once_and_they_tidy_up():
+    tidied = False
+    with pytest.raises(Stopped, match="SIGHUP"), ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            tidied = True
+    assert tidied
+
+
+def test_words_that_nobody_reads_end_no_run(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        train.say("a line")
+        train.say("another one")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+def test_a_run_whose_terminal_is_closed_is_saved(data, tmp_path):
+    import pty
+
+    run = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        arguments = command("--data", data, "-o", run, "--steps", 100000, *small_options())
+        os.execve(sys.executable, arguments, ONE_THREAD)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert torch.load(run / "resume.pt", weights_only=True)["step"] > 0
+    assert not list(run.rglob(".*"))
+
+
+def test_a_validation_that_is_ended_at_once_is_made_up_for(data, tmp_path, monkeypatch):
     options = {"data": data, "steps": 4, "validate_every": 2, **SMALL}
     run_train(TrainConfig(output=tmp_path / "whole", **options))
     score = train._score
@@ -222,8 +283,6 @@ def test_a_validation_that_is_ended_at_once_is_made_up_for(data, tmp_path, monke
 
 
 def test_a_failing_validation_loses_no_step(data, tmp_path, monkeypatch):
-    from unetrpp import train
-
     def broken(*arguments):
         raise OSError("the data have gone")
 
@@ -336,6 +395,12 @@ def test_a_state_of_another_run_is_refused_by_name(stopped, tmp_path, change):
         ("loss: dice_ce", "loss: null", "lacks loss"),
         ("loss: dice_ce", "loss: cubic", "loss"),
         ("data: ", "dat: ", "no option dat"),
+        ("ema: 0.99", "ema: 1.5", "--ema must be at least 0 and below 1, got 1.5"),
+        ("steps: 4", "steps: null", "lacks steps or minutes"),
+        ("precision: 32-true", "precision: auto", "lacks precision"),
+        ("model: unetrpp", "model: nnunet", "--model must be one of"),
+        ("steps: 4", "steps: 9", "steps is 9, and resume.pt is of a run with 4"),
+        ("optimizer: adamw", "optimizer: sgd\nbetas: null", "optimizer is sgd"),
     ],
 )
 def test_a_configuration_of_another_version_is_named(stopped, tmp_path, old, new, message):
@@ -354,6 +419,33 @@ def test_a_plan_of_another_version_is_named(stopped, tmp_path):
     (run / "plan.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"plan\.json is no plan of this version.*curvature"):
         run_train(TrainConfig(resume=run))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.update(batch_size="two"),
+        lambda plan: plan.update(model=None),
+        lambda plan: plan.update(preprocessing=[1]),
+        lambda plan: plan["model"].update(img_size=[8, 8]),
+        lambda plan: plan["model"].update(depth=3),
+        lambda plan: plan["model"].pop("in_channels"),
+        lambda plan: plan["preprocessing"].update(spacing=[0, 1, 1]),
+        lambda plan: plan["preprocessing"].update(patch_size=[8, 8]),
+        lambda plan: plan["preprocessing"].update(labels=["box"]),
+        lambda plan: plan["preprocessing"].update(normalization=["robust"]),
+    ],
+)
+def test_a_plan_of_which_nothing_can_be_made_is_named(stopped, tmp_path, change):
+    from unetrpp.train_data import _stored_plan
+
+    shutil.copy(stopped / "plan.json", tmp_path)
+    _stored_plan(tmp_path)
+    content = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    change(content["plan"])
+    (tmp_path / "plan.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"plan\.json is no plan of this version"):
+        _stored_plan(tmp_path)
 
 
 def test_another_machine_is_said_and_another_number_of_devices_refused(stopped, tmp_path, capsys):

@@ -14,16 +14,16 @@ import io
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from unetrpp import _is_of_an_extra, _remedy
 from unetrpp.faults import in_words, is_expected
 from unetrpp.options import read_path
+from unetrpp.signals import Stopped, ended_by_signals
 from unetrpp.usage import WrongUsage, check_config_file, wrong_usage
 
 __all__ = ["main"]
@@ -33,7 +33,7 @@ _EPILOG = "Options of a command: unetrpp COMMAND --help"
 
 def _train(parser) -> Callable[[dict], int]:
     from unetrpp.models import MODELS, model_label
-    from unetrpp.train import Interrupted, TrainConfig, run_train
+    from unetrpp.train import Interrupted, TrainConfig, run_train, say
 
     parser.add_argument("-o", "--output", type=Path | None, help="New folder for the run.")
     parser.add_argument(
@@ -62,7 +62,7 @@ def _train(parser) -> Callable[[dict], int]:
             return 0  # one process speaks for all; an error of another would end it at once
         if not result["is_main"]:
             return 0
-        print(
+        say(
             f"done: best validation Dice {result['best_dice']:.4f} in {result['steps']} steps, "
             f"{result['seconds'] / 60:.1f} minutes\n"
             f"predict with: unetrpp predict IMAGE.nii.gz -o OUT --checkpoint "
@@ -201,22 +201,23 @@ COMMANDS = {
 
 # What a stopped command leaves, and how to go on.
 _AFTER_STOP = {
-    "train": "no step was taken since the last saving; unetrpp train --resume RUN goes on from it",
+    "train": "unetrpp train --resume RUN goes on from the last saving; where there is none, start "
+    "again",
     "predict": "finished label maps stay; the same command with --skip_existing does the others",
     "evaluate": "no scores were written, and earlier ones stay",
     "report": "no report was written, and an earlier one stays",
+    "convert": "no checkpoint was written, and an earlier one stays",
     "info": "nothing was written",
     "demo": "start again with --overwrite",
 }
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which then ends a command as Ctrl-C does: files that are half written go."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv if not given); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A file name that is no UTF-8, or that the terminal cannot show, is printed with escapes.
         if isinstance(stream, io.TextIOWrapper):
@@ -231,17 +232,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unetrpp: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        with _ended_by_sigterm(), _warning_in_sentences(name):
+        with ended_by_signals(), _warning_in_sentences(name):
             return _run(name, arguments[1:])
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt as stop:
-        by_term = isinstance(stop, _Terminated)
-        what = "SIGTERM" if by_term else "Ctrl-C"
-        print(f"unetrpp {name}: stopped by {what}; {_AFTER_STOP[name]}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if by_term else signal.SIGINT)
+        what, number = "Ctrl-C", int(signal.SIGINT)
+        if isinstance(stop, Stopped):
+            what, number = str(stop), stop.number
+        _tell(f"{name}: stopped by {what}; {_AFTER_STOP[name]}")
+        return 128 + number
     except WrongUsage as error:
-        print(f"unetrpp {name}: {error}; unetrpp {name} --help lists all", file=sys.stderr)
+        _tell(f"{name}: {error}; unetrpp {name} --help lists all")
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         if debug:
@@ -249,26 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError) and _is_of_an_extra(error):
             print(f"unetrpp: {_remedy(error, f'unetrpp {name}')}", file=sys.stderr)
             return 1
-        print(f"unetrpp {name}: {_sentence(error, name)}", file=sys.stderr)
+        _tell(f"{name}: {_sentence(error, name)}")
         return getattr(error, "exit_code", 1)
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what runs inside as Ctrl-C does; `unetrpp train` has its own way in a run."""
-
-    def stop(number: int, frame: object) -> None:
-        raise _Terminated
-
-    # Only the main thread may set handlers.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _tell(text: str) -> None:
+    with suppress(OSError):  # of a terminal that is gone; the exit code still counts
+        print(f"unetrpp {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def read_preprocessing(file: Path, network: Network) -> dict[str, Any]:
 def _of_data(folder: Path, network: Network, spacing: list[float] | None) -> dict[str, Any]:
     from unetrpp.dataset import find_cases, read_dataset_info
     from unetrpp.plan import propose
-    from unetrpp.preprocessing import check_fit
+    from unetrpp.preprocessing_check import check_fit
 
     plan = propose(
         find_cases(folder),

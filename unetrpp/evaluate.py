@@ -25,7 +25,7 @@ from unetrpp.case_names import pair_names
 from unetrpp.dataset_json import IGNORE, class_names, split_ignore
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
-from unetrpp.files import write_json, write_text
+from unetrpp.files import make_folder, write_json, write_text
 from unetrpp.memory import NotEnoughMemory
 from unetrpp.options import checked
 from unetrpp.volumes import UnusableVolume, case_name, is_nifti, nifti_files, placed, read_labels
@@ -265,7 +265,7 @@ def evaluate_pairs(
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder for the scores")
     # Before the scoring, which may take hours.
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     if classes is None:
         classes = _classes_in([reference for _, reference in pairs.values()])
     for case in tqdm(sorted(pairs), desc="evaluate", unit="case", disable=True if quiet else None):

@@ -37,7 +37,8 @@ NEEDS_LESS = {
     "train": "a smaller --patch_size or --preset, --batch_size 1, a small --cache or --workers 0",
     "predict": "a --batch_size of 1, --device cpu instead of a GPU, or a cropped volume",
     "evaluate": "fewer programs beside this one, or cropped label maps",
-    "report": "unetrpp evaluate first, and then unetrpp report RUN SCORES",
+    "report": "unetrpp evaluate first, and then unetrpp report RUN --evaluation SCORES",
+    "convert": "fewer programs beside this one",
     "info": "a smaller preset",
     "demo": "fewer programs beside this one",
 }

@@ -3,7 +3,9 @@
 with replacing(file) as partial: ...   write to `partial`, which then takes the file's place
 naming(file)                           a failed write names its file and the system's cause
 write_text, write_json                 on top of it
+make_folder                            a folder that can be written, or the cause why not
 read_json                              JSON in any of its encodings; an error names the file
+read_yaml                              YAML of plain values; an error names file and line
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTIAL", "naming", "read_json", "replacing", "write_json", "write_text"]
+__all__ = [
+    "PARTIAL",
+    "make_folder",
+    "naming",
+    "read_json",
+    "read_yaml",
+    "replacing",
+    "write_json",
+    "write_text",
+]
 
 # How the names of unfinished files begin.
 PARTIAL = ".partial."
@@ -143,6 +154,22 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and refuse one that takes no files before there is work to lose.
+
+    Raises:
+        OSError: with the folder and the system's cause.
+    """
+    probe = folder / f"{PARTIAL}{_host()}.{os.getpid()}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+
+
 def write_text(file: Path, text: str) -> None:
     """Replace a text file; line ends are written as they are in `text`.
 
@@ -205,3 +232,31 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} occurs twice with different values; keep one")
         found[key] = value
     return found
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the content of a YAML file in UTF-8, with or without a BOM; no code in it runs.
+
+    Raises:
+        OSError: no such file, or it cannot be read. ValueError: it is no such YAML; names the file.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(file.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: the text is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {_yaml_problem(error)}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is no YAML: it is nested too deeply") from None
+
+
+def _yaml_problem(error: Any) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if "\\t" in problem or " tab" in problem:
+        problem = "a tab where YAML takes spaces only"
+    return (f"line {mark.line + 1}: " if mark is not None else "") + problem

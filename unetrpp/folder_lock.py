@@ -1,6 +1,7 @@
 """One run at a time in a folder: a lock of the system on FOLDER/.lock, which ends with its process.
 
 with held(folder, say): ...   makes the folder where it is missing, and is refused if it is in use
+with waited_for(file): ...    the same of a moment, for which the next one waits
 
 A killed process leaves the file, but not the lock. On network file systems (NFS, Lustre, SMB) the
 lock holds between machines as far as they are mounted with locks; where there are none, `held` says
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["LOCK", "held"]
+__all__ = ["LOCK", "held", "waited_for"]
 
 LOCK = ".lock"
 # Locks of this process. Its loader workers, made by fork, must not hold them on when it is killed.
@@ -40,20 +41,29 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             f"{folder} is a file, or a link that leads nowhere; name a folder"
         ) from None
     try:
-        lock = _taken(folder, say)
+        lock = _taken(folder / LOCK, say)
         try:
             yield
         finally:
-            _release(folder, lock)
+            _release(folder / LOCK, lock)
     finally:
         for path in made:
             with suppress(OSError):
                 path.rmdir()
 
 
-def _taken(folder: Path, say: Callable[[str], None]) -> BinaryIO:
+@contextmanager
+def waited_for(file: Path) -> Iterator[None]:
+    """Hold a file of locks for a moment; where the system has none, go on without."""
+    lock = _taken(file, lambda _: None, wait=True)
+    try:
+        yield
+    finally:
+        _release(file, lock)
+
+
+def _taken(file: Path, say: Callable[[str], None], *, wait: bool = False) -> BinaryIO:
     """Return the locked file."""
-    file = folder / LOCK
     while True:
         if file.is_symlink():
             raise FileExistsError(f"{file} is a link, which no run makes; remove it")
@@ -63,7 +73,7 @@ def _taken(folder: Path, say: Callable[[str], None]) -> BinaryIO:
         except FileNotFoundError:  # its holder has just left
             continue
         try:
-            _lock(lock, folder, say)
+            _lock(lock, file.parent, say, wait)
             # A holder that left meanwhile has removed it; then it locks nobody out.
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
                 break
@@ -81,11 +91,11 @@ def _taken(folder: Path, say: Callable[[str], None]) -> BinaryIO:
     return lock
 
 
-def _lock(lock: BinaryIO, folder: Path, say: Callable[[str], None]) -> None:
+def _lock(lock: BinaryIO, folder: Path, say: Callable[[str], None], wait: bool) -> None:
     try:
         import fcntl
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         holder = lock.read(200).decode(errors="replace") or "another process"
         raise FileExistsError(
@@ -98,12 +108,12 @@ def _lock(lock: BinaryIO, folder: Path, say: Callable[[str], None]) -> None:
         )
 
 
-def _release(folder: Path, lock: BinaryIO) -> None:
+def _release(file: Path, lock: BinaryIO) -> None:
     if lock not in _held:
         return
     _held.discard(lock)
     with suppress(OSError):
-        (folder / LOCK).unlink()
+        file.unlink()
     lock.close()
 
 

@@ -27,6 +27,7 @@ from unetrpp.case_names import group_channels
 from unetrpp.dataset import Case
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
+from unetrpp.files import make_folder
 from unetrpp.memory import check_memory
 from unetrpp.options import checked, choice, read_path, refusal
 from unetrpp.prediction_output import check_folder, check_kind, is_done
@@ -307,7 +308,7 @@ def predict_cases(
     )
     model.to(torch_device)
 
-    (output.parent if is_file else output).mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent if is_file else output)
     unwritten = record.save(result.failures)
     for case in tqdm(cases, desc="predict", unit="volume", disable=True if quiet else None):
         start = time.perf_counter()

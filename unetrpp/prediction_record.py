@@ -1,5 +1,7 @@
 """prediction.json: what `predict` has written into a folder, true whenever the program stops.
 
+Commands that write into one folder at a time, as the jobs of an array do, all add to one record.
+
 It names the checkpoint with the SHA-256 of its weights, the class names and options, and by case
 the input files, the label map and the seconds. Label maps of other weights or options are listed
 apart, under "earlier"; a run adds to a folder of such maps only where it may replace them.
@@ -8,16 +10,18 @@ apart, under "earlier"; a run adds to a folder of such maps only where it may re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unetrpp.faults import in_words
 from unetrpp.files import read_json, write_json
+from unetrpp.folder_lock import waited_for
 
-__all__ = ["FILE", "PredictionRecord", "fingerprint"]
+__all__ = ["FILE", "LOCK", "PredictionRecord", "fingerprint"]
 
 FILE = "prediction.json"
+LOCK = ".prediction.lock"
 # What belongs to a case, by its name.
 _BY_CASE = ("inputs", "outputs", "seconds")
 
@@ -71,18 +75,20 @@ class PredictionRecord:
             "failures": {},
             "earlier": [],
         }
+        # Cases of this command; what the file says of others is theirs.
+        self.touched: set[str] = set()
         if self.file is not None and self.file.is_file():
             self._go_on_from(self.file, overwrite)
 
     def forget(self, case: str) -> None:
         """Take a case out, and say so on disk: its label map is about to be replaced."""
+        self.touched.add(case)
         parts = [self.content, *self.content["earlier"]]
         if not any(case in part["outputs"] for part in parts):
             return
-        for part in parts:
-            for key in _BY_CASE:
-                part[key].pop(case, None)
-        self.content["earlier"] = [part for part in parts[1:] if part["outputs"]]
+        for key in _BY_CASE:
+            self.content[key].pop(case, None)
+        self.content["earlier"] = _without(self.content["earlier"], self.touched)
         self._write()
 
     def add(self, case: str, inputs: Sequence[Path], output: Path, seconds: float) -> None:
@@ -101,8 +107,25 @@ class PredictionRecord:
         return None
 
     def _write(self) -> None:
-        if self.file is not None:
+        if self.file is None:
+            return
+        with waited_for(self.file.with_name(LOCK)):
+            self._take_over_from_others(self.file)
             write_json(self.file, self.content)
+
+    def _take_over_from_others(self, file: Path) -> None:
+        """Take what other commands have written since about their cases."""
+        try:
+            now = _checked(read_json(file))
+        except (OSError, ValueError):
+            return
+        if not _alike(now, self.content):
+            return
+        for key in _BY_CASE:
+            theirs = {case: v for case, v in now[key].items() if case not in self.touched}
+            own = {case: v for case, v in self.content[key].items() if case in self.touched}
+            self.content[key] = {**theirs, **own}
+        self.content["earlier"] = _without(now["earlier"], self.touched)
 
     def _go_on_from(self, file: Path, overwrite: bool) -> None:
         try:
@@ -132,17 +155,34 @@ class PredictionRecord:
 
 def _read(file: Path) -> dict[str, Any]:
     """A record's content, without the label maps that are gone."""
-    content = read_json(file)
+    content = _checked(read_json(file))
+    for part in (content, *content["earlier"]):
+        there = {case for case, path in part["outputs"].items() if Path(path).is_file()}
+        for key in _BY_CASE:
+            part[key] = {case: value for case, value in part[key].items() if case in there}
+    content["earlier"] = [part for part in content["earlier"] if part["outputs"]]
+    return content
+
+
+def _without(parts: Sequence[Mapping[str, Any]], cases: Collection[str]) -> list[dict[str, Any]]:
+    """Parts of a record without some cases; one without label maps is left out."""
+    left = []
+    for part in parts:
+        kept = {key: {c: v for c, v in part[key].items() if c not in cases} for key in _BY_CASE}
+        left += [{**part, **kept}] if kept["outputs"] else []
+    return left
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    """A record's content, with every entry by case."""
     if not isinstance(content, dict):
         raise ValueError("it holds no entries by name")
     content.setdefault("earlier", [])
     for part in (content, *content["earlier"]):
         if not all(isinstance(part.get(key, {}), dict) for key in (*_BY_CASE, "options")):
             raise ValueError(f"{', '.join(_BY_CASE)} and options must be entries by name")
-        there = {case for case, path in part.get("outputs", {}).items() if Path(path).is_file()}
         for key in _BY_CASE:
-            part[key] = {case: value for case, value in part.get(key, {}).items() if case in there}
-    content["earlier"] = [part for part in content["earlier"] if part["outputs"]]
+            part.setdefault(key, {})
     return content
 
 

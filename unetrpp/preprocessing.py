@@ -26,6 +26,7 @@ from monai.data import MetaTensor
 from unetrpp.dataset import Case
 from unetrpp.dataset_json import IGNORE
 from unetrpp.memory import check_memory
+from unetrpp.preprocessing_check import check_fit
 from unetrpp.volumes import (
     SAME_SPACING,
     Grid,
@@ -46,7 +47,6 @@ __all__ = [
     "InOrder",
     "Preprocessing",
     "UnreadableImage",
-    "check_fit",
     "check_foreground",
     "foreground_intensity",
     "inference_transforms",
@@ -138,89 +138,6 @@ class Preprocessing:
             raise ValueError(f"{source}: {error}") from error
         check_fit(found, network, source)
         return found
-
-
-def check_fit(values: Preprocessing, network: Network, source: str) -> None:
-    """Raise a ValueError that names the entry which is illegal or does not fit the network.
-
-    Args:
-        source: where the values come from, for the message.
-    """
-
-    def rule(entry: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"{source}: {entry} must be {expected}; got {getattr(values, entry)!r}"
-            )
-
-    args = network.config["args"]
-    channels, classes = args["in_channels"], args["out_channels"]
-    rule(
-        "channels",
-        _is_list(values.channels, str, channels),
-        f"{channels} names, one for each input channel of the network",
-    )
-    rule(
-        "normalization",
-        _is_list(values.normalization, str, channels)
-        and set(values.normalization) <= {"ct", "zscore"},
-        f'"ct" or "zscore" for each of {channels} channels',
-    )
-    numbers = {"lower", "upper", "mean", "std"}
-    rule(
-        "intensity",
-        isinstance(values.intensity, list)
-        and len(values.intensity) == channels
-        and all(
-            (isinstance(each, dict) and set(each) == numbers and _are_numbers(each.values()))
-            if kind == "ct"
-            else each is None
-            for each, kind in zip(values.intensity, values.normalization, strict=True)
-        ),
-        f'{sorted(numbers)} for each channel with "ct" and null for each with "zscore"',
-    )
-    rule(
-        "spacing",
-        values.spacing is None
-        or (
-            isinstance(values.spacing, list)
-            and len(values.spacing) == 3
-            and _are_numbers(values.spacing)
-            and min(values.spacing) > 0
-        ),
-        "three positive numbers in mm, or null",
-    )
-    size = list(network.img_size)
-    rule(
-        "patch_size",
-        _is_list(values.patch_size, int, 3)
-        and (network.takes_any_size or values.patch_size == size),
-        f"{size}, the input size of the network",
-    )
-    rule(
-        "labels",
-        isinstance(values.labels, dict)
-        and _is_list(list(values.labels.values()), int, classes)
-        and sorted(values.labels.values()) == list(range(classes)),
-        f"the values 0 to {classes - 1} by name, one for each output of the network",
-    )
-    rule(
-        "ignore",
-        values.ignore is None or (_is_list([values.ignore], int, 1) and values.ignore >= classes),
-        f"null, or the label value of voxels to leave out, {classes} or more",
-    )
-
-
-def _is_list(values: Any, kind: type, length: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == length
-        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
-    )
-
-
-def _are_numbers(values: Any) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def volume_geometry(case: Case) -> tuple[list[int], list[float]]:

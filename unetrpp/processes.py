@@ -1,7 +1,7 @@
 """The processes of a run: who starts them, what stops them, and what makes them one.
 
 launch             Fabric on the devices of a run; other launchers' processes are joined or refused
-Signals            SIGINT and SIGTERM as wishes to stop, of which the loop asks after each step
+Signals            SIGINT, SIGTERM and SIGHUP as wishes to stop; the loop asks after each step
 agreed, reduced    a value that all processes have in common
 joint_batch_norm   batch normalisation over the batches of all processes
 same_everywhere    the first process's weights and statistics in all of them
@@ -15,11 +15,14 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
+
+from unetrpp.signals import HANGUP, STOPPING, stopping
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,8 +38,6 @@ __all__ = [
     "reduced",
     "same_everywhere",
 ]
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def launch(config: ResolvedConfig) -> Fabric:
@@ -93,11 +94,12 @@ def _started(environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 class Signals:
-    """with Signals(say) as signals: SIGINT and SIGTERM stop a run when it next asks.
+    """with Signals(...) as signals: SIGINT, SIGTERM and SIGHUP stop a run when it next asks.
 
-    The first one is noted in `number` and answered with what the run waits for; a second one ends
-    the run at once, by KeyboardInterrupt or SystemExit(143). Python handles signals on the main
-    thread only, so on another one nothing is caught.
+    The first one is noted in `number` and answered with what the run waits for; a second SIGINT or
+    SIGTERM ends the run at once, by KeyboardInterrupt or SystemExit(143). Under nohup a closed
+    terminal stops nothing. Python handles signals on the main thread only, so on another one
+    nothing is caught.
 
     Args:
         is_main: whether this process answers.
@@ -115,7 +117,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._handle) for number in STOPPING}
+            self.previous = {number: signal.signal(number, self._handle) for number in stopping()}
         return self
 
     def __exit__(
@@ -130,6 +132,8 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.number and number == HANGUP:
+            return
         if self.number:
             self._answer(f"second {name}: ended at once; continue with: {self.resume}")
             if number == signal.SIGINT:
@@ -144,11 +148,12 @@ class Signals:
     def _answer(self, text: str) -> None:
         if self.is_main:
             # Not through sys.stderr, which the signal may have interrupted in the midst of a write.
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Let SIGINT and SIGTERM pass: a loader process ends when the process that it serves does.
+    """Let signals pass that stop a run: a loader process ends with the process that it serves.
 
     SLURM and systemd signal all processes of a job. A loader process that went first would take
     the run with it before it could be saved.

@@ -23,7 +23,7 @@ import numpy as np
 
 from unetrpp.extras import names_extra
 from unetrpp.faults import in_words
-from unetrpp.files import read_json, write_text
+from unetrpp.files import make_folder, read_json, write_text
 from unetrpp.options import checked
 from unetrpp.report_pictures import BACKGROUND, PALETTE, color_of, overlay
 from unetrpp.report_sources import Sources, number, read_scores
@@ -87,6 +87,7 @@ def write_report(
         raise FileNotFoundError(
             f"write_report: the run folder {run} {what}; name a folder of train"
         )
+    make_folder(output.parent)
     unscored = []
     if evaluation is None:
         try:
@@ -124,7 +125,6 @@ def write_report(
         f"<p class='muted'>Training report, written {written}</p></header>{notes}"
         f"{''.join(sections)}</main></body></html>\n"
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     # A file's name that is not UTF-8 is shown with escapes.
     write_text(output, page.encode("utf-8", "backslashreplace").decode("utf-8"))
     return output

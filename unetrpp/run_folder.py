@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -17,8 +19,9 @@ from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
-from unetrpp.files import PARTIAL, naming, read_json, replacing, write_json, write_text
+from unetrpp.files import PARTIAL, naming, read_json, read_yaml, replacing, write_json, write_text
 from unetrpp.folder_lock import LOCK
+from unetrpp.prediction_record import LOCK as RECORD_LOCK
 
 __all__ = [
     "Metrics",
@@ -47,7 +50,7 @@ WRITTEN = {
     ".best.partial": CHECKPOINT,
     ".last.partial": CHECKPOINT,
     "tensorboard": ("events.out.tfevents.*",),
-    "validation": ("scores.csv", "scores.json", "prediction.json"),
+    "validation": ("scores.csv", "scores.json", "prediction.json", RECORD_LOCK),
 }
 # What resume.pt holds; a missing entry means that another program wrote it.
 STATE_ENTRIES = {"step", "total", "best", "elapsed", "model", "optimizer", "average"}
@@ -85,15 +88,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: config.yaml is not what a run wrote.
     """
-    import yaml
-
     file = folder / CONFIG
     if not file.is_file():
         return {}
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is no YAML: {_line(error)}; restore it from a copy") from error
+        content = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; restore it from a copy") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(
             f"{file} must hold options of a run by name, got {_short(content)}; restore it from a "
@@ -116,7 +117,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
     try:
         content = read_json(file)
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {_line(error)}; restore it from a copy") from error
+        raise ValueError(f"{error}; restore it from a copy") from error
     plan = content.get("plan") if isinstance(content, dict) else None
     split = content.get("split") if isinstance(content, dict) else None
     parts = ("training", "validation")
@@ -125,6 +126,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
         or not isinstance(split, dict)
         or not all(isinstance(split.get(part), list) for part in parts)
         or not all(isinstance(name, str) for part in parts for name in split[part])
+        or not all(split[part] for part in parts)
     ):
         raise ValueError(
             f'{file} must hold {{"plan": ..., "split": {{"training", "validation"}}}}, as a run '
@@ -210,16 +212,22 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         FileExistsError: see above; or the folder holds more than a run writes.
     """
     own, others = _content(folder)
-    if not others and all(path.name == LOCK or path.name.startswith(PARTIAL) for path in own):
+    is_run = any(path.name != LOCK and not path.name.startswith(PARTIAL) for path in own)
+    if not others and not is_run:
         return
+    listed = ", ".join(path.relative_to(folder).as_posix() for path in others[:3])
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    if not is_run:
+        raise FileExistsError(
+            f"{folder} is not an earlier run: it holds {listed}{more}, and a run starts in a new "
+            "or empty folder; move that away, or name another folder"
+        )
     if not overwrite:
         raise FileExistsError(
             f"{folder} is not empty; continue that run with --resume {folder}, replace it "
             "with --overwrite, or name another folder"
         )
     if others:
-        listed = ", ".join(path.relative_to(folder).as_posix() for path in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise FileExistsError(
             f"{folder} is not an earlier run alone: it holds {listed}{more}, which no run writes, "
             "so --overwrite leaves it as it is; move that away, or name another folder"
@@ -269,34 +277,47 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     import torch
 
     file = folder / STATE
+    if file.is_symlink() and not file.exists():
+        raise ValueError(f"{file} is a link that leads nowhere; {RESTORE}")
     if not file.exists():
         return None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        # torch does not compare the sums that it has written.
+        with zipfile.ZipFile(file) as archive:
+            flipped = archive.testzip()
+        if flipped is None:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of many kinds, and all advise to load code
         raise ValueError(f"{file} is truncated, or not what a run wrote; {RESTORE}") from error
+    if flipped is not None:
+        raise ValueError(f"{file} is damaged: its checksum does not hold at {flipped}; {RESTORE}")
     if not isinstance(state, dict) or not state.keys() >= STATE_ENTRIES:
         missing = sorted(STATE_ENTRIES - set(state if isinstance(state, dict) else ()))
         raise ValueError(
             f"{file} lacks {', '.join(missing)}, so another version or program wrote it; {RESTORE}"
         )
-    numbers: dict[str, Any] = {
-        "step": int,
-        "best": (int, float),
-        "elapsed": (int, float),
-        "due": bool,
-    }
     state.setdefault("due", False)  # as version 0.1.0 wrote it
-    real: Any = (int, float)
-    numbers = {"step": int, "best": real, "elapsed": real, "due": bool}
-    wrong = [name for name, kind in numbers.items() if not isinstance(state[name], kind)]
-    if not isinstance(state["total"], int | None):
-        wrong.append("total")
-    if wrong or state["step"] < 0:
-        raise ValueError(f"{file}: {', '.join(wrong) or 'step'} is no such number; {RESTORE}")
+    total = math.inf if state["total"] is None else state["total"]
+    rules = {
+        "total": total == math.inf or (type(total) is int and total >= 1),
+        "step": type(state["step"]) is int and state["step"] >= 0,
+        "best": _is_finite(state["best"]),
+        "elapsed": _is_finite(state["elapsed"]),
+        "due": isinstance(state["due"], bool),
+    }
+    wrong = [name for name, holds in rules.items() if not holds]
+    if not wrong and state["step"] > total:
+        wrong = ["step", "total"]
+    if wrong:
+        found = ", ".join(f"{name} {_short(state[name])}" for name in wrong)
+        raise ValueError(f"{file} holds {found}, which no run writes; {RESTORE}")
     return state
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -15,6 +15,7 @@ and signals need from processes.py; here is the loop.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from unetrpp.extras import names_extra
 from unetrpp.folder_lock import held
 from unetrpp.processes import Signals, agreed, launch, reduced
 from unetrpp.run_folder import (
+    CONFIG,
     STATE,
     Metrics,
     check_folder,
@@ -37,7 +39,13 @@ from unetrpp.run_folder import (
     save_state,
     start_folder,
 )
-from unetrpp.train_config import ResolvedConfig, TrainConfig, resolved, resumed
+from unetrpp.train_config import (
+    ResolvedConfig,
+    TrainConfig,
+    fixed_options,
+    resolved,
+    resumed,
+)
 from unetrpp.train_model import NonFiniteLoss, Trainee
 
 if TYPE_CHECKING:
@@ -45,7 +53,7 @@ if TYPE_CHECKING:
 
     from unetrpp.train_data import TrainingData
 
-__all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train"]
+__all__ = ["Interrupted", "NonFiniteLoss", "TrainConfig", "run_train", "say"]
 
 # Steps after which the time of a step is known well enough to turn minutes into steps; the first
 # ones, slower than the rest, do not count.
@@ -87,7 +95,7 @@ def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None 
         FileExistsError: output holds something and neither resume nor overwrite was given; it holds
             more than a run writes; or another run is at work in it.
         NonFiniteLoss: the loss or gradient became NaN or infinite; checkpoints stay as they were.
-        Interrupted: SIGINT or SIGTERM, after resume.pt was written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP, after resume.pt was written.
         OSError: a file could not be written; resume.pt and the checkpoints stay as they were.
         ValueError, FileNotFoundError, UnreadableImage: data, options or files of the run that do
             not fit.
@@ -95,12 +103,12 @@ def run_train(config: TrainConfig, *, before_step: Callable[[int], None] | None 
     settings = resumed(config) if config.resume else resolved(config)
     fabric = launch(settings)
 
-    def say(text: str) -> None:
+    def say_once(text: str) -> None:
         if fabric.is_global_zero:
-            _say(text)
+            say(text)
 
-    with held(settings.output, say) if fabric.is_global_zero else nullcontext():
-        return _train(settings, fabric, say, before_step)
+    with held(settings.output, say_once) if fabric.is_global_zero else nullcontext():
+        return _train(settings, fabric, say_once, before_step)
 
 
 def _train(
@@ -145,6 +153,14 @@ def _train(
 def _go_on(
     trainee: Trainee, state: Mapping[str, Any], settings: ResolvedConfig, say: Callable[[str], None]
 ) -> None:
+    now_fixed, before_fixed = fixed_options(settings), state.get("options") or {}
+    for name, value in before_fixed.items():
+        if now_fixed.get(name, value) != value:
+            raise ValueError(
+                f"{settings.output / CONFIG}: {name} is {now_fixed[name]}, and {STATE} is of a run "
+                f"with {value}; the settings of a run cannot change: put {value} back, or start a "
+                "new run"
+            )
     try:
         trainee.load_state_dict(state)
     except ValueError as error:
@@ -349,17 +365,23 @@ class Loop:
             "elapsed": self.elapsed,
             "due": self.due,
             "machine": self.trainee.machine(),
+            "options": fixed_options(self.config),
             **self.trainee.state_dict(),
         }
         save_state(self.config.output / STATE, state)
 
 
-def _say(text: str) -> None:
-    """Print around a progress bar."""
+def say(text: str) -> None:
+    """Print around a progress bar; a terminal, pipe or log that takes no words ends no run."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        # What is left in the buffer would fail again, here and at the end of the program.
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _score(

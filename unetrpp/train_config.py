@@ -12,8 +12,17 @@ from unetrpp.losses import Loss
 from unetrpp.models import MODELS, find_model
 from unetrpp.options import checked, choice, refusal
 from unetrpp.run_folder import CONFIG, read_config
+from unetrpp.usage import wrong_usage
 
-__all__ = ["SHORT", "ResolvedConfig", "TrainConfig", "is_decayed", "resolved", "resumed"]
+__all__ = [
+    "SHORT",
+    "ResolvedConfig",
+    "TrainConfig",
+    "fixed_options",
+    "is_decayed",
+    "resolved",
+    "resumed",
+]
 
 Augmentation = Literal["full", "light", "slim_unetr", "segformer3d", "none"]
 
@@ -257,15 +266,27 @@ def _check_stored(file: Path, stored: dict[str, Any]) -> None:
         )
     missing = [name for name in ResolvedConfig.__annotations__ if stored.get(name) is None]
     missing = [name for name in missing if name != "output"]
+    if stored.get("steps") is None and stored.get("minutes") is None:
+        missing.append("steps or minutes")
+    if stored.get("precision") == "auto":  # which a run resolves before it writes
+        missing.append("precision")
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}; restore it from a copy")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig)
     try:
         parser.parse_object(stored)
+        find_model(stored["model"], stored.get("preset"), "--model")
+        _checked(TrainConfig(**stored))
     except (ArgumentError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = wrong_usage(error, get_type_hints(TrainConfig))
         raise ValueError(f"{file}: {reason}; restore it from a copy") from error
+
+
+def fixed_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that no resume may change, as plain values."""
+    free = {*RESUMABLE, "output", "resume", "overwrite"}
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def resumed(config: TrainConfig) -> ResolvedConfig:
@@ -279,7 +300,10 @@ def resumed(config: TrainConfig) -> ResolvedConfig:
     folder = Path(config.resume or "")
     stored = read_config(folder)
     if not stored:
-        raise FileNotFoundError(f"{folder} holds no run to resume: {folder}/config.yaml is missing")
+        raise FileNotFoundError(
+            f"{folder} holds no run to resume: {folder}/config.yaml is missing; name the folder "
+            "that unetrpp train wrote"
+        )
     _check_stored(folder / CONFIG, stored)
     if config.output is not None and Path(config.output).resolve() != folder.resolve():
         raise ValueError(
@@ -302,5 +326,6 @@ def resumed(config: TrainConfig) -> ResolvedConfig:
     values = {**stored, **given, "output": folder, "resume": folder}
     values["data"] = Path(values["data"]).absolute()
     run = ResolvedConfig(**values)
+    _check_machine(run)
     _check_precision(run, f"the run in {folder} was started with it, so resume it on a GPU")
     return run

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from unetrpp.dataset import Case, find_cases, read_dataset_info, split_cases
 from unetrpp.evaluate import check_labelled
 from unetrpp.memory import SHARE, check_memory, free_memory, size_in_words
+from unetrpp.models import create_model
+from unetrpp.options import checked
 from unetrpp.plan import Plan, propose
 from unetrpp.predict import check_probabilities
 from unetrpp.preprocessing import (
@@ -26,6 +28,7 @@ from unetrpp.preprocessing import (
     load_case,
     volume_geometry,
 )
+from unetrpp.preprocessing_check import check_preprocessing
 from unetrpp.processes import ignore_signals
 from unetrpp.run_folder import PLAN, read_plan
 from unetrpp.sampling import TrainingPatches, train_transforms
@@ -114,12 +117,31 @@ def load_data(config: ResolvedConfig, fabric: Fabric, say: Callable[[str], None]
 def _stored_plan(folder: Path) -> tuple[Plan, dict[str, list[str]]]:
     values, split = read_plan(folder)
     try:
-        return Plan.from_dict(values), split
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        for entry in ("model", "preprocessing"):
+            if not isinstance(values.get(entry), dict):
+                raise ValueError(f"{entry} must hold values by name, got {values.get(entry)!r}")
+        plan = Plan.from_dict(values)
+        _check_plan(plan)
+        return plan, split
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / PLAN} is no plan of this version ({error}); resume with the version that "
             "wrote it, or restore it from a copy"
         ) from error
+
+
+def _check_plan(plan: Plan) -> None:
+    """Refuse a plan of which no network and no patches can be made."""
+    checked("", {"batch_size": plan.batch_size})
+    with torch.device("meta"):  # where it costs no memory
+        create_model(**plan.model)
+    check_preprocessing(
+        "preprocessing",
+        plan.preprocessing,
+        channels=plan.model["in_channels"],
+        classes=plan.model["out_channels"],
+        patch_size=plan.model["img_size"],
+    )
 
 
 def _kept(

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from unetrpp.files import read_yaml
 from unetrpp.options import RULES, refusal
 
 __all__ = ["WrongUsage", "check_config_file", "wrong_usage"]
@@ -35,22 +36,16 @@ def check_config_file(file: str, options: Collection[str]) -> None:
     Raises:
         WrongUsage: no such file, no text, no YAML, no mapping, or an unknown option.
     """
-    import yaml
-
     path = Path(file).expanduser()
     if not file or not path.is_file():
         what = "is a folder" if path.is_dir() and file else "does not exist"
         raise WrongUsage(f"--config {file!r} {what}; name a YAML file with options: {EXAMPLE}")
     try:
-        content = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise WrongUsage(
-            f"{file}: the text is not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from error
+        content = read_yaml(path)
     except OSError as error:
         raise WrongUsage(f"{file}: {error.strerror}; check its permissions") from error
-    except yaml.YAMLError as error:
-        raise WrongUsage(f"{file}: {_yaml_problem(error)}; {EXAMPLE}") from error
+    except ValueError as error:
+        raise WrongUsage(f"{error}; {EXAMPLE}") from error
     if not isinstance(content, dict):
         kind = "empty" if content is None else f"a {type(content).__name__}, not options by name"
         raise WrongUsage(f"{file} is {kind}; {EXAMPLE}")
@@ -112,11 +107,3 @@ def _words(of: Any) -> list[str]:
     if get_origin(of) is Literal:
         return list(get_args(of))
     return {bool: ["true", "false"], str: ["a word"], Path: ["a path"]}.get(of, [])
-
-
-def _yaml_problem(error: Any) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    if "\\t" in problem or "tab" in problem:
-        problem = "a tab where YAML takes spaces only"
-    return (f"line {mark.line + 1}: " if mark is not None else "") + problem
