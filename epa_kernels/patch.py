@@ -258,6 +258,12 @@ def patch_model(model: nn.Module) -> Patched:
                     continue
             places.append((parent, name, adopted[id(child)]))
     if not adopted and not left:
+        own = sum(isinstance(child, EfficientPairedAttention) for child in model.modules())
+        if own:
+            raise ValueError(
+                f"patch_model: {type(model).__name__} holds {own} layer(s) of epa_kernels already, "
+                f"and no published one beside them; nothing is left to swap."
+            )
         raise ValueError(
             f"patch_model: {type(model).__name__} contains no published EPA layer (a submodule "
             f"with qkvv, temperature, temperature2 and E and F, or EF); for a model that is itself "

@@ -236,6 +236,19 @@ def test_evaluate_pairs_two_files_and_reads_decathlon_names(tmp_path, maps):
         run_evaluate(tmp_path / "out", second)
 
 
+def test_hundreds_of_failures_leave_the_table_on_the_screen(tmp_path, maps, capsys):
+    prediction, reference = maps
+    for number in range(15):
+        save(tmp_path / "labels", f"case{number:02d}.nii.gz", reference)
+    save(tmp_path / "pred", "case00.nii.gz", prediction)
+    result = run_evaluate(tmp_path / "pred", tmp_path / "labels", tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(result.failures) == 14
+    assert sum(line.startswith("FAILED ") for line in lines) == 11
+    assert f"FAILED 4 more, all listed in {tmp_path / 'out' / 'scores.json'}" in lines
+    assert len(json.loads((tmp_path / "out" / "scores.json").read_text())["failures"]) == 14
+
+
 def test_scores_that_cannot_be_written_are_failures_beside_the_others(tmp_path, maps, monkeypatch):
     from unetrpp import evaluate
 

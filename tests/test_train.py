@@ -451,6 +451,45 @@ def test_minutes_become_steps(data, tmp_path, monkeypatch):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.parametrize(
+    "seconds, step, validation, every",
+    (
+        (90, 0.41, 12.7, None),  # ten validations would take all of it
+        (900, 0.41, 12.7, None),
+        (36000, 0.1, 20, None),  # more than ten, at most 5000 steps apart
+        (600, 0.4, 10, 50),
+        (20, 0.4, 12.7, None),
+    ),
+)
+def test_a_time_budget_is_shared_by_steps_and_validations(seconds, step, validation, every):
+    count, steps = training._within(seconds, step, validation, every)
+    between = every or min(-(-steps // count), training.MOST_STEPS_BETWEEN)
+    taken = steps * step + -(-steps // between) * validation
+    assert seconds - step - 2 * validation <= taken <= seconds + validation
+    assert steps * step >= 0.36 * seconds
+
+
+def test_a_budget_that_allows_no_step_says_so(data, tmp_path, monkeypatch):
+    from unetrpp.run_folder import read_metrics
+
+    said, score = [], training._score
+    monkeypatch.setattr(training, "say", said.append)
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        return score(*arguments)
+
+    monkeypatch.setattr(training, "_score", slow)
+    run = tmp_path / "run"
+    run_train(TrainConfig(data=data, output=run, minutes=0.001, **SMALL))
+    assert any(
+        "are too few to learn from this data; start anew with --minutes 1" in s for s in said
+    )
+    # None of them twice.
+    steps = [r["step"] for r in read_metrics(run) if "val_dice" in r]
+    assert steps == [training.MEASURED_STEPS, training.MEASURED_STEPS + 1]
+
+
 @pytest.mark.exhaustive
 def test_two_processes_train_one_model(data, tmp_path):
     run = tmp_path / "run"

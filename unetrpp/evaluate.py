@@ -41,6 +41,7 @@ __all__ = [
     "summarize",
 ]
 
+MOST_FAILURES_PRINTED = 10  # of hundreds, no terminal shows the table above them
 COLUMNS = (
     "case",
     "class",
@@ -295,8 +296,10 @@ def evaluate_pairs(
         print(format_table(result.summary))
         if result.unmatched:
             print(f"not scored, no reference: {', '.join(result.unmatched)}")
-        for name, reason in result.failures.items():
+        for name, reason in list(result.failures.items())[:MOST_FAILURES_PRINTED]:
             print(f"FAILED {reason}" if name in reason else f"FAILED {name}: {reason}")
+        if (more := len(result.failures) - MOST_FAILURES_PRINTED) > 0:
+            print(f"FAILED {more} more, all listed in {output / 'scores.json'}")
         print(
             f"{len(result.files)} cases scored, {len(result.failures)} failed; scores in {output}"
         )

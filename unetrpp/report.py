@@ -462,8 +462,9 @@ def _settings(found: Sources) -> str:
         items = "".join(f"<li>{_text(reason)}</li>" for reason in reasons)
         parts.append(f"<p>What was proposed from the data, and why:</p><ul>{items}</ul>")
     if found.split:
+        training = len(found.names("training"))
         parts.append(
-            f"<p>{len(found.names('training'))} cases to train on, "
+            f"<p>{training} case{'s' * (training != 1)} to train on, "
             f"{len(found.names('validation'))} held out.</p>"
         )
     if found.config is not None:

@@ -298,7 +298,9 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{file} lacks {', '.join(missing)}, so another version or program wrote it; {RESTORE}"
         )
-    state.setdefault("due", False)  # as version 0.1.0 wrote it
+    # As version 0.1.0 wrote it.
+    state.setdefault("due", False)
+    state.setdefault("validations", 10)
     total = math.inf if state["total"] is None else state["total"]
     rules = {
         "total": total == math.inf or (type(total) is int and total >= 1),
@@ -306,6 +308,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         "best": _is_finite(state["best"]),
         "elapsed": _is_finite(state["elapsed"]),
         "due": isinstance(state["due"], bool),
+        "validations": type(state["validations"]) is int and state["validations"] >= 1,
     }
     wrong = [name for name, holds in rules.items() if not holds]
     if not wrong and state["step"] > total:

@@ -15,6 +15,7 @@ and signals need from processes.py; here is the loop.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -62,6 +63,8 @@ SLOW_STEPS = 2
 # Validations of a run where the user does not say how many, and the most steps between two.
 VALIDATIONS = 10
 MOST_STEPS_BETWEEN = 5000
+# Of a time budget: what validations may take of it. A short one has fewer of them.
+VALIDATION_SHARE = 0.3
 
 
 class Interrupted(Exception):
@@ -200,9 +203,10 @@ class Loop:
         self.total, self.best, self.elapsed = config.steps, -1.0, 0.0
         # Whether the validation after the last step is to come: a run may end in the midst of it.
         self.due = False
+        self.validations, self.validated = VALIDATIONS, 0  # how many, and the step of the last one
         if state is not None:
             self.total, self.best, self.elapsed = state["total"], state["best"], state["elapsed"]
-            self.due = state["due"]
+            self.due, self.validations = state["due"], state["validations"]
         self.started = 0.0
         self.metrics: Metrics | None = None
 
@@ -294,10 +298,13 @@ class Loop:
             self.metrics.write(record)
 
     def _validation_is_due(self) -> bool:
-        if self.total is None:
+        step = self.trainee.step
+        if self.total is None or step == self.validated:
             return False
-        every = self.config.validate_every or min(-(-self.total // VALIDATIONS), MOST_STEPS_BETWEEN)
-        return self.trainee.step % every == 0 or self.trainee.step == self.total
+        every = self.config.validate_every or min(
+            -(-self.total // self.validations), MOST_STEPS_BETWEEN
+        )
+        return step % every == 0 or step == self.total
 
     def _plan_steps(self, seconds_per_step: float) -> None:
         """Turn the time budget into a number of steps, once and for all."""
@@ -305,19 +312,28 @@ class Loop:
         start = time.perf_counter()
         self.validate()
         validation = time.perf_counter() - start
-        left = 60 * minutes - (time.perf_counter() - self.started + VALIDATIONS * validation)
-        self.total = self.trainee.step + max(1, int(left / seconds_per_step))
+        left = 60 * minutes - (time.perf_counter() - self.started)
+        self.validations, steps = _within(
+            left, seconds_per_step, validation, self.config.validate_every
+        )
+        self.total = self.trainee.step + max(1, steps)
         if self.fabric.world_size > 1:
-            self.total = int(self.fabric.broadcast(self.total))
+            self.total, self.validations = self.fabric.broadcast((self.total, self.validations))
         self.bar.reset(self.total)
         self.bar.update(self.trainee.step)
         self.say(
             f"{seconds_per_step:.2f} s per step, {validation:.1f} s per validation: "
             f"{self.total} steps in {minutes:g} minutes"
         )
+        if steps < MEASURED_STEPS:
+            self.say(
+                f"{minutes:g} minutes are too few to learn from this data; start anew with "
+                f"--minutes {math.ceil(2 * minutes)} or more, or with --steps"
+            )
 
     def validate(self) -> None:
         """Score the held-out cases by sliding window; write last/ and, if it is one, best/."""
+        self.validated = self.trainee.step
         # Scored and saved as it predicts, with one output; the file has the other heads' weights.
         with self.trainee.as_it_predicts() as model:
             scores = _score(model, self.data, self.fabric, self.config)
@@ -364,11 +380,28 @@ class Loop:
             "best": self.best,
             "elapsed": self.elapsed,
             "due": self.due,
+            "validations": self.validations,
             "machine": self.trainee.machine(),
             "options": fixed_options(self.config),
             **self.trainee.state_dict(),
         }
         save_state(self.config.output / STATE, state)
+
+
+def _within(seconds: float, step: float, validation: float, every: int | None) -> tuple[int, int]:
+    """(validations, steps) that a time budget allows; no steps where it allows none.
+
+    Args:
+        step, validation: seconds that each takes.
+        every: steps between two validations, where the user says how many.
+    """
+    # A long run has more validations than VALIDATIONS, as MOST_STEPS_BETWEEN says.
+    with_all = step + validation / (every or MOST_STEPS_BETWEEN)
+    count = max(1, min(VALIDATIONS, int(VALIDATION_SHARE * seconds / max(validation, 1e-6))))
+    steps = (seconds - validation) / with_all
+    if every is None:
+        steps = min(steps, (seconds - count * validation) / step)
+    return count, max(0, int(steps))
 
 
 def say(text: str) -> None:
