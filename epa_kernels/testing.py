@@ -16,6 +16,7 @@ import torch
 
 from .dispatch import use_backend
 from .modules import EfficientPairedAttention
+from .tolerance import Errors
 from .torch_private import busy_gpu
 
 # Where layers and inputs lie; `pytest --device cuda` of the project's own tests sets it.
@@ -61,42 +62,6 @@ def run_layer(layer, x, gy, *, backend, dtype, parameter_dtype=None, seed=0):
 def relative_l2(value, expected):
     value, expected = value.double(), expected.double()
     return ((value - expected).norm() / expected.norm().clamp_min(1e-300)).item()
-
-
-class Errors:
-    """Errors of a kernel and of `reference` in the same dtype, both against `reference` in float64.
-
-    Gathered over draws, because the error of a handful of numbers in a single one, and the largest
-    of errors with heavy tails, is luck: within 2 of the reference's over many draws, 3.5 in one.
-    """
-
-    FEWEST = 16  # numbers whose error is a statistic
-
-    def __init__(self):
-        self.draws = {}  # tensor's name -> list of (kernel's, same dtype's, exact), flat
-
-    def add(self, kernel, same_dtype, exact):
-        for name, truth in exact.items():
-            draw = tuple(t.detach().flatten() for t in (kernel[name], same_dtype[name], truth))
-            self.draws.setdefault(name, []).append(draw)
-
-    def check(self):
-        """error(kernel) <= 2 error(reference) + 4 ulp of the largest value: max and RMS, by tensor.
-
-        Fewer than FEWEST numbers are held by the cosine alone. It keeps a missing term of a
-        gradient from hiding in a large tolerance.
-        """
-        for name, draws in self.draws.items():
-            kernel, same_dtype, truth = (torch.cat(column) for column in zip(*draws, strict=True))
-            ulp = torch.finfo(kernel.dtype).eps * truth.abs().max().double()
-            error, allowed = ((t.double() - truth).abs() for t in (kernel, same_dtype))
-            if truth.numel() >= self.FEWEST:
-                worst = allowed.max()
-                assert error.max() <= 2 * worst + 4 * ulp, (name, error.max(), worst)
-                rms, allowed_rms = (t.square().mean().sqrt() for t in (error, allowed))
-                assert rms <= 2 * allowed_rms + 4 * ulp, (name, rms, allowed_rms)
-            cosine = torch.cosine_similarity(kernel.double(), truth, dim=0, eps=1e-300)
-            assert cosine >= 0.9999 or not truth.any(), (name, cosine)
 
 
 def assert_as_accurate(kernel, same_dtype, exact):
