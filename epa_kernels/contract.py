@@ -18,6 +18,9 @@ LAYOUTS = ("official", "tokens")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of compiled kernels
 NORM_EPS = 1e-12  # no norm is taken for smaller
 
+# Where backends must pass a check before one is chosen, see `choice`.
+CHECKED_DEVICES = ("cuda",)
+
 AXES = {
     "B": "batch size",
     "N": "number of tokens",
@@ -62,6 +65,9 @@ class Call(NamedTuple):
     layout: str = ""
     normalize: bool = False  # of spatial_attention alone
     dropout: bool = False
+    backward: bool = False  # whether autograd will ask for gradients
+    parameter_dtype: torch.dtype | None = None  # None as the activations
+    is_mixed: bool = False  # parameters have several dtypes
     activations: tuple[Tensor, ...] = ()  # for their strides
 
     def beyond(self, limits: Mapping[str, int]) -> list[str]:
@@ -266,10 +272,17 @@ class Op:
     def call(self, inputs: Any, options: Any, sizes: Mapping[str, int] | None = None) -> Call:
         """What a call with these inputs and options is; sizes where they are known already."""
         n, first = sizes or self.sizes(inputs, options), inputs[0]
+        backward, parameter_dtype, is_mixed = False, None, False
+        if first.device.type in CHECKED_DEVICES:  # not asked where it decides nothing
+            given = [t for t in inputs if t is not None]
+            backward = torch.is_grad_enabled() and any([t.requires_grad for t in given])
+            parameter_dtype = inputs[self._activations].dtype
+            is_mixed = any([t.dtype != parameter_dtype for t in given[self._activations :]])
         return Call(
             self.name, first.device, first.dtype,
             n["B"], n["N"], n["C"], n["H"], n["D"], n["P"],
-            *self._flags(options), tuple(inputs)[: self._activations],
+            *self._flags(options), backward, parameter_dtype, is_mixed,
+            tuple(inputs)[: self._activations],
         )  # fmt: skip
 
     def schema(self) -> tuple[str, str]:

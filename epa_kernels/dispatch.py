@@ -1,7 +1,9 @@
 """Which backend runs: one table, one order, every reason.
 
     CPU tensor                  cpu, where it was built; else two_pass
-    CUDA and any other tensor   two_pass; on CUDA, cuda or triton where it is forced
+    CUDA tensor                 the fastest of cuda, triton and two_pass, of those that passed their
+                                check on that GPU: see `choice`
+    any other tensor            two_pass
     where only plain operators  reference: under export, in a transform of torch.func, and for
     will do                     subclasses of Tensor that decide what an operator does
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import cpu, cuda, triton
+from .backends import cpu, cuda, triton, two_pass
 from .contract import AXES, OPS, Call, call_on
 from .subclasses import foreign
 from .torch_private import in_transform
@@ -28,20 +30,18 @@ class Backend(NamedTuple):
 
     functions: op name -> function with the signature of `reference.<op>`.
     why_not: every reason why it cannot run a call, each a noun phrase; empty if it can.
-    why_not_chosen: () -> reasons that keep it from being chosen unless forced.
+    implementation: has a function for each schema of `contract.OPS`, named like it.
+    trusted: may be chosen without a check on the device at hand.
     """
 
     functions: dict[str, Callable[..., Tensor]]
     why_not: Callable[[Call], list[str]]
-    why_not_chosen: Callable[[], list[str]]
+    implementation: Any = None
+    trusted: bool = True
 
 
 def _no_reason(*_: object) -> list[str]:
     return []
-
-
-def _untried() -> list[str]:
-    return ["it has not run on a GPU yet, so it is chosen only by force"]
 
 
 def _why_plain_operators(call: Call) -> list[str]:
@@ -56,13 +56,14 @@ def _why_plain_operators(call: Call) -> list[str]:
 
 
 BACKENDS = {
-    "cpu": Backend(ops.register("cpu", "CPU"), cpu.why_not, _no_reason),
-    "cuda": Backend(ops.register("cuda", "CUDA"), cuda.why_not, _untried),
-    "triton": Backend(ops.register("triton"), triton.why_not, _untried),
-    "two_pass": Backend(ops.register("two_pass"), _no_reason, _no_reason),
-    "reference": Backend({name: getattr(reference, name) for name in OPS}, _no_reason, _no_reason),
+    "cpu": Backend(ops.register("cpu", "CPU"), cpu.why_not, cpu),
+    "cuda": Backend(ops.register("cuda", "CUDA"), cuda.why_not, cuda, trusted=False),
+    "triton": Backend(ops.register("triton"), triton.why_not, triton, trusted=False),
+    "two_pass": Backend(ops.register("two_pass"), _no_reason, two_pass),
+    "reference": Backend({name: getattr(reference, name) for name in OPS}, _no_reason),
 }
-# First that can run wins; a device type that is not listed takes the last row.
+# First that can run wins, unless it or one behind it needs a check: then `choice` decides between
+# those as far as the first that is trusted. A device type that is not listed takes the last row.
 ORDER = {
     "cpu": ("cpu", "two_pass", "reference"),
     "cuda": ("cuda", "triton", "two_pass", "reference"),
@@ -117,6 +118,36 @@ def _order(call: Call) -> Sequence[str]:
     return ORDER.get(call.device.type, ORDER["other"])
 
 
+def _choose(call: Call) -> str:
+    order = _order(call)
+    if BACKENDS[order[0]].trusted:
+        for name in order:
+            if not BACKENDS[name].why_not(call):
+                return name
+        raise AssertionError("reference runs every call")
+    from . import choice  # on a CPU nothing of it is needed
+
+    if torch.compiler.is_compiling():
+        able = _able(call)
+        return able[0] if len(able) == 1 else choice.for_compiled(call, tuple(able))
+    known = choice.known(call)
+    if known is not None and not BACKENDS[known].why_not(call):  # which asks for strides, too
+        return known
+    able = _able(call)
+    return able[0] if len(able) == 1 else choice.choose(call, BACKENDS, able)
+
+
+def _able(call: Call) -> list[str]:
+    """Names of the backends that can run a call, as far as the first that needs no check."""
+    able = []
+    for name in _order(call):
+        if not BACKENDS[name].why_not(call):
+            able.append(name)
+            if BACKENDS[name].trusted:
+                break
+    return able
+
+
 def select(call: Call, backend: str | None = None) -> str:
     """Name of the backend that runs a call.
 
@@ -131,11 +162,7 @@ def select(call: Call, backend: str | None = None) -> str:
     if forced is None:
         if _why_plain_operators(call):
             return "reference"
-        for name in _order(call):
-            # In this order: what is not to be chosen is not to be loaded either.
-            if not BACKENDS[name].why_not_chosen() and not BACKENDS[name].why_not(call):
-                return name
-        raise AssertionError("reference runs every call")
+        return _choose(call)
     forced = check_backend(call.op if backend else "EPA_KERNELS_BACKEND", forced)
     reasons = BACKENDS[forced].why_not(call)
     if reasons:
@@ -188,16 +215,22 @@ def _explain_call(call: Call, forced: str | None) -> None:
     if forced is None and _forced is not None:
         forced = check_backend("EPA_KERNELS_BACKEND", _forced)
     chosen = forced
+    said: dict[str, str] = {}
+    if forced is None and not BACKENDS[_order(call)[0]].trusted and not _why_plain_operators(call):
+        from . import choice
+
+        said = choice.verdicts(call, BACKENDS, _able(call))
     for name in dict.fromkeys([*_order(call), *([forced] if forced else [])]):
         backend = BACKENDS[name]
         reasons = backend.why_not(call)
         if forced is None:
-            reasons = reasons + backend.why_not_chosen()
             if name != "reference":
                 reasons += _why_plain_operators(call)
             chosen = chosen or (None if reasons else name)
         if reasons:
             verdict = "cannot run: " + "; ".join(reasons)
+        elif said:
+            verdict = said.get(name, "can run")
         elif name == chosen:
             verdict = "runs" if forced is None else "runs (forced)"
         else:

@@ -25,6 +25,8 @@ MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "
 GLOBAL_HOOKS = tuple(f"nn.modules.module._global{name}" for name in MODULE_HOOKS)
 WITHOUT_MODES = "_C._DisableTorchDispatch"
 TRANSFORMS = "_C._are_functorch_transforms_active"
+GRAPH_TASK = "_C._current_graph_task_id"
+STORE = "distributed.distributed_c10d._get_default_store"
 CONSTANT_MARK = "_dynamo_marked_constant"  # what torch.compiler.assume_constant_result sets
 
 
@@ -73,6 +75,23 @@ def global_hooks() -> list[Callable]:
 def in_transform() -> bool:
     """Whether torch.func transforms the call, or forward-mode derivatives are taken of it."""
     return _are_transforms_active() or forward_ad._current_level >= 0
+
+
+_graph_task: Callable[[], int] = find(GRAPH_TASK) or (lambda: -1)
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass of autograd."""
+    return _graph_task() != -1
+
+
+def default_store() -> Any:
+    """The store that the processes of a group share; None where there is no group, or no store."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    store = find(STORE)
+    return store() if store is not None and distributed.get_world_size() > 1 else None
 
 
 # Classes of tensors that any code takes.

@@ -12,7 +12,7 @@ import torch
 
 import epa_kernels
 from epa_kernels import __main__ as command
-from epa_kernels import dispatch
+from epa_kernels import choice, dispatch
 from epa_kernels.backends import cpu, cuda
 from epa_kernels.contract import call_on
 
@@ -28,7 +28,6 @@ def picky(monkeypatch):
     backend = dispatch.Backend(
         dispatch.BACKENDS["two_pass"].functions,
         lambda call: ["head dim 160 > 128", "no kernel image for sm_75"],
-        lambda: [],
     )
     monkeypatch.setitem(dispatch.BACKENDS, "picky", backend)
     monkeypatch.setitem(dispatch.ORDER, "cpu", ("picky", "two_pass", "reference"))
@@ -53,18 +52,6 @@ FASTEST = "two_pass" if cpu.module is None else "cpu"
 
 
 def test_fastest_that_can_run_is_chosen(picky):
-    assert dispatch.select(CALL) == "two_pass"
-
-
-def test_what_is_not_to_be_chosen_is_not_even_asked(monkeypatch):
-    """Its answer may load a module, and may fail."""
-
-    def fail(call):
-        raise AssertionError("asked")
-
-    name = dispatch.ORDER["cpu"][0]
-    untried = dispatch.BACKENDS[name]._replace(why_not=fail, why_not_chosen=lambda: ["untried"])
-    monkeypatch.setitem(dispatch.BACKENDS, name, untried)
     assert dispatch.select(CALL) == "two_pass"
 
 
@@ -285,12 +272,17 @@ def test_cuda_runs_on_gpus_that_it_was_compiled_for(x, settings, expected, gpu):
     assert cuda.why_not(x) == expected
 
 
-def test_cuda_is_chosen_by_force_alone(gpu, capsys):
+def test_cuda_is_not_chosen_before_its_check(gpu, monkeypatch, tmp_path, capsys):
     gpu((9, 0))
+    monkeypatch.setenv("EPA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "identity", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(choice, "_answers", {})
     assert dispatch.select(SMALL) == "two_pass"
     assert dispatch.select(SMALL, backend="cuda") == "cuda"
     epa_kernels.explain("spatial_attention", SimpleNamespace(**GPU_TENSOR))
-    assert "cuda       cannot run: it has not run on a GPU yet" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cuda       not checked: its check needs the sizes of all tensors" in out
+    assert "two_pass   runs\n" in out
 
 
 def test_cuda_gives_every_reason_at_once(monkeypatch, unasked, capsys):

@@ -431,4 +431,4 @@ def test_reasons_are_given_where_it_cannot_run(monkeypatch):
     backend.no_launcher.cache_clear()
     assert "needs /nowhere/Python.h" in backend.no_launcher()
     backend.no_launcher.cache_clear()
-    assert any("not run on a GPU yet" in r for r in dispatch.BACKENDS["triton"].why_not_chosen())
+    assert not dispatch.BACKENDS["triton"].trusted
