@@ -118,7 +118,13 @@ def test_a_line_that_a_process_died_on_is_passed_over(tmp_path):
 def fake_driver(monkeypatch):
     """The driver on steps of the fake worker: step -> items. Returns the dictionary."""
     plans = {"tests": ("ok-1",), "peaks": (), "ops": (), "network": ()}
-    plans |= {"compile": (), "network compiled": (), "ops compiled": (), "sanitizer": ()}
+    plans |= {
+        "admission": (),
+        "compile": (),
+        "network compiled": (),
+        "ops compiled": (),
+        "sanitizer": (),
+    }
     machine = device.Cpu().describe() | {"versions": device.versions()}
 
     def identify(self):
@@ -157,6 +163,27 @@ def test_other_steps_run_when_one_fails_and_the_exit_status_tells(fake_driver, t
     sections = report.sections(results)
     assert printed.endswith("\n\n".join(reversed(sections)) + "\n")
     assert text == "\n\n".join(sections) + "\n"
+
+
+@pytest.mark.parametrize("part", driver.PARTS)
+def test_a_part_has_steps_time_and_files_of_its_own(part, fake_driver, tmp_path, monkeypatch):
+    """What was found is written after each step."""
+    take, written = driver._Run.take, []
+
+    def look(self, name, seconds):
+        if (file := tmp_path / f"gpu_check_{part}.json").is_file():
+            written.append(json.loads(file.read_text(encoding="utf-8"))["steps"][0]["status"])
+        if name != "build":
+            take(self, name, seconds)
+
+    fake_driver |= {name: ("ok-1, 2, 3, 4",) for name in ("admission",)}
+    monkeypatch.setattr(driver._Run, "take", look)
+    driver.main(["--output", str(tmp_path), "--part", part])
+    results = json.loads((tmp_path / f"gpu_check_{part}.json").read_text(encoding="utf-8"))
+    assert [step["name"] for step in results["steps"]] == list(driver.PARTS[part])
+    assert results["minutes"] == driver.PART_MINUTES and len(written) >= len(driver.PARTS[part]) - 1
+    assert (tmp_path / f"gpu_check_{part}.md").is_file()
+    assert set(driver.PARTS["correctness"]) | set(driver.PARTS["speed"]) == set(driver.SHARES)
 
 
 def test_what_the_time_does_not_allow_is_said(fake_driver, tmp_path, monkeypatch):
@@ -200,6 +227,7 @@ def test_an_interruption_keeps_what_was_found(fake_driver, tmp_path, monkeypatch
         (("--minutes", "0"), "--minutes must be positive, got 0"),
         (("--workers", "0"), "--workers must be at least 1, got 0"),
         (("--steps", "ops", "all"), "invalid choice: 'all'"),
+        (("--part", "speed", "--steps", "tests"), "--steps tests: the part speed has build, peaks"),
         (("--output", "/proc/no"), "--output must be a folder to write to"),
     ),
 )
@@ -219,7 +247,9 @@ def test_without_a_gpu_a_sentence_says_what_to_do(tmp_path, capsys):
 
 
 def test_a_gpu_is_given_the_kernels_of_its_capability(tmp_path, monkeypatch):
-    run = driver._Run(SimpleNamespace(dry_run=False, minutes=9, steps=["build"]), tmp_path)
+    run = driver._Run(
+        SimpleNamespace(part=None, dry_run=False, minutes=9, steps=["build"]), tmp_path
+    )
     run.machine = {"capability": "sm_120"}
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert run.kernels() == {"TORCH_CUDA_ARCH_LIST": "12.0"}
@@ -228,7 +258,9 @@ def test_a_gpu_is_given_the_kernels_of_its_capability(tmp_path, monkeypatch):
 
 
 def test_sources_serve_where_pip_cannot_install(tmp_path, monkeypatch):
-    run = driver._Run(SimpleNamespace(dry_run=True, minutes=9, steps=["build"]), tmp_path)
+    run = driver._Run(
+        SimpleNamespace(part=None, dry_run=True, minutes=9, steps=["build"]), tmp_path
+    )
     monkeypatch.setattr(driver._Run, "python", lambda *_, **__: (False, "no module named pip"))
     run.build()
     assert (run.package_folder / "epa_kernels" / "ops.py").is_file()
@@ -253,7 +285,7 @@ def test_an_inaccurate_backend_is_refused_and_not_timed(tmp_path, monkeypatch):
         assert result["status"] == ("refused" if is_refused else "ok"), (key, result)
         assert ("warm" in result) != is_refused
         if is_refused:
-            assert "('y', tensor(" in result["reason"]
+            assert "y: largest error" in result["reason"]
     outcome = processes.Outcome("failed", None, results, len(results), [])
     rows = report.rows([outcome], driver.OPS_COLUMNS)
     table = "\n".join(report._ops({"ops": rows}))
@@ -491,7 +523,7 @@ NETWORK_FIELDS = STATISTICS | {"loss", "host_us", "first_call_seconds", "peak_by
 
 
 # The rest takes 40 s more: each step is a process that imports torch, and networks compile.
-DAILY_STEPS = ("build", "tests", "peaks", "ops")
+DAILY_STEPS = ("build", "admission", "tests", "peaks", "ops")
 
 
 @pytest.mark.slow
@@ -520,6 +552,7 @@ def test_dry_run_walks_every_step(names, tmp_path):
     assert results["package"]["source"] == "installed" and results["package"]["reason"]
     assert any("paired_attention on cpu" in line for line in results["backends"])
     assert results["tests"]["counts"]["ok"] >= 20 and not results["tests"]["failed"]
+    assert [row["status"] for row in results["admission"]] == ["ok"] * 6  # dtypes, dropout or not
     if "sanitizer" in names:
         checks = {row["check"]: row["ran"] for row in results["sanitizer"]}
         assert checks.keys() == {"memcheck", "racecheck", "synccheck"}
@@ -544,7 +577,7 @@ def test_dry_run_walks_every_step(names, tmp_path):
     sections = [sections[0], *(f"#{section}" for section in sections[1:])]
     titles = [section.partition("\n")[0] for section in sections]
     assert titles[1:] == [
-        "## Steps", "## Failures", "## Ops", "## Whole network", "## Peaks",
+        "## Steps", "## Failures", "## Admission", "## Ops", "## Whole network", "## Peaks",
         "## Left out for want of time",
     ]  # fmt: skip
     assert done.stdout.rstrip().endswith("\n\n".join(reversed(sections)))

@@ -1,13 +1,15 @@
 """Build, test and time everything on a GPU, in one run that needs no network.
 
     python -m benchmarks.gpu_check                        from the root of the repository
+    python -m benchmarks.gpu_check --part correctness     in 4 minutes: what is right
+    python -m benchmarks.gpu_check --part speed           in 4 more: what is fast
     python -m benchmarks.gpu_check --steps tests ops      some steps alone
     python -m benchmarks.gpu_check --dry-run --output D   every step in small, on a CPU
 
 Each step runs in processes of its own and within its share of the time; what it finds is kept as it
 comes, and what is left out is said. Steps that were cut short go on at the end with the time that
-is left. gpu_check.json and gpu_check.md are written however the run ends, and the tables printed
-last. The exit status is 0 only if no step failed.
+is left. gpu_check.json and gpu_check.md, or those of the part, are written after each step, and
+the tables printed last. The exit status is 0 only if no step failed.
 """
 
 import argparse
@@ -34,6 +36,7 @@ NETWORK_COLUMNS = ("direction", "batch", "backend", "mode")
 # Step -> share of the time, seconds an item may take; in the order of importance.
 SHARES = {
     "build": (0.2, None),
+    "admission": (0.12, 120),
     "tests": (0.25, 120),
     "peaks": (0.06, 60),
     "compile": (0.12, 120),
@@ -43,7 +46,21 @@ SHARES = {
     "network compiled": (0.15, 200),
     "ops compiled": (0.12, 200),
 }
-PARALLEL = ("tests", "compile")  # Triton compiles in one thread
+# Each part is whole in itself, so that it can be repeated after a change.
+PARTS = {
+    "correctness": {"build": 0.45, "admission": 0.35, "tests": 0.4, "sanitizer": 0.2},
+    "speed": {
+        "build": 0.45,
+        "peaks": 0.1,
+        "compile": 0.2,
+        "ops": 0.3,
+        "network": 0.25,
+        "network compiled": 0.25,
+        "ops compiled": 0.2,
+    },
+}
+PART_MINUTES, ALL_MINUTES = 4, 9
+PARALLEL = ("admission", "tests", "compile")  # Triton compiles in one thread
 MOST_WORKERS, WORKER_BYTES = 12, 2**31
 RESERVE_SECONDS = 10  # for what is written at the end
 DRY_TESTS = 30  # at most, of the first files
@@ -54,6 +71,7 @@ class _Run:
 
     def __init__(self, args, folder):
         self.args, self.folder = args, folder
+        self.shares = PARTS.get(args.part) or {name: share for name, (share, _) in SHARES.items()}
         self.kind = "cpu" if args.dry_run else "cuda"
         self.start, self.end = time.time(), time.time() + 60 * args.minutes - RESERVE_SECONDS
         self.seconds = dict.fromkeys(args.steps, 0.0)
@@ -81,6 +99,7 @@ class _Run:
         # Of this run alone: what an earlier one compiled would make its first calls look fast.
         environment.setdefault("TRITON_CACHE_DIR", str(self.folder / "triton"))
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))
+        environment["EPA_KERNELS_CACHE"] = str(self.folder / "answers")
         if self.args.dry_run:
             environment |= {"TRITON_INTERPRET": "1", "EPA_KERNELS_DRY_RUN": "1"}
         if self.args.dry_run or step in PARALLEL:
@@ -163,7 +182,7 @@ class _Run:
     def limit(self, name):
         """Seconds that a step may take now."""
         total = 60 * self.args.minutes
-        return max(0, min(SHARES[name][0] * total, self.end - time.time()))
+        return max(0, min(self.shares[name] * total, self.end - time.time()))
 
     def step(self, name):
         def command(lines, deadline, worker, workers):
@@ -223,10 +242,12 @@ class _Run:
         outcome = processes.outcome(self.step(name), self.folder)
         return outcome.status, outcome.reason, outcome.done, outcome.left
 
-    def take_all(self):
+    def take_all(self, write):
+        """Run all steps; `write` is called after each."""
         for name in self.args.steps:
             if self.limit(name) > 1:
                 self.take(name, self.limit(name))
+                write()
         for name in self.args.steps:
             if name != "build" and self.state(name)[3] and self.end - time.time() > 1:
                 self.take(name, self.end - time.time())
@@ -259,6 +280,9 @@ class _Run:
             "backends": self.backends and self.backends.splitlines(),
             "steps": steps,
             "tests": report.tests(outcomes["tests"]),
+            "admission": report.rows(
+                [outcomes["admission"]], ("layer", "dtype", "dropout", "backend")
+            ),
             "peaks": report.rows([outcomes["peaks"]], ("name",)),
             "sanitizer": report.rows([outcomes["sanitizer"]], ("check",)),
             "compile": report.rows([outcomes["compile"]], (*OPS_COLUMNS[:3], "dropout", "backend")),
@@ -290,12 +314,20 @@ def _parse(arguments):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", nargs="+", choices=tuple(SHARES), default=list(SHARES))
-    parser.add_argument("--minutes", type=float, default=9, help="for all of it, default 9")
+    parser.add_argument("--part", choices=tuple(PARTS), help="one part alone, default all")
+    parser.add_argument("--steps", nargs="+", choices=tuple(SHARES), help="default: of the part")
+    parser.add_argument(
+        "--minutes", type=float, help=f"default {ALL_MINUTES}, for a part {PART_MINUTES}"
+    )
     parser.add_argument("--output", type=Path, help="folder, default benchmarks/results")
     parser.add_argument("--workers", type=int, help="processes that compile, default by machine")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, needs --output")
     args = parser.parse_args(arguments)
+    shares = PARTS.get(args.part, SHARES)
+    if args.minutes is None:
+        args.minutes = PART_MINUTES if args.part else ALL_MINUTES
+    if missing := sorted(set(args.steps or ()) - set(shares)):
+        parser.error(f"--steps {' '.join(missing)}: the part {args.part} has {', '.join(shares)}")
     if args.minutes <= 0:
         parser.error(f"--minutes must be positive, got {args.minutes:g}; 9 is enough for all steps")
     if args.workers is not None and args.workers < 1:
@@ -306,13 +338,24 @@ def _parse(arguments):
             f"{args.output}; name another folder"
         )
     args.output = (args.output or results).resolve()
-    args.steps = [name for name in SHARES if name in args.steps]
+    args.steps = [name for name in shares if name in (args.steps or shares)]
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output).close()
     except OSError as error:
         parser.error(f"--output must be a folder to write to: {error}")
     return args
+
+
+def _write(run, command, *, is_interrupted):
+    """Write what was found so far; (results, sections of the page)."""
+    results = run.results(command) | {"is_interrupted": is_interrupted}
+    sections = report.sections(results)
+    name = f"gpu_check_{run.args.part}" if run.args.part else "gpu_check"
+    texts = {"json": json.dumps(results, indent=1), "md": "\n\n".join(sections)}
+    for ending, text in texts.items():
+        (run.args.output / f"{name}.{ending}").write_text(f"{text}\n", encoding="utf-8")
+    return results, sections
 
 
 def main(arguments=None):
@@ -323,18 +366,13 @@ def main(arguments=None):
         run = _Run(args, Path(folder))
         if not run.identify():
             return 2
+        command = shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments])
         is_interrupted = False
         try:
-            run.take_all()
+            run.take_all(lambda: _write(run, command, is_interrupted=False))
         except KeyboardInterrupt:
             is_interrupted = True
-        results = run.results(shlex.join(["python", "-m", "benchmarks.gpu_check", *arguments]))
-        results["is_interrupted"] = is_interrupted
-        sections = report.sections(results)
-        texts = {"json": json.dumps(results, indent=1), "md": "\n\n".join(sections)}
-        for ending, text in texts.items():
-            path = args.output / f"gpu_check.{ending}"
-            path.write_text(f"{text}\n", encoding="utf-8")
+        results, sections = _write(run, command, is_interrupted=is_interrupted)
     # Backwards, so that the end of the screen shows what matters most.
     print("\n" + "\n\n".join(reversed(sections)))
     if is_interrupted:

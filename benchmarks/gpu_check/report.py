@@ -96,6 +96,23 @@ def _steps(run):
     )
 
 
+def _admission(run):
+    yield "## Admission"
+    yield ""
+    yield (
+        "The check of each layer, dtype and backend: RMS error as a multiple of the reference's "
+        "own, without dropout and with it."
+    )
+    yield ""
+    rows = {}
+    for row in run["admission"]:
+        cell = _number(row.get("ratio")) if row["status"] == "ok" else row["status"]
+        rows.setdefault((row["layer"], row["dtype"], row["backend"]), {})[row["dropout"]] = cell
+    kinds = ("dropout False", "dropout True")
+    body = [(*key, *(cells.get(kind, "") for kind in kinds)) for key, cells in rows.items()]
+    yield from _table(("layer", "dtype", "backend", *kinds), body)
+
+
 def _failures(run):
     yield "## Failures"
     yield ""
@@ -109,7 +126,7 @@ def _failures(run):
     yield f"compute-sanitizer: {', '.join(checks) or 'none ran'}."
     yield ""
     found = [(f["key"], f["reason"]) for f in run["tests"]["failed"]]
-    for name in ("sanitizer", "peaks", "compile", "ops", "network"):
+    for name in ("admission", "sanitizer", "peaks", "compile", "ops", "network"):
         found += [
             (row["key"], f"{row['status']}: {row['reason']}")
             for row in run[name]
@@ -255,5 +272,5 @@ def _left(run):
 
 def sections(run):
     """Markdown, by section, the most important first."""
-    parts = (_head, _steps, _failures, _ops, _network, _peaks, _left)
+    parts = (_head, _steps, _failures, _admission, _ops, _network, _peaks, _left)
     return ["\n".join(part(run)) for part in parts]

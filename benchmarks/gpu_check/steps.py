@@ -16,7 +16,16 @@ import epa_kernels
 
 from . import device, lines
 
-STEPS = ("peaks", "compile", "ops", "network", "sanitizer", "network compiled", "ops compiled")
+STEPS = (
+    "admission",
+    "peaks",
+    "compile",
+    "ops",
+    "network",
+    "sanitizer",
+    "network compiled",
+    "ops compiled",
+)
 
 
 def items(step, gpu, dry_run, peaks):
@@ -25,6 +34,10 @@ def items(step, gpu, dry_run, peaks):
         from . import peaks as measured
 
         return measured.items(gpu, dry_run)
+    if step == "admission":
+        from . import admission
+
+        return admission.items(gpu, dry_run)
     if step == "sanitizer":
         from . import sanitizer
 
