@@ -8,8 +8,10 @@ from epa_kernels.torch_private import (
     AUTOGRAD_NAMES,
     CONSTANT_MARK,
     GLOBAL_HOOKS,
+    GRAPH_TASK,
     MODULE_HOOKS,
     SLEEP,
+    STORE,
     TRANSFORMS,
     WITHOUT_MODES,
 )
@@ -19,7 +21,10 @@ def test_modules_have_their_hooks_under_these_names():
     assert set(MODULE_HOOKS) <= set(vars(torch.nn.Module()))
 
 
-@pytest.mark.parametrize("name", (*AUTOGRAD_NAMES, SLEEP, *GLOBAL_HOOKS, TRANSFORMS, WITHOUT_MODES))
+@pytest.mark.parametrize(
+    "name",
+    (*AUTOGRAD_NAMES, SLEEP, *GLOBAL_HOOKS, TRANSFORMS, WITHOUT_MODES, GRAPH_TASK, STORE),
+)
 def test_torch_has_the_name(name):
     assert torch_private.find(name) is not None
 
