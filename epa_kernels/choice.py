@@ -140,7 +140,10 @@ def for_compiled(call: Call, able: tuple[str, ...]) -> str:
     """
     size = call.B * call.N
     # Comparisons, since a size may be a symbol; and only they make a number of a symbol.
-    tokens = next((most for most in SIZE_CLASSES if size <= most), SIZE_CLASSES[-1])
+    tokens = SIZE_CLASSES[-1]
+    for most in reversed(SIZE_CLASSES):
+        if size <= most:
+            tokens = most
     is_direct = True if call.N < 2 * call.C else False
     return _for_compiled(
         call.op, call.device.type, call.device.index, call.dtype, tokens, is_direct,

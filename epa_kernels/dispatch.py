@@ -22,7 +22,7 @@ from . import ops, reference
 from .backends import cpu, cuda, triton, two_pass
 from .contract import AXES, OPS, Call, call_on
 from .subclasses import foreign
-from .torch_private import in_transform
+from .torch_private import in_transform, is_exporting
 
 
 class Backend(NamedTuple):
@@ -46,7 +46,7 @@ def _no_reason(*_: object) -> list[str]:
 
 def _why_plain_operators(call: Call) -> list[str]:
     """Why a call needs the plain operators of the reference, unless a backend is forced."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the older ONNX exporter traces
+    if is_exporting() or torch.jit.is_tracing():  # the older ONNX exporter traces
         return ["export in progress: the graph would hold a custom operator"]
     if not torch.compiler.is_compiling() and in_transform():
         return ["torch.func or forward-mode derivatives at work: the backend has none of them"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .torch_private import decides
+from .torch_private import decides, is_exporting
 
 _TRACING = "torch._subclasses."  # the tensors of torch's tracers, which take any operator
 
@@ -29,7 +29,7 @@ def as_compiled(x: Tensor) -> Tensor:
     torch 2.13 can neither keep a subclass for backward, not of nn.LayerNorm either, nor show one to
     our ops in inference mode. Making it plain breaks the graph once.
     """
-    if type(x) in (Tensor, Parameter) or torch.compiler.is_exporting() or foreign(x) is not None:
+    if type(x) in (Tensor, Parameter) or is_exporting() or foreign(x) is not None:
         return x
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return x.as_subclass(Tensor)

@@ -25,6 +25,7 @@ MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "
 GLOBAL_HOOKS = tuple(f"nn.modules.module._global{name}" for name in MODULE_HOOKS)
 WITHOUT_MODES = "_C._DisableTorchDispatch"
 TRANSFORMS = "_C._are_functorch_transforms_active"
+EXPORTING = "compiler._is_exporting_flag"
 GRAPH_TASK = "_C._current_graph_task_id"
 STORE = "distributed.distributed_c10d._get_default_store"
 CONSTANT_MARK = "_dynamo_marked_constant"  # what torch.compiler.assume_constant_result sets
@@ -75,6 +76,14 @@ def global_hooks() -> list[Callable]:
 def in_transform() -> bool:
     """Whether torch.func transforms the call, or forward-mode derivatives are taken of it."""
     return _are_transforms_active() or forward_ad._current_level >= 0
+
+
+_has_exporting = find(EXPORTING) is not None
+
+
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting, which torch 2.8 answers with yes in every compiled function."""
+    return torch.compiler._is_exporting_flag if _has_exporting else torch.compiler.is_exporting()
 
 
 _graph_task: Callable[[], int] = find(GRAPH_TASK) or (lambda: -1)

@@ -476,10 +476,6 @@ def test_a_forked_child_checks_nothing(device):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.8."),
-    reason="torch 2.8 tells a compiled function that it is exported, so the reference runs",
-)
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_a_compiled_graph_is_given_the_answer(dynamic, device, monkeypatch):
     calls = []

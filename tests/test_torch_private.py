@@ -7,6 +7,7 @@ from epa_kernels import torch_private
 from epa_kernels.torch_private import (
     AUTOGRAD_NAMES,
     CONSTANT_MARK,
+    EXPORTING,
     GLOBAL_HOOKS,
     GRAPH_TASK,
     MODULE_HOOKS,
@@ -23,7 +24,16 @@ def test_modules_have_their_hooks_under_these_names():
 
 @pytest.mark.parametrize(
     "name",
-    (*AUTOGRAD_NAMES, SLEEP, *GLOBAL_HOOKS, TRANSFORMS, WITHOUT_MODES, GRAPH_TASK, STORE),
+    (
+        *AUTOGRAD_NAMES,
+        SLEEP,
+        *GLOBAL_HOOKS,
+        TRANSFORMS,
+        WITHOUT_MODES,
+        GRAPH_TASK,
+        STORE,
+        EXPORTING,
+    ),
 )
 def test_torch_has_the_name(name):
     assert torch_private.find(name) is not None
@@ -81,3 +91,20 @@ def test_autograd_is_registered_with_and_without_each_name(missing, monkeypatch)
     if missing is None:
         with pytest.raises(RuntimeError, match="scale: .* neither forward-mode"):
             torch.func.grad(lambda t: op(t, None, a=2.5)[0].sum())(x.detach())
+
+
+@pytest.mark.parametrize("has_flag", (True, False))
+def test_an_export_is_told_from_compiling(has_flag, monkeypatch):
+    if not has_flag and torch.__version__.startswith("2.8."):
+        pytest.skip("torch 2.8 says yes to both")
+    monkeypatch.setattr(torch_private, "_has_exporting", has_flag)
+
+    class Told(torch.nn.Module):
+        def forward(self, x):
+            return x + 2 if torch_private.is_exporting() else x + 1
+
+    zero = torch.zeros(1)
+    torch._dynamo.reset()
+    assert torch.compile(Told(), backend="eager", fullgraph=True)(zero) == 1
+    for strict in (True, False):
+        assert torch.export.export(Told(), (zero,), strict=strict).module()(zero) == 2
