@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import reference
-from .contract import OPS, Call, by_name
+from .contract import OPS, PER_HEAD, Call, axis_lengths, by_name
 from .tolerance import Errors
 
 DRAWS = 8  # of numbers, of a layer of up to 128 channels
@@ -55,18 +55,16 @@ class Question(NamedTuple):
 
     def __str__(self) -> str:
         flags = [name for name in ("normalize", "dropout") if getattr(self, name)]
-        own = [] if self.parameter_dtype == self.dtype else [f"parameters {_word(self)}"]
+        dtype, own_dtype = (
+            str(each).removeprefix("torch.") for each in (self.dtype, self.parameter_dtype)
+        )
+        own = [] if own_dtype == dtype else [f"parameters {own_dtype}"]
         exact = [] if self.exact else ["float32 in parts"]
         words = [
             self.op, "backward" if self.backward else "forward", self.kind, self.layout,
-            str(self.dtype).removeprefix("torch."), *own, f"H{self.H}", f"D{self.D}",
-            f"P{self.P}", *flags, *exact,
+            dtype, *own, f"H{self.H}", f"D{self.D}", f"P{self.P}", *flags, *exact,
         ]  # fmt: skip
         return " ".join(filter(None, words))
-
-
-def _word(question: Question) -> str:
-    return str(question.parameter_dtype).removeprefix("torch.")
 
 
 class Case(NamedTuple):
@@ -120,9 +118,8 @@ def draw(question: Question, case: Case, generator: torch.Generator) -> Drawn:
     """Draw the arguments of an op on the generator's device, as a new layer has them."""
     op, device = OPS[question.op], generator.device
     N, H, D, P = case.N, question.H, question.D, question.P
-    sizes = {"B": case.B, "N": N, "C": H * D, "H": H, "D": D, "P": P}
-    sizes |= {"4C": 4 * H * D, "C/2": H * D // 2, "1": 1}
-    sizes["H or 1"] = 1 if case.bias == "none" else H
+    sizes = axis_lengths(case.B, N, H * D, H, D, P)
+    sizes[PER_HEAD[0]] = 1 if case.bias == "none" else H
 
     def normal(*shape: int) -> Tensor:
         t = torch.randn(shape, generator=generator, device=device)
@@ -290,7 +287,7 @@ def check(implementation: Any, question: Question, device: torch.device) -> Find
     generator = torch.Generator(device).manual_seed(0)
     enough, most = draws(question)
     for case in cases(question):
-        errors = Errors()
+        errors, differences = Errors(), []
         for number in range(most):
             drawn = draw(question, case, generator)
             exact = by_reference(question, drawn, torch.float64)
@@ -311,9 +308,11 @@ def check(implementation: Any, question: Question, device: torch.device) -> Find
                 found |= dict.fromkeys(_float64_differences(kernel, exact))
                 break
             errors.add(kernel, same_dtype, exact)
-            if number == enough - 1 and not errors.differences(FACTOR):
-                break
-        found |= dict.fromkeys(errors.differences(FACTOR))
+            if number + 1 in (enough, most):
+                differences = errors.differences(FACTOR)
+                if not differences:
+                    break
+        found |= dict.fromkeys(differences)
         ratios.append(errors.ratio())
     return Finding(list(found), None if question.dtype == torch.float64 else max(ratios))
 
@@ -361,7 +360,7 @@ def is_alive(device: torch.device) -> bool:
     """Whether a device still answers; after an illegal access a GPU does not, to this process."""
     try:
         return bool(torch.ones(1, device=device).sum().item() == 1)
-    except RuntimeError:
+    except Exception:
         return False
 
 

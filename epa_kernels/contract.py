@@ -79,7 +79,7 @@ class Call(NamedTuple):
         ]
 
 
-def _sizes(B: int, N: int, C: int, H: int, D: int, P: int, J: int = 1) -> dict[str, int]:
+def axis_lengths(B: int, N: int, C: int, H: int, D: int, P: int, J: int = 1) -> dict[str, int]:
     """Length of every axis that the contract names."""
     return {
         "B": B, "N": N, "C": C, "H": H, "D": D, "P": P,
@@ -217,7 +217,7 @@ class ChannelKept(NamedTuple):
 def _paired_sizes(inputs: PairedInputs, options: PairedOptions) -> dict[str, int]:
     B, N, C = inputs.x.shape
     H, P = options.num_heads, inputs.proj_k_weight.shape[0]
-    return _sizes(B, N, C, H, C // H, P, 2 if options.kind == "split" else 1)
+    return axis_lengths(B, N, C, H, C // H, P, 2 if options.kind == "split" else 1)
 
 
 def _paired_flags(options: PairedOptions) -> tuple[str, str, bool, bool]:
@@ -227,7 +227,7 @@ def _paired_flags(options: PairedOptions) -> tuple[str, str, bool, bool]:
 
 def _spatial_sizes(inputs: SpatialInputs, _: SpatialOptions) -> dict[str, int]:
     B, N, H, D = inputs.q.shape
-    return _sizes(B, N, H * D, H, D, inputs.k_proj.shape[1])
+    return axis_lengths(B, N, H * D, H, D, inputs.k_proj.shape[1])
 
 
 def _spatial_flags(options: SpatialOptions) -> tuple[str, str, bool, bool]:
@@ -236,7 +236,7 @@ def _spatial_flags(options: SpatialOptions) -> tuple[str, str, bool, bool]:
 
 def _channel_sizes(inputs: ChannelInputs, _: ChannelOptions) -> dict[str, int]:
     B, N, H, D = inputs.q.shape
-    return _sizes(B, N, H * D, H, D, 0)
+    return axis_lengths(B, N, H * D, H, D, 0)
 
 
 def _channel_flags(options: ChannelOptions) -> tuple[str, str, bool, bool]:

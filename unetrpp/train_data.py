@@ -91,8 +91,8 @@ def load_data(config: ResolvedConfig, fabric: Fabric, say: Callable[[str], None]
         for reason in plan.reasons:
             say(f"  {reason}")
     _check_batch(plan)
-    cases_ = "case" if len(training) == 1 else "cases"
-    say(f"{len(training)} {cases_} to train on, {len(held_out)} held out for validation")
+    noun = "case" if len(training) == 1 else "cases"
+    say(f"{len(training)} {noun} to train on, {len(held_out)} held out for validation")
     progress = fabric.is_global_zero and sys.stderr.isatty()
     _check(
         held_out[fabric.global_rank :: fabric.world_size],

@@ -19,7 +19,7 @@ DRY_LAYER = check.Layer("tiny", "paired_attention", "shared", 40, 2, 4, 5)
 
 
 def examine(device, layer, dtype, dropout, name):
-    """Seconds, and the error as a multiple of the reference's own."""
+    """The error as a multiple of the reference's own; refuses a backend that fails."""
     call = check.call_of(layer, dtype, torch.device(device.kind), dropout=dropout)
     backend = BACKENDS[name]
     if reasons := backend.why_not(call):
