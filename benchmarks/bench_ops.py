@@ -1,116 +1,94 @@
-"""Time of paired attention, forward and forward + backward, for every backend.
+"""Time of paired attention, forward and forward + backward, for every backend and its peers.
 
 A backend is timed only where it is as accurate as the reference (epa_kernels.testing.Errors).
 Beside the time stand the bytes kept for backward, the floor, and the ratios to the reference of the
-same run, eager and compiled. The compiled reference is a peer, not a backend: it is timed as
-torch.compile makes it.
+same run, eager and compiled. Peers are no backends: the reference as torch.compile makes it, and
+the layer written with torch's fused attention (`layers.sdpa_forward`).
+
+On a CPU in float32. On a GPU in float32, bfloat16 and float16, between two events of its stream,
+each call behind a write of more than the L2 cache holds.
 """
 
-import copy
 import functools
 import itertools
-from typing import NamedTuple
 
 import pytest
-import torch
 
-from benchmarks import floor
+from benchmarks import device as devices
+from benchmarks import floor, layers
+from benchmarks.layers import DIRECTIONS, SDPA, Row
 from benchmarks.report import COMPILED, REFERENCE
 from epa_kernels import dispatch
 from epa_kernels.contract import OPS
-from epa_kernels.testing import assert_as_accurate, kept_for_backward, make_layer, run_layer
+from epa_kernels.testing import kept_for_backward
 
 PAIRED = OPS["paired_attention"]
-PROVIDERS = (REFERENCE, COMPILED, *(name for name in dispatch.BACKENDS if name != REFERENCE))
+PROVIDERS = (REFERENCE, COMPILED, SDPA, *(name for name in dispatch.BACKENDS if name != REFERENCE))
+MEASURED_SECONDS, MOST_CALLS, WARM_UP = 1.0, 200, 2
 
 
-class Case(NamedTuple):
-    """One attention layer of a published network."""
-
-    name: str
-    tokens: int
-    channels: int
-    projected: int
-    kind: str
-
-
-CASES = (
-    Case("synapse/stage1", 32768, 32, 64, "shared"),
-    Case("synapse/stage2", 4096, 64, 64, "shared"),
-    Case("synapse/stage3", 512, 128, 64, "shared"),
-    Case("synapse/stage4", 64, 256, 32, "shared"),
-    Case("acdc/stage1", 25600, 32, 64, "split"),
-)
+def pytest_generate_tests(metafunc):
+    config = metafunc.config
+    device, batch, dropout = config.device, config.getoption("batch"), config.getoption("dropout")
+    rows = [
+        Row(case, batch, dtype, dropout=dropout)
+        for case, dtype in itertools.product(layers.CASES, device.dtypes)
+    ]
+    metafunc.parametrize(
+        "provided", itertools.product(rows, PROVIDERS), indirect=True, scope="module",
+        ids=lambda pair: f"{pair[0].case.name}-{pair[0].dtype_name}-{pair[1]}",
+    )  # fmt: skip
+    metafunc.parametrize("direction", DIRECTIONS)
 
 
-class Setting(NamedTuple):
-    """A case's layer in float64, input, output gradient, exact and float32 results, and floor."""
-
-    layer: torch.nn.Module
-    x: torch.Tensor
-    gy: torch.Tensor
-    exact: dict[str, torch.Tensor]
-    same_dtype: dict[str, torch.Tensor]
-    floor_ms: dict[str, float]  # by direction
+@pytest.fixture(scope="module")
+def provided(request, device):
+    """Row, setting, provider, and the provider's layer: compiled, warm and accurate."""
+    row, provider = request.param
+    if provider == SDPA and row.dropout:
+        pytest.skip("the peer has no dropout of the channel attention")
+    setting = layers.make_setting(device.kind, row)
+    layer = layers.make_provider(device.kind, row, provider, dry_run=False)
+    if provider in dispatch.BACKENDS:
+        call = PAIRED.call(*layer.arguments(setting.x))
+        if reasons := dispatch.BACKENDS[provider].why_not(call):
+            pytest.skip("; ".join(reasons))
+        if reason := layers.inaccuracy(device.kind, row, provider, dry_run=False):
+            pytest.fail(f"not as accurate as the reference: {reason}", pytrace=False)
+        return row, setting, provider, layer
+    try:
+        for direction in DIRECTIONS:
+            layers.make_call(layer, setting, provider, direction)()
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    return row, setting, provider, layer
 
 
 @functools.lru_cache(maxsize=1)
-def make_setting(case, batch, dropout):
-    shape = (batch, case.tokens, case.channels, 4, case.projected)
-    layer = make_layer(shape, case.kind, bias=False, dropout=dropout)
-    generator = torch.Generator().manual_seed(0)
-    x, gy = (torch.randn(batch, *shape[1:3], generator=generator) for _ in range(2))
-    same_dtype = run_layer(layer, x, gy, backend=REFERENCE, dtype=torch.float32)
-    exact = run_layer(layer, x, gy, backend=REFERENCE, dtype=torch.float64)
-    forward, backward = (floor.seconds(work) * 1e3 for work in floor.work(shape, case.kind))
-    floor_ms = {"forward": forward, "forward+backward": forward + backward}
-    return Setting(layer, x.requires_grad_(), gy, exact, same_dtype, floor_ms)
+def _peaks(device):
+    from benchmarks import gpu_peaks
+
+    return {name: measure() for name, measure in gpu_peaks.items(device, dry_run=False)}
 
 
-@pytest.fixture(
-    scope="module",
-    params=itertools.product(CASES, PROVIDERS),
-    ids=lambda pair: f"{pair[0].name}-{pair[1]}",
-)
-def provided(request):
-    """Case, setting, provider, and the provider's layer: compiled, warm and accurate."""
-    (case, provider), option = request.param, request.config.getoption
-    setting = make_setting(case, option("--batch"), option("--dropout"))
-    layer = copy.deepcopy(setting.layer).float()
-    layer.backend = REFERENCE if provider == COMPILED else provider
-    call = PAIRED.call(*layer.arguments(setting.x))
-    if reasons := dispatch.BACKENDS[layer.backend].why_not(call):
-        pytest.skip("; ".join(reasons))
-    if provider == COMPILED:
-        torch.compiler.reset()  # the graphs of earlier cases count against a limit
-        layer.compile(dynamic=False, fullgraph=True)  # whole, or not at all
-    try:
-        found = run_layer(layer, setting.x, setting.gy, backend=layer.backend, dtype=torch.float32)
-        with torch.no_grad():
-            layer(setting.x)
-    except RuntimeError as error:
-        if provider != COMPILED:
-            raise
-        pytest.skip(str(error).splitlines()[0])
-    if provider != COMPILED:
-        assert_as_accurate(found, setting.same_dtype, setting.exact)
-    return case, setting, provider, layer
+def _floor_ms(device, row, direction):
+    if device.is_gpu:
+        floor_us = layers.counted(row, direction, _peaks(device))["floor_us"]
+        return None if floor_us is None else floor_us / 1e3
+    forward, backward = map(floor.seconds, floor.work(row.shape, row.case.kind))
+    return 1e3 * (forward if direction == "forward" else forward + backward)
 
 
-@pytest.mark.parametrize("direction", ("forward", "forward+backward"))
-def bench_paired_attention(provided, direction, benchmark):
-    case, setting, provider, layer = provided
+def bench_paired_attention(provided, direction, device, benchmark):
+    row, setting, provider, layer = provided
+    function = layers.make_call(layer, setting, provider, direction)
     benchmark.extra_info |= {
-        "case": case.name,
+        "case": row.case.name,
+        "dtype": row.dtype_name,
         "direction": direction,
         "backend": provider,
-        "floor_ms": setting.floor_ms[direction],
+        "floor_ms": _floor_ms(device, row, direction),
         "kept_bytes": kept_for_backward(layer, setting.x),
     }
-    if direction == "forward":
-        with torch.no_grad():
-            benchmark(layer, setting.x)
-        return
-    inputs = (setting.x, *layer.parameters())
-    # As after zero_grad(): gradients are returned, not added to those of the call before.
-    benchmark(lambda: torch.autograd.grad(layer(setting.x), inputs, setting.gy))
+    rounds = devices.calls_within(MEASURED_SECONDS, device, function, MOST_CALLS)
+    benchmark.pedantic(function, setup=device.flush, rounds=rounds, warmup_rounds=WARM_UP)

@@ -18,6 +18,7 @@ class Row(NamedTuple):
     """One benchmark; times in milliseconds, None where there is no floor or nothing is kept."""
 
     case: str
+    dtype: str
     direction: str
     backend: str
     median_ms: float
@@ -43,24 +44,25 @@ def collect(session):
 
 
 def _by_backend(rows):
-    """{(case, direction): {backend: row}}, in the order of the run."""
+    """{(case, dtype, direction): {backend: row}}, in the order of the run."""
     groups = {}
     for row in rows:
-        groups.setdefault((row.case, row.direction), {})[row.backend] = row
+        groups.setdefault((row.case, row.dtype, row.direction), {})[row.backend] = row
     return groups
 
 
 def markdown(rows):
     """Lines of the table; "x eager" is how many times faster than the reference of the same run."""
     yield (
-        "| case | backend | median ms | quartiles | x eager | x compiled | floor ms | x floor "
-        "| kept for backward |"
+        "| case | dtype | backend | median ms | quartiles | x eager | x compiled | floor ms "
+        "| x floor | kept for backward |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for (case, direction), group in _by_backend(rows).items():
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for (case, dtype, direction), group in _by_backend(rows).items():
         for row in group.values():
             cells = [
                 f"{case} {direction}",
+                dtype,
                 row.backend,
                 f"{row.median_ms:.2f}",
                 f"{row.q1_ms:.2f} - {row.q3_ms:.2f}",
@@ -75,18 +77,33 @@ def markdown(rows):
             yield f"| {' | '.join(cells)} |"
 
 
-def write_csv(rows, path):
-    machine = {
-        "threads": torch.get_num_threads(),
-        "processor": processor(),
-        "torch": torch.__version__,
-    }
+def cpu():
+    """The processor, and how many of its threads torch uses."""
+    return f"{torch.get_num_threads()} threads of {processor()}"
+
+
+def write_csv(rows, device, path):
+    """The rows, each with what it was measured on: a device of `benchmarks.device`."""
+    machine = {"threads": torch.get_num_threads(), "processor": processor()}
+    if device.is_gpu:
+        found = device.describe()
+        machine = {"device": found["name"], "driver": found["driver"]}
+    machine["torch"] = torch.__version__
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow((*Row._fields, *machine))
         for row in rows:
             cells = (round(cell, 4) if isinstance(cell, float) else cell for cell in row)
             writer.writerow((*cells, *machine.values()))
+
+
+def plots(rows, title, stem):
+    """<stem>.png of the rows that have a floor; of several dtypes one each, which it names."""
+    rows = [row for row in rows if row.floor_ms is not None]
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    for dtype in dtypes:
+        path = f"{stem}_{dtype}.png" if len(dtypes) > 1 else f"{stem}.png"
+        plot([row for row in rows if row.dtype == dtype], f"{title}, {dtype}", path)
 
 
 def plot(rows, title, path):
@@ -96,7 +113,9 @@ def plot(rows, title, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = _by_backend(rows)
+    groups = {(row.case, row.direction): {} for row in rows}
+    for row in rows:
+        groups[row.case, row.direction][row.backend] = row
     directions = list(dict.fromkeys(row.direction for row in rows))
     cases = list(dict.fromkeys(row.case for row in rows))
     backends = list(dict.fromkeys(row.backend for row in rows))

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md")
 REFERENCE, COMPILED, PLAIN, KERNELS = "reference", "reference compiled", "two_pass", "cpu"
+SDPA = "sdpa"
 MIB = 2**20
 
 Row = dict[str, str]
@@ -101,13 +102,14 @@ def summary() -> Iterator[str]:
 def layer() -> Iterator[str]:
     """Every case of paired attention."""
     yield from lines_of(
-        "layer | reference | compiled | `two_pass` | `cpu` | x reference | x compiled | floor "
+        "layer | reference | compiled | SDPA | `two_pass` | `cpu` | x reference | x compiled | floor "
         "| kept: reference | kept: `cpu`",
         (
             [
                 f"{case} {direction}",
                 time(group, REFERENCE),
                 time(group, COMPILED),
+                time(group, SDPA),
                 time(group, PLAIN),
                 f"**{time(group, KERNELS)}**",
                 times_faster(group, REFERENCE),

@@ -119,7 +119,7 @@ def fastest(
     os.environ["EPA_KERNELS_TEST_DEVICE"] = where  # before epa_kernels.testing is imported
     import torch
 
-    from benchmarks.gpu_check import device
+    from benchmarks import device
     from epa_kernels.backends.triton import launch
     from epa_kernels.testing import assert_as_accurate, make_layer, run_layer
 

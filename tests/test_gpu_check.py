@@ -15,8 +15,9 @@ import pytest
 import torch
 from cases import CHILD_ENVIRONMENT, KINDS, LAYOUTS, ROOT
 
+from benchmarks import device, layers
 from benchmarks.gpu_check import __main__ as driver
-from benchmarks.gpu_check import device, lines, network, ops, processes, report, sanitizer, steps
+from benchmarks.gpu_check import lines, network, ops, processes, report, sanitizer, steps
 from epa_kernels import dispatch, testing
 from epa_kernels.backends import triton
 from epa_kernels.testing import make_layer
@@ -299,7 +300,7 @@ def test_the_sdpa_peer_computes_the_layer(kind, layout):
     x = torch.randn(2, 60, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     layer.backend = "reference"
     expected = layer(x)
-    torch.testing.assert_close(ops.sdpa_forward(layer, x), expected)
+    torch.testing.assert_close(layers.sdpa_forward(layer, x), expected)
 
 
 def test_the_most_important_rows_come_first():

@@ -15,6 +15,7 @@ from epa_kernels import contract
 PACKAGES = ("epa_kernels", "unetrpp", "benchmarks")
 # Tests of the benchmarks themselves. Every other test is one of the product.
 BENCHMARK_TESTS = {
+    "test_benchmarks",
     "test_cuda_compile",
     "test_floor",
     "test_gpu_check",

@@ -126,7 +126,7 @@ class _Run:
 
     def identify(self):
         """Describe the device; whether there is one."""
-        is_there, said = self.python("-m", "benchmarks.gpu_check.device", self.kind, seconds=180)
+        is_there, said = self.python("-m", "benchmarks.device", self.kind, seconds=180)
         lines = said.strip().splitlines() or ["torch says nothing"]
         if not is_there:
             last = lines[-1]

@@ -13,13 +13,13 @@ from importlib.util import find_spec
 import torch
 from torch.nn import functional as F
 
+from benchmarks import device as devices
 from benchmarks.bench_model import training_step
 from benchmarks.report import REFERENCE
 from epa_kernels import EfficientPairedAttention
 from unetrpp import UNETRPP
 from unetrpp.losses import deep_supervision_loss
 
-from . import device as devices
 from .ops import backends
 
 CALLS, WARM_UP = 10, 3

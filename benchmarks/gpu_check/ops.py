@@ -1,61 +1,44 @@
 """Time of one attention layer: every backend, the reference, compiled or not, and SDPA.
 
-Low precision is what autocast leaves: x in bfloat16 or float16, parameters in float32. A backend
-that is not as accurate as the reference (epa_kernels.testing.Errors) is not timed; of a peer it is
-said.
-
-    warm, cold    one call, queued behind another; cold: behind a write of more than the L2 holds
-    host_us       until the call returns, on an idle device: what launching costs
-    graph, graph_cold     the same from a CUDA graph, without the launches
-    gbps, share_of_floor  from graph_cold, or cold without it: counted bytes, benchmarks/floor.py
+warm, cold    one call, queued behind another; cold: behind a write of more than the L2 holds
+host_us       until the call returns, on an idle device: what launching costs
+graph, graph_cold     the same from a CUDA graph, without the launches
+gbps, share_of_floor  from graph_cold, or cold without it: counted bytes, benchmarks/floor.py
 """
 
-import copy
 import functools
 import statistics
-from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from benchmarks import floor
-from benchmarks.bench_ops import CASES, Case
+from benchmarks import device as devices
+from benchmarks.layers import (
+    CASES,
+    DIRECTIONS,
+    DRY_CASE,
+    SDPA,
+    Row,
+    counted,
+    inaccuracy,
+    make_call,
+    make_provider,
+    make_setting,
+)
 from benchmarks.report import COMPILED, REFERENCE
 from epa_kernels import dispatch
 from epa_kernels.contract import call_on
-from epa_kernels.layout import from_heads
-from epa_kernels.testing import assert_as_accurate, kept_for_backward, make_layer, run_layer
+from epa_kernels.testing import kept_for_backward, make_layer
 
-from . import device as devices
 from .lines import Refused
 
-SDPA = "sdpa"
-DIRECTIONS = ("forward", "forward+backward")
-GPU_CASES = (*CASES, Case("tumor/stage1", 32768, 32, 64, "sum"))
-DRY_CASE = Case("synapse/stage1", 40, 8, 3, "shared")
-MEASURED_SECONDS, FEWEST_CALLS, MOST_CALLS = 0.04, 5, 40
-
-
-class Row(NamedTuple):
-    case: Case
-    batch: int
-    dtype: torch.dtype
-    heads: int = 4
-
-    @property
-    def shape(self):
-        return self.batch, self.case.tokens, self.case.channels, self.heads, self.case.projected
-
-    @property
-    def name(self):
-        return f"{self.case.name}, B={self.batch}, {str(self.dtype).removeprefix('torch.')}"
+MEASURED_SECONDS, MOST_CALLS = 0.04, 40
 
 
 def rows(dry_run):
     """The most important first: B = 2 and in it bfloat16, then other dtypes, then other B."""
     if dry_run:
         return [Row(DRY_CASE, 2, torch.bfloat16, 1)]
-    every = [Row(c, b, d) for d in devices.DTYPES for b in (2, 1, 8) for c in GPU_CASES]
+    every = [Row(c, b, d) for d in devices.DTYPES for b in (2, 1, 8) for c in CASES]
     return sorted(every, key=lambda row: (row.batch != 2, row.dtype != torch.bfloat16))
 
 
@@ -68,120 +51,11 @@ def backends(device, dtype):
     return sorted(able, key=lambda name: name == REFERENCE)
 
 
-def sdpa_forward(layer, x):
-    """The layer as one would write it with torch's fused attention for the spatial branch."""
-    B, N, C = x.shape
-    q, k, vc, vs = (
-        F.linear(x, layer.qkvv.weight.to(x.dtype))
-        .view(B, N, 4, layer.num_heads, C // layer.num_heads)
-        .permute(2, 0, 3, 1, 4)
-    )  # (B, H, N, D) each
-    k_weight, k_bias, v_weight, v_bias = (
-        None if t is None else t.to(x.dtype) for t in _projections(layer)
-    )
-    k_proj = k_weight @ k if k_bias is None else k_weight @ k + k_bias.unsqueeze(1)
-    v_proj = v_weight @ vs if v_bias is None else v_weight @ vs + v_bias.unsqueeze(1)
-    q, k = F.normalize(q, dim=2), F.normalize(k, dim=2)
-    out_s = F.scaled_dot_product_attention(
-        q * layer.temperature2.to(x.dtype), k_proj, v_proj, scale=1.0
-    )
-    attention = ((q.mT @ k) * layer.temperature.to(x.dtype)).softmax(-1)  # (B, H, D, D)
-    out_c = (attention @ vc.mT).permute(0, 3, 1, 2).reshape(B, N, C)
-    out_s = from_heads(out_s.transpose(1, 2), layer.layout)
-    if layer.kind == "sum":
-        return out_c + out_s
-    y_s, y_c = (
-        F.linear(out, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-        for out, linear in ((out_s, layer.out_proj), (out_c, layer.out_proj2))
-    )
-    return torch.cat((y_s, y_c), dim=-1)
-
-
-def _projections(layer):
-    if layer.kind == "sum":
-        return layer.EF.T, None, layer.EF.T, None
-    return layer.E.weight, layer.E.bias, layer.F.weight, layer.F.bias
-
-
-class Setting(NamedTuple):
-    """A row's layer, input, output gradient, and results in float64 and in its own dtype."""
-
-    layer: torch.nn.Module
-    x: torch.Tensor
-    gy: torch.Tensor
-    exact: dict[str, torch.Tensor]
-    same_dtype: dict[str, torch.Tensor]
-
-
-@functools.lru_cache(maxsize=1)
-def make_setting(kind, row):
-    layer = make_layer(row.shape, row.case.kind, bias=False)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(parameter.to(row.dtype))
-    generator = torch.Generator().manual_seed(0)
-    x, gy = (torch.randn(row.shape[:3], generator=generator).to(kind, row.dtype) for _ in range(2))
-    exact = run_layer(layer, x, gy, backend=REFERENCE, dtype=torch.float64)
-    layer.float()
-    same_dtype = run_layer(
-        layer, x, gy, backend=REFERENCE, dtype=row.dtype, parameter_dtype=torch.float32
-    )
-    return Setting(layer, x, gy, exact, same_dtype)
-
-
-@functools.lru_cache(maxsize=1)
-def make_provider(kind, row, name, dry_run):
-    """A copy of the row's layer that computes as `name` does."""
-    layer = copy.deepcopy(make_setting(kind, row).layer)
-    layer.backend = name if name in dispatch.BACKENDS else REFERENCE
-    if name == SDPA:
-        layer.forward = functools.partial(sdpa_forward, layer)
-    if name == COMPILED:
-        torch.compiler.reset()  # the graphs of earlier rows count against a limit
-        options = {"backend": "aot_eager"} if dry_run else {"mode": "max-autotune"}
-        layer.compile(dynamic=False, fullgraph=True, **options)
-    return layer
-
-
-@functools.lru_cache(maxsize=1)
-def inaccuracy(kind, row, name, dry_run):
-    """What breaks the tolerance rule of epa_kernels.testing.Errors, None if nothing does."""
-    setting, layer = make_setting(kind, row), make_provider(kind, row, name, dry_run)
-    found = run_layer(
-        layer, setting.x, setting.gy,
-        backend=layer.backend, dtype=row.dtype, parameter_dtype=torch.float32,
-    )  # fmt: skip
-    layer.zero_grad()
-    try:
-        assert_as_accurate(found, setting.same_dtype, setting.exact)
-    except AssertionError as error:
-        return f"tensor, its error and the reference's, or its cosine: {error}"
-    return None
-
-
-def make_call(layer, setting, direction):
-    """The call that is timed."""
-    # As after zero_grad(): gradients are returned, not added to those of the call before.
-    x = setting.x.detach().requires_grad_()
-    inputs = (x, *layer.parameters())
-
-    def forward():
-        with torch.no_grad():
-            return (layer(x),)
-
-    def both():
-        return torch.autograd.grad(layer(x), inputs, setting.gy)
-
-    return forward if direction == "forward" else both
-
-
 def times(device, function, dry_run):
     """What one call costs."""
     count = 1
     if not dry_run:
-        device.seconds(function, FEWEST_CALLS)  # warm
-        estimate = statistics.median(device.seconds(function, FEWEST_CALLS))
-        count = max(FEWEST_CALLS, min(MOST_CALLS, int(MEASURED_SECONDS / estimate)))
+        count = devices.calls_within(MEASURED_SECONDS, device, function, MOST_CALLS)
     return {
         "warm": devices.summary(device.seconds(function, count)),
         "cold": devices.summary(device.seconds(function, count, device.flush)),
@@ -198,22 +72,6 @@ def graph_times(device, function, count):
     }
 
 
-def counted(row, direction, peaks):
-    """Counted work, and the floor that the measured peaks give it."""
-    forward, backward = floor.work(row.shape, row.case.kind, element_bytes=row.dtype.itemsize)
-    both = floor.Work(*map(sum, zip(forward, backward, strict=True)))
-    work = forward if direction == "forward" else both
-    needed = ("memory", str(row.dtype).removeprefix("torch."), "exponentials")
-    missing = [name for name in needed if peaks.get(name, {}).get("value") is None]
-    if missing:
-        reasons = {"floor_us": f"no peak was measured for {', '.join(missing)}"}
-        return {**work._asdict(), "floor_us": None, "bound": None, "reasons": reasons}
-    rates = floor.GpuPeaks(*(peaks[name]["value"] for name in needed))
-    seconds = floor.gpu_seconds(work, rates)
-    bound = max(seconds, key=seconds.get)
-    return {**work._asdict(), "floor_us": seconds[bound] * 1e6, "bound": bound, "reasons": {}}
-
-
 def measure(device, row, name, direction, peaks, dry_run):
     """One row of the table; refuses a backend that is not accurate."""
     setting = make_setting(device.kind, row)
@@ -227,9 +85,7 @@ def measure(device, row, name, direction, peaks, dry_run):
         result["inaccuracy"] = inaccuracy(device.kind, row, name, dry_run)
     if result["inaccuracy"] and name in dispatch.BACKENDS:
         raise Refused(result["inaccuracy"])
-    function = make_call(layer, setting, direction)
-    if name == COMPILED:
-        function = _marked(function)
+    function = make_call(layer, setting, name, direction)
     result |= times(device, function, dry_run)
     if name == COMPILED:
         reasons["graph"] = "max-autotune replays CUDA graphs of its own"
@@ -254,16 +110,6 @@ def measure(device, row, name, direction, peaks, dry_run):
     else:
         result["kept_bytes"] = kept_for_backward(layer, setting.x.detach().clone())
     return result
-
-
-def _marked(function):
-    """A call that may overwrite the results of the one before, as CUDA graphs do."""
-
-    def call():
-        torch.compiler.cudagraph_mark_step_begin()
-        return function()
-
-    return call
 
 
 def items(device, dry_run, peaks, *, compiled):

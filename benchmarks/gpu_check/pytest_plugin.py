@@ -13,10 +13,11 @@ import time
 import pytest
 import torch
 
+from benchmarks import device
 from epa_kernels import dispatch
 from epa_kernels.contract import call_on
 
-from . import device, lines
+from . import lines
 
 MESSAGE, TRACE = 1500, 4000  # characters kept of a failure
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 import epa_kernels
+from benchmarks import device
 
-from . import device, lines
+from . import lines
 
 STEPS = (
     "admission",
@@ -31,7 +32,7 @@ STEPS = (
 def items(step, gpu, dry_run, peaks):
     """(key, function -> what it found) of each item of a step, the most important first."""
     if step == "peaks":
-        from . import peaks as measured
+        from benchmarks import gpu_peaks as measured
 
         return measured.items(gpu, dry_run)
     if step == "admission":

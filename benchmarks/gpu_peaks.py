@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import DTYPES
+from benchmarks.device import DTYPES
 
 CALLS = 12
 

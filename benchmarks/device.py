@@ -2,7 +2,7 @@
 
 Tests need graphs and streams of a GPU, too: `epa_kernels.testing` has those. Nothing else calls
 torch.cuda. `Cpu` answers the same calls with the same results, so that a dry run walks the same
-code; what a CPU cannot tell is None.
+code, and so that `pytest benchmarks` runs on both; what a CPU cannot tell is None.
 """
 
 import gc
@@ -19,6 +19,7 @@ from epa_kernels import admission, testing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that are timed, the most important first
 SETTLE_SECONDS, SETTLE_SIZE = 0.5, 4096
+FEWEST_CALLS = 5
 
 
 def get(kind):
@@ -57,8 +58,31 @@ def summary(seconds):
     }
 
 
+def calls_within(seconds, device, function, most):
+    """How many calls of a function take so long, once it is warm: FEWEST_CALLS to `most`."""
+    device.seconds(function, FEWEST_CALLS)
+    estimate = statistics.median(device.seconds(function, FEWEST_CALLS))
+    return max(FEWEST_CALLS, min(most, int(seconds / estimate)))
+
+
+class Moment:
+    """A point of the current stream; the difference of two is in seconds of the GPU's clock."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier):
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
 class Gpu(testing.Gpu):
     """The current CUDA device."""
+
+    is_gpu = True
+    clock = Moment
+    dtypes = DTYPES  # that `pytest benchmarks` times
 
     def __init__(self):
         if not torch.cuda.is_available():
@@ -91,17 +115,15 @@ class Gpu(testing.Gpu):
 
         before: what to run in front of each call, outside its time.
         """
-        events = []
+        moments = []
         for _ in range(calls):
             if before is not None:
                 before()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start = Moment()
             function()
-            end.record()
-            events.append((start, end))
+            moments.append((start, Moment()))
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
+        return [end - start for start, end in moments]
 
     def host_seconds(self, function, calls):
         """Time of each call until it returns, on an idle device: what launching costs."""
@@ -142,7 +164,11 @@ class Gpu(testing.Gpu):
 
 
 class Cpu(testing.Cpu):
-    """Stands in for a GPU in a dry run."""
+    """A CPU, which stands in for a GPU in a dry run."""
+
+    is_gpu = False
+    clock = staticmethod(time.perf_counter)
+    dtypes = (torch.float32,)
 
     def describe(self):
         return {
