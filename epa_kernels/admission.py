@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from . import reference
 from .contract import OPS, PER_HEAD, Call, axis_lengths, by_name
+from .surroundings import Surroundings
 from .tolerance import Errors
 
 DRAWS = 8  # of numbers, of a layer of up to 128 channels
@@ -25,7 +25,6 @@ DRAWS = 8  # of numbers, of a layer of up to 128 channels
 # float32, kernels that are right reach 2.5 in RMS and 3.1 in the largest error, as they add up
 # tokens in another order. A wrong term is off by hundreds.
 FACTOR = 4
-GUARD = 64  # elements of NaN on each side of a buffer
 DROPOUT = {"channel_dropout_p": 0.1, "spatial_dropout_p": 0.2, "dropout_p": 0.2}
 SECONDS = 120  # for a check, most of which a compiler takes
 
@@ -169,58 +168,6 @@ def by_reference(
     found = torch.autograd.grad(result, leaves, drawn.dout.to(result.dtype))
     gradients = {f"gradient of {n}": t for n, t in zip(names, found, strict=True)}
     return {"result": result.detach(), **gradients}
-
-
-class Surroundings(TorchFunctionMode):
-    """Gives every buffer that is allocated inside NaN around it, and NaN as its content."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.buffers: list[Tensor] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in (torch.empty, Tensor.new_empty):
-            like = function(*args, **kwargs)
-            return self.take(like.shape, like.dtype, like.device)
-        if function is torch.empty_like:
-            like = function(*args, **kwargs)
-            return self.take((like.numel(),), like.dtype, like.device).as_strided(
-                like.shape, like.stride()
-            )
-        return function(*args, **kwargs)
-
-    def take(self, shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A dense tensor of NaN between NaN; of whole numbers, between their largest."""
-        count = torch.Size(shape).numel()
-        value = torch.iinfo(dtype).max if not dtype.is_floating_point else float("nan")
-        buffer = torch.full((count + 2 * GUARD,), value, dtype=dtype, device=device)
-        self.buffers.append(buffer)
-        return buffer[GUARD : GUARD + count].view(shape)
-
-    def copy(self, t: Tensor, memory: str) -> Tensor:
-        """t between NaN, in the memory of a `Case`; of a slice along every axis."""
-        if memory == "transposed" and t.dim() > 1:
-            axes = (0, *range(2, t.dim()), 1) if t.dim() > 2 else (1, 0)
-            swapped = t.permute(axes)
-            back = [axes.index(axis) for axis in range(t.dim())]
-            return self.take(swapped.shape, t.dtype, t.device).copy_(swapped).permute(back)
-        if memory == "sliced":
-            larger = self.take([n + 2 for n in t.shape], t.dtype, t.device)
-            return larger[tuple(slice(1, 1 + n) for n in t.shape)].copy_(t)
-        return self.take(t.shape, t.dtype, t.device).copy_(t)
-
-    def broken(self) -> bool:
-        """Whether something was written around a buffer."""
-        return not all(
-            _is_untouched(edge) for b in self.buffers for edge in (b[:GUARD], b[-GUARD:])
-        )
-
-
-def _is_untouched(edge: Tensor) -> bool:
-    if edge.is_floating_point():
-        return bool(edge.isnan().all())
-    return bool((edge == torch.iinfo(edge.dtype).max).all())
 
 
 def by_backend(

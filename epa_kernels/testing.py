@@ -3,7 +3,7 @@
 make_layer, strided, op_arguments   layers and inputs whose attention is not uniform
 run_layer                           output and every gradient of a layer on a backend
 Errors, assert_as_accurate          the tolerance rule, two anchors: see `Errors`
-Guards                              memory whose surroundings are watched
+Surroundings                        memory whose surroundings are watched
 kept_for_backward                   bytes that autograd saves
 Gpu, Cpu                            CUDA graphs, streams and waiting, or their stand-in
 """
@@ -16,12 +16,12 @@ import torch
 
 from .dispatch import use_backend
 from .modules import EfficientPairedAttention
+from .surroundings import Surroundings as Surroundings
 from .tolerance import Errors
 from .torch_private import busy_gpu
 
 # Where layers and inputs lie; `pytest --device cuda` of the project's own tests sets it.
 DEVICE = os.environ.get("EPA_KERNELS_TEST_DEVICE", "cpu")
-GUARD = 64  # elements of NaN on each side of a guarded buffer
 WARM_UP = 3  # calls before a capture, as torch's notes on CUDA graphs recommend
 
 
@@ -103,44 +103,6 @@ def op_arguments(shape, kind, layout, dtype=torch.float32, *, bias=True, seed=0)
     options = {"num_heads": H, "kind": kind, "layout": layout,
                "channel_dropout_p": 0.1, "spatial_dropout_p": 0.2}  # fmt: skip
     return [None if t is None else t.detach() for t in tensors], options
-
-
-class Guards:
-    """Allocate every tensor filled with NaN and between NaN, and see that those stay."""
-
-    def __init__(self, monkeypatch):
-        self.buffers = []
-        self._empty = torch.empty
-        monkeypatch.setattr(torch, "empty", self.empty)
-        monkeypatch.setattr(torch, "empty_like", lambda t, **_: self.like(t))
-        monkeypatch.setattr(
-            torch.Tensor, "new_empty", lambda t, *a, **k: self.new_empty(t, *a, **k)
-        )
-
-    def empty(self, *shape, dtype=torch.float32, device=None):
-        shape = shape[0] if shape and isinstance(shape[0], (tuple, list, torch.Size)) else shape
-        return self._take(shape, torch.Size(shape).numel(), dtype)
-
-    def new_empty(self, t, *shape, dtype=None, device=None):
-        return self.empty(*shape, dtype=dtype or t.dtype)
-
-    def like(self, t):
-        return self._take(t.shape, t.numel(), t.dtype).as_strided(t.shape, t.stride())
-
-    def copy(self, t):
-        return None if t is None else self.like(t).copy_(t)
-
-    def _take(self, shape, count, dtype):
-        if not count or not dtype.is_floating_point:  # the interpreter's own
-            return self._empty(shape, dtype=dtype)
-        buffer = self._empty(count + 2 * GUARD, dtype=dtype).fill_(float("nan"))
-        self.buffers.append(buffer)
-        return buffer[GUARD : GUARD + count].view(shape)
-
-    def check(self):
-        assert self.buffers
-        for buffer in self.buffers:
-            assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
 
 
 class Gpu:

@@ -1,7 +1,7 @@
 """The tolerance rule of kernels, with two anchors: the reference in float64 and in their dtype."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -41,10 +41,8 @@ class Errors:
         gradient from hiding in a large tolerance.
         """
         found = []
-        for name, draws in self.draws.items():
-            kernel, same_dtype, truth = (torch.cat(column) for column in zip(*draws, strict=True))
+        for name, kernel, truth, error, allowed in self._errors():
             ulp = torch.finfo(kernel.dtype).eps * truth.abs().max().double()
-            error, allowed = ((t.double() - truth).abs() for t in (kernel, same_dtype))
             if truth.numel() >= self.FEWEST:
                 for measure, of in (("largest error", torch.max), ("RMS error", _rms)):
                     reached, bound = float(of(error)), float(factor * of(allowed) + 4 * ulp)
@@ -58,12 +56,17 @@ class Errors:
     def ratio(self) -> float:
         """The RMS error as a multiple of the reference's own, of the tensor where it is largest."""
         ratios = [0.0]
-        for draws in self.draws.values():
-            kernel, same_dtype, truth = (torch.cat(column) for column in zip(*draws, strict=True))
-            error, allowed = (_rms(t.double() - truth) for t in (kernel, same_dtype))
-            if truth.numel() >= self.FEWEST and allowed > 0:
-                ratios.append(float(error / allowed))
+        for _, _, truth, error, allowed in self._errors():
+            if truth.numel() >= self.FEWEST and allowed.any():
+                ratios.append(float(_rms(error) / _rms(allowed)))
         return max(ratios, key=lambda ratio: math.inf if math.isnan(ratio) else ratio)
+
+    def _errors(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
+        """Name, kernel, exact, and errors of the kernel and of the reference, of all draws."""
+        for name, draws in self.draws.items():
+            kernel, same_dtype, truth = (torch.cat(column) for column in zip(*draws, strict=True))
+            error, allowed = ((t.double() - truth).abs() for t in (kernel, same_dtype))
+            yield name, kernel, truth, error, allowed
 
     def check(self) -> None:
         """Raise AssertionError with all `differences`."""
