@@ -48,9 +48,11 @@ layers.CASES = (layers.DRY_CASE,)
 
 
 def run(folder, *arguments, **environment):
+    # In a worker of pytest-xdist pytest-benchmark would time nothing.
+    outside = {k: v for k, v in CHILD_ENVIRONMENT.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "--benchmark-only", *arguments],
-        cwd=folder, capture_output=True, text=True, env=CHILD_ENVIRONMENT | environment,
+        cwd=folder, capture_output=True, text=True, env=outside | environment,
     )  # fmt: skip
 
 
